@@ -1,0 +1,1 @@
+"""Smidgen: adapters of kilobytes for large pre-trained models."""

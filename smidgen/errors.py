@@ -1,0 +1,46 @@
+"""One family of errors: every refusal of Smidgen is a ``SmidgenError``, and a ``SmidgenError`` is a ``ValueError``.
+
+A message states the rule, the offending value and what would work.
+"""
+
+from difflib import get_close_matches
+from collections.abc import Iterable
+
+
+class SmidgenError(ValueError):
+    """Base of all errors raised by Smidgen at its boundaries."""
+
+
+class ConfigError(SmidgenError):
+    """An option has no meaning or a value outside its range."""
+
+
+class TargetError(SmidgenError):
+    """A target module does not exist or cannot carry the method."""
+
+
+class BaseLockError(SmidgenError):
+    """The adapter was made for another base model."""
+
+
+class AdapterFileError(SmidgenError):
+    """An adapter file is missing, truncated, hostile or does not fit the model."""
+
+
+class DataError(SmidgenError):
+    """Training data cannot be read or has nothing to learn from."""
+
+
+class MissingExtraError(SmidgenError):
+    """An optional dependency is needed; the message names the extra to install."""
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """``" Did you mean 'q_proj'?"`` for the nearest known names, or ``""`` when nothing is near.
+
+    Example:
+        >>> did_you_mean("q_porj", ["q_proj", "v_proj"])
+        " Did you mean 'q_proj' or 'v_proj'?"
+    """
+    near = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
