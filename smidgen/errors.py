@@ -31,6 +31,14 @@ class DataError(SmidgenError):
     """Training data cannot be read or has nothing to learn from."""
 
 
+class TrainingError(SmidgenError):
+    """Training cannot go on: a loss or gradient that is not finite, or a run that was told to stop."""
+
+
+class CheckpointError(SmidgenError):
+    """A training checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
 class MissingExtraError(SmidgenError):
     """An optional dependency is needed; the message names the extra to install."""
 
