@@ -38,7 +38,7 @@ def ldu(weight: Tensor, r: int, pivots: Tensor | None = None, *, dtype: torch.dt
     """The first ``r`` elimination steps of a weight [m, n] on its device, computed and returned in ``dtype``.
 
     With ``pivots`` [r] those rows are followed, whatever their size, instead of searched: the way to rebuild an adapter
-    on a re-cast base. A pivot below eps times the largest one counts as 0, and its step eliminates nothing: no NaN ever.
+    on a re-cast base. A pivot below eps times the largest one counts as 0: its step eliminates nothing, no NaN ever.
 
     Raises:
         ConfigError: r outside 1..min(m, n), a weight that is no finite matrix, or pivots that are not r distinct rows.

