@@ -1,1 +1,62 @@
-"""Smidgen: adapters of kilobytes for large pre-trained models."""
+"""Smidgen: adapters of kilobytes for large pre-trained models, on top of peft.
+
+Importing it makes peft know its adapters; ``import smidgen`` loads the engine alone.
+
+Example:
+    >>> import torch, smidgen
+    >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
+    >>> model = smidgen.adapt(model, "svfit", r=4, target_modules=["0"])
+    >>> smidgen.trained_numbers(model)
+    4
+"""
+
+from smidgen.adapters.api import (
+    adapt,
+    default_targets,
+    disabled,
+    load,
+    merge,
+    parameter_groups,
+    save,
+    set_active,
+    set_strength,
+    trained_numbers,
+)
+from smidgen.adapters.tuner import peft_bridge as _peft_bridge
+from smidgen.adapters.tuner.bank import Bank
+from smidgen.adapters.tuner.config import SmidgenConfig, config
+from smidgen.errors import (
+    AdapterFileError,
+    BaseLockError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    SmidgenError,
+    TargetError,
+)
+
+_peft_bridge.register()
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterFileError",
+    "Bank",
+    "BaseLockError",
+    "ConfigError",
+    "DataError",
+    "MissingExtraError",
+    "SmidgenConfig",
+    "SmidgenError",
+    "TargetError",
+    "adapt",
+    "config",
+    "default_targets",
+    "disabled",
+    "load",
+    "merge",
+    "parameter_groups",
+    "save",
+    "set_active",
+    "set_strength",
+    "trained_numbers",
+]

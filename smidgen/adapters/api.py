@@ -1,0 +1,356 @@
+"""The short forms: adapt, save, load, and what a model carries. Everything also works through peft's own calls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
+from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
+from smidgen.adapters.tuner.peft_bridge import (
+    adapted_layers,
+    base_matrices,
+    make_slot,
+    matched_layers,
+    remove,
+    stamp,
+    stored_tensors,
+)
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean
+
+logger = logging.getLogger("smidgen")
+
+
+def adapt(
+    model: nn.Module,
+    method_or_config: str | PeftConfig,
+    adapter_name: str = "default",
+    **options: Any,
+) -> nn.Module:
+    """Puts a fresh adapter into a model, in place: the output stays bit for bit the base model's until it is trained.
+
+    Args:
+        model: any torch module; diffusers and transformers models and ``PeftModel`` keep their class.
+        method_or_config: a method ("svfit"), or a config from :func:`smidgen.config` or peft.
+        adapter_name: must be new in this model.
+        **options: as in :func:`smidgen.config` when a method is named.
+
+    Returns:
+        The same model, its base frozen, the new adapter active and trainable.
+
+    Raises:
+        ConfigError, TargetError: before anything of the model is changed.
+
+    Example:
+        >>> model = adapt(nn.Sequential(nn.Linear(64, 64)), "svfit", r=8, target_modules=["0"])
+        >>> trained_numbers(model)
+        8
+    """
+    own = config(method_or_config, **options) if isinstance(method_or_config, str) else method_or_config
+    if not isinstance(method_or_config, str) and options:
+        raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
+    _check_name(model, adapter_name)
+    if isinstance(own, SmidgenConfig) and own.target_modules is None:
+        own.target_modules = default_targets(model)
+    _inject(model, own, adapter_name)
+    for layer in adapted_layers(model, adapter_name).values():
+        layer.slot(adapter_name)
+    return model
+
+
+def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, own)
+        model.set_adapter(adapter_name)
+    elif hasattr(model, "add_adapter") and hasattr(model, "set_adapter"):
+        model.add_adapter(own, adapter_name=adapter_name)
+    else:
+        if getattr(model, "peft_config", None):
+            model.peft_config = dict(model.peft_config)  # type: ignore[arg-type]
+        inject_adapter_in_model(own, model, adapter_name)
+    set_active(model, adapter_name)
+
+
+def default_targets(model: nn.Module) -> set[str]:
+    """The attention projections of the architectures the papers use, as far as the model has them.
+
+    Raises:
+        TargetError: none is there.
+    """
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    attention = {"to_q", "to_k", "to_v", "to_out.0"}
+    candidates = ({"q_proj", "v_proj"}, {"query", "value"}, {"q_lin", "v_lin"}, {"c_attn"}, {"query_key_value"})
+    if {"to_q", "to_k", "to_v"} <= ends:
+        return attention
+    for wanted in candidates:
+        if wanted <= ends:
+            return set(wanted)
+    raise TargetError(
+        f"No known attention projections in a {type(model).__name__}; name target_modules. Modules end in: "
+        f"{', '.join(sorted(e for e in ends if e and not e.isdigit())[:20])}."
+    )
+
+
+def _check_name(model: nn.Module, adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name:
+        raise SmidgenError(f"An adapter's name is a word without dots, got {adapter_name!r}.")
+    if adapter_name in names(model):
+        raise SmidgenError(f"The model already carries an adapter named {adapter_name!r}; choose another adapter_name.")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SmidgenError: the model carries no such adapter.
+    """
+    layers = adapted_layers(model, adapter_name)
+    if not layers:
+        raise SmidgenError(f"The model carries no adapter {adapter_name!r}.{did_you_mean(adapter_name, names(model))}")
+    own: SmidgenConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
+    stamp(own, layers, adapter_name)
+    tensors = packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
+    tensors |= _saved_modules(model, adapter_name)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        inference, own.inference_mode = own.inference_mode, True
+        own.save_pretrained(str(scratch))
+        own.inference_mode = inference
+        save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / SAFETENSORS_WEIGHTS_NAME)
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(scratch / name, folder / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    if not getattr(model.peft_config[adapter_name], "modules_to_save", None):  # type: ignore[index]
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {k: v.detach().cpu() for k, v in state.items() if not packing.is_packed(k)}
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
+    """Loads an adapter folder into a model and makes it active. Everything is checked first; on any error the model is
+    left as it was.
+
+    Args:
+        model: the base model (any torch module, or one that already carries adapters).
+        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter_name: any name; need not be the one it was saved under.
+
+    Raises:
+        AdapterFileError: a missing, truncated, hostile or ill-fitting file, NaN included.
+        BaseLockError: another base model.
+        TargetError: the base lacks the target modules.
+    """
+    _check_name(model, adapter_name)
+    own = read_smidgen_config(path)
+    tensors = read_tensors(path)
+    unpacked, saved = _fit(model, own, tensors, str(path))
+    _inject(model, own, adapter_name)
+    for name, layer in adapted_layers(model, adapter_name).items():
+        layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
+        layer.slot(adapter_name)
+    if saved:
+        from peft import set_peft_model_state_dict
+
+        packed = packing.pack(
+            {n: stored_tensors(la, adapter_name) for n, la in adapted_layers(model, adapter_name).items()}
+        )
+        try:
+            set_peft_model_state_dict(model, packed | saved, adapter_name=adapter_name)
+        except KeyError as error:
+            remove(model, adapter_name)
+            raise AdapterFileError(f"{path}: modules_to_save lack {error}; restore the file.") from error
+    return model
+
+
+def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
+    """The config of an adapter folder.
+
+    Raises:
+        AdapterFileError: no folder, no config, or another kind of adapter.
+    """
+    data = read_config(path)
+    kind = data.get("peft_type")
+    if kind != PEFT_TYPE_NAME:
+        raise AdapterFileError(
+            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; load it with peft.PeftModel.from_pretrained."
+        )
+    known = set(SmidgenConfig.__dataclass_fields__)
+    unknown = sorted(set(data) - known)
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise AdapterFileError(f"{path}: adapter_config.json has unknown keys {unknown}.{hint}")
+    fields = {k: v for k, v in data.items() if k not in ("peft_type", "auto_mapping")}
+    try:
+        return SmidgenConfig(**fields)
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
+
+
+def _fit(
+    model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Checks a file against a model without touching it: (tensors by target, modules_to_save)."""
+    chosen = matched_layers(None, own, model)
+    if own.base_lock:
+        base_lock.check_lock(own.base_lock, base_matrices(chosen)).raise_if_other()
+    layout = {name: make_slot(own, layer, name).layout() for name, layer in chosen.items()}
+    packed = {k: v for k, v in tensors.items() if packing.is_packed(k)}
+    rest = {k: v for k, v in tensors.items() if k not in packed}
+    if rest and not own.modules_to_save:
+        packed |= rest  # nothing else belongs in the file: reported as unexpected
+    unpacked = packing.unpack(packed, layout, where)
+    for name, value in rest.items():
+        packing.check_tensor(name, value, tuple(value.shape), value.dtype, where)
+    return unpacked, rest
+
+
+# ---- what a model carries --------------------------------------------------------------------------------------------
+
+
+def names(model: nn.Module) -> list[str]:
+    """Names of the adapters a model carries, peft's other methods included."""
+    return list(getattr(model, "peft_config", None) or {})
+
+
+def trained_numbers(model: nn.Module, adapter_name: str | None = None) -> int:
+    """Trained numbers of a model's adapter(s), heads in modules_to_save not included."""
+    slots = (
+        slot
+        for layer in adapted_layers(model, adapter_name).values()
+        for name, slot in layer.smidgen_slots.items()
+        if adapter_name in (None, name)
+    )
+    return sum(p.numel() for slot in slots for p in slot.parameters())
+
+
+def set_active(model: nn.Module, adapter_names: str | list[str]) -> None:
+    """Makes adapters active, several at once if a list is given: their deltas add."""
+    wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for layer in adapted_layers(model).values():
+        layer.set_adapter(wanted)
+
+
+def set_strength(model: nn.Module, strength: float | dict[str, float]) -> None:
+    """Sets the strength of all adapters, or of each by name; 0 is the base model, the delta is linear in it."""
+    known = {name for layer in adapted_layers(model).values() for name in layer.smidgen_slots}
+    wanted = dict.fromkeys(known, float(strength)) if isinstance(strength, (int, float)) else strength
+    for name in set(wanted) - known:
+        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, known)}")
+    for layer in adapted_layers(model).values():
+        for name, value in wanted.items():
+            layer.set_scale(name, value)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within: exactly the base model, also when nested or after merging."""
+    layers = adapted_layers(model).values()
+    before = [
+        (layer, layer.disable_adapters, list(layer.merged_adapters), list(layer.active_adapters)) for layer in layers
+    ]
+    grads = [(p, p.requires_grad) for layer in layers for p in layer.smidgen_slots.parameters()]
+    try:
+        for layer, _, merged, _ in before:
+            if merged:
+                layer.unmerge()
+            layer.enable_adapters(False)
+        yield model
+    finally:
+        for layer, was_off, merged, active in before:
+            if not was_off:
+                layer._disable_adapters = False
+                layer._active_adapter = active
+            if merged:
+                layer.merge(adapter_names=merged)
+        for parameter, flag in grads:
+            parameter.requires_grad_(flag)
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups: residuals, transforms (0.3 x lr unless given; TLoRA sheet, section 6.5) and the rest that trains.
+
+    Decay is safe on every member: all trained numbers are differences from the start, except LoRA's and the ring's cores.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"residual": [], "transform": [], "other": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            last = name.rpartition(".")[2]
+            kind = last.partition("_")[0] if ".smidgen_slots." in name else "other"
+            groups[kind].append(p)
+    rates = {"residual": lr, "transform": 0.3 * lr if transform_lr is None else transform_lr, "other": lr}
+    return [
+        {"name": kind, "params": params, "lr": rates[kind], "weight_decay": weight_decay}
+        for kind, params in groups.items()
+        if params
+    ]
+
+
+def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module:
+    """Merges adapters into the base weights and takes the adapted layers away, in place; refuses when rounding to the
+    weights' dtype would lose more than half of an update, before anything is changed."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        wanted = [n for n in (adapter_names or layer.active_adapters) if n in layer.smidgen_slots]
+        if wanted:
+            merged, error = layer.merged_weight(wanted)
+            if error > 0.5 or not bool(torch.isfinite(merged).all()):
+                raise SmidgenError(
+                    f"Merging {wanted} at {name!r} would lose {error:.0%} of the update to rounding in {merged.dtype}; "
+                    "cast the base to float32 first, or keep the adapter unmerged."
+                )
+    for layer in layers.values():
+        layer.merge(adapter_names=adapter_names)
+        layer._kept = None
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, type(next(iter(layers.values())))):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
+    if "peft_config" in model.__dict__:
+        del model.peft_config
+    return model
+
+
+__all__ = [
+    "adapt",
+    "default_targets",
+    "disabled",
+    "load",
+    "merge",
+    "names",
+    "parameter_groups",
+    "read_smidgen_config",
+    "save",
+    "set_active",
+    "set_strength",
+    "trained_numbers",
+]

@@ -1,0 +1,97 @@
+"""Adapters as files: many small tensors packed into one tensor a name, so that a header costs bytes, not kilobytes.
+
+A safetensors header spends about 160 bytes on each tensor; an adapter of 128 layers with 32 numbers each would be more
+header than numbers. All tensors that share a name ("residual_delta") are therefore flattened and laid end to end in
+the order of the sorted target names, which the config lists. Nothing else is in the file but modules_to_save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from smidgen.errors import AdapterFileError, did_you_mean
+
+Layout = Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]]  # target -> tensor name -> (shape, dtype)
+_PREFIXES = ("transform_", "residual_")
+
+
+def is_packed(key: str) -> bool:
+    """Whether a key of an adapter file belongs to the packed tensors (and not to modules_to_save)."""
+    return "." not in key and key.startswith(_PREFIXES)
+
+
+def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """target -> name -> tensor, laid end to end: name -> one flat tensor.
+
+    Example:
+        >>> pack({"b": {"residual_delta": torch.ones(2)}, "a": {"residual_delta": torch.zeros(1)}})
+        {'residual_delta': tensor([0., 1., 1.])}
+    """
+    names = sorted({name for own in tensors.values() for name in own})
+    return {
+        name: torch.cat([tensors[t][name].detach().flatten().cpu() for t in sorted(tensors) if name in tensors[t]])
+        for name in names
+    }
+
+
+def unpack(
+    packed: Mapping[str, Tensor], layout: Layout, where: str = "the adapter file"
+) -> dict[str, dict[str, Tensor]]:
+    """Inverse of :func:`pack` for a known layout.
+
+    Raises:
+        AdapterFileError: missing, extra, wrongly sized, wrongly typed or non-finite tensors, by name.
+    """
+    expected: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for own in layout.values():
+        for name, (shape, dtype) in own.items():
+            expected[name] = expected.get(name, 0) + prod(shape)
+            dtypes[name] = dtype
+    _check_names(packed, expected, where)
+    for name, numel in expected.items():
+        check_tensor(name, packed[name], (numel,), dtypes[name], where)
+    out: dict[str, dict[str, Tensor]] = {}
+    at = dict.fromkeys(expected, 0)
+    for target in sorted(layout):
+        out[target] = {}
+        for name, (shape, _) in layout[target].items():
+            n = prod(shape)
+            out[target][name] = packed[name][at[name] : at[name] + n].reshape(shape)
+            at[name] += n
+    return out
+
+
+def _check_names(packed: Mapping[str, Tensor], expected: Mapping[str, int], where: str) -> None:
+    missing, extra = sorted(set(expected) - set(packed)), sorted(set(packed) - set(expected))
+    if missing or extra:
+        hints = "".join(did_you_mean(name, extra) for name in missing[:1])
+        raise AdapterFileError(
+            f"{where} does not hold the tensors its config calls for: missing {missing or 'none'}, "
+            f"unexpected {extra or 'none'}.{hints} The file and adapter_config.json must be from one save."
+        )
+
+
+def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
+    """Shape, kind of number and finiteness of one stored tensor.
+
+    Raises:
+        AdapterFileError: naming the tensor, what was found and what would fit.
+    """
+    if tuple(value.shape) != shape:
+        raise AdapterFileError(
+            f"{where}: tensor {name!r} has shape {tuple(value.shape)}, this base model and config call for {shape}. "
+            "The base has other layers or widths than the one the adapter was made for, or the file was changed."
+        )
+    if value.dtype.is_floating_point != dtype.is_floating_point:
+        raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}, expected {dtype}.")
+    if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise AdapterFileError(
+            f"{where}: tensor {name!r} holds {bad} NaN or infinite numbers of {value.numel()}. "
+            "The training run diverged or the file is damaged; use an earlier checkpoint."
+        )

@@ -1,0 +1,143 @@
+"""What a member is: one trained part of an adapter, written as pure functions over named tensors.
+
+Every method of this library is the sentence ``W' = W T + D``. A *transform* is a member that gives T, a *residual* one
+that gives D. A member knows the geometry of one matrix and its options; it holds no tensors. The engine (``tuner/``)
+holds them, with or without a leading axis [adapters, ...], and gives every member merging, several adapters, files,
+banks and the table of laws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smidgen.errors import ConfigError, did_you_mean
+
+Tensors = Mapping[str, Tensor]
+
+
+class Member(ABC):
+    """One trained part of an adapter at one matrix.
+
+    Subclasses set ``name`` (the word used in configs) and take their options as keyword arguments after the geometry.
+    """
+
+    name: ClassVar[str]
+    decomposes: ClassVar[bool] = False  # frozen factors follow from the base weight
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Trained numbers: name -> shape."""
+
+    def start(self, seed: str) -> dict[str, Tensor]:
+        """Trained numbers at the start (fp32), where the adapter is exactly the identity. Zeros unless overridden.
+
+        Args:
+            seed: text that names the adapter's seed and target; see :func:`stable_noise`.
+        """
+        return {name: torch.zeros(shape) for name, shape in self.shapes().items()}
+
+    def constants(self, seed: str) -> dict[str, Tensor]:
+        """Frozen numbers that follow from geometry, options and seed alone: rebuilt at load, never stored."""
+        return {}
+
+    def pins(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Small frozen tensors that *are* stored, because they pin the factors down: name -> (shape, dtype)."""
+        return {}
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Frozen factors that follow from the base weight: name -> shape."""
+        return {}
+
+    def decompose(self, weight: Tensor, pins: Tensors | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Factors and pins of a base weight [rows, cols] (fp32); follows ``pins`` when they are given."""
+        return {}, {}
+
+    def count(self) -> int:
+        """Trained numbers."""
+        return sum(prod(shape) for shape in self.shapes().values())
+
+
+class Transform(Member):
+    """T of ``W' = W T + D``: a full-rank map of the input space, the identity at the start."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    @abstractmethod
+    def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """T x over the last axis: [..., width] -> [..., width]; bit for bit x at the start."""
+
+    def matrix(self, tensors: Tensors) -> Tensor:
+        """T as a dense matrix [width, width]."""
+        like = next(iter(tensors.values()))
+        return self.apply(torch.eye(self.width, dtype=like.dtype, device=like.device), tensors).mT
+
+
+class Factors(NamedTuple):
+    """A residual as a product: D = up @ diag(diagonal) @ down, with up [rows, k], diagonal [k] or None, down [k, cols]."""
+
+    up: Tensor
+    diagonal: Tensor | None
+    down: Tensor
+
+    def dense(self) -> Tensor:
+        """D [rows, cols]."""
+        up = self.up if self.diagonal is None else self.up * self.diagonal
+        return up @ self.down
+
+
+class Residual(Member):
+    """D of ``W' = W T + D``: an additive update, zero at the start."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        self.rows, self.cols = rows, cols
+
+    @abstractmethod
+    def factors(self, tensors: Tensors) -> Factors:
+        """D as a product of factors; ``tensors`` holds trained numbers, pins, constants and frozen factors by name."""
+
+
+def scale_of(alpha: float | None, rank: int, scaling: str) -> float:
+    """The factor s in front of a residual: 1 without alpha, else alpha/r (``plain``) or alpha/sqrt(r) (``rslora``)."""
+    if scaling not in ("plain", "rslora"):
+        raise ConfigError(f"scaling must be 'plain' (alpha/r) or 'rslora' (alpha/sqrt(r)), got {scaling!r}.")
+    if alpha is None:
+        return 1.0
+    return alpha / rank if scaling == "plain" else alpha / rank**0.5
+
+
+def stable_noise(seed: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """Nearly Gaussian fp32 noise that is the same, bit for bit, on every machine and version.
+
+    torch's and numpy's generators may change between releases and devices; start values that are *not* stored must
+    not. Twelve uniforms from BLAKE2b in counter mode are summed (Irwin-Hall), which takes exact arithmetic only.
+
+    Args:
+        seed: any text; different texts give independent noise.
+        shape: shape of the result.
+        std: standard deviation.
+    """
+    n = prod(shape)
+    blocks = (n * 12 * 2 + 63) // 64
+    key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
+    raw = b"".join(hashlib.blake2b(i.to_bytes(8, "little"), key=key).digest() for i in range(blocks))
+    uniform = np.frombuffer(raw, dtype="<u2")[: n * 12].astype(np.int64).reshape(n, 12)
+    unit = (uniform.sum(axis=1) - 6 * 65535) / 65535.0  # variance 1
+    return torch.from_numpy((unit * std).astype(np.float32)).reshape(shape)
+
+
+def build(registry: Mapping[str, type], kind: str, name: str, *geometry: int, **options: Any) -> Any:
+    """The member ``name`` of a registry at one geometry, or a :class:`ConfigError` that lists what exists."""
+    if name not in registry:
+        raise ConfigError(
+            f"Unknown {kind} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}."
+        )
+    return registry[name](*geometry, **options)

@@ -1,0 +1,41 @@
+"""Low-rank residual (LoRA): D = s B A, A [r, cols] Kaiming-uniform, B [rows, r] zero.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685). s = alpha/r, or alpha/sqrt(r) with ``scaling="rslora"``; 1 without alpha.
+Trained: A and B. Count: r (rows + cols).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise
+from smidgen.errors import ConfigError
+
+
+class LowRank(Residual):
+    """D = s B A.
+
+    Args:
+        rows, cols: shape of the matrix.
+        r: rank >= 1; not clamped, as in LoRA.
+        alpha, scaling: see :func:`smidgen.adapters.member.scale_of`.
+    """
+
+    name = "low_rank"
+
+    def __init__(self, rows: int, cols: int, r: int = 8, alpha: float | None = None, scaling: str = "plain") -> None:
+        super().__init__(rows, cols)
+        if not isinstance(r, int) or r < 1:
+            raise ConfigError(f"r of a low-rank residual must be a whole number of at least 1, got {r!r}.")
+        self.r, self.scale = r, scale_of(alpha, r, scaling)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"a": (self.r, self.cols), "b": (self.rows, self.r)}
+
+    def start(self, seed: str) -> dict[str, Tensor]:
+        a = stable_noise(f"{seed}/a", (self.r, self.cols), (3 * self.cols) ** -0.5)
+        return {"a": a, "b": torch.zeros(self.rows, self.r)}
+
+    def factors(self, tensors: Tensors) -> Factors:
+        return Factors(tensors["b"] * self.scale if self.scale != 1 else tensors["b"], None, tensors["a"])

@@ -1,0 +1,56 @@
+"""Triangular residual (LoLDU): D = P L_r diag(delta) U_r, factors of the base weight's LDU decomposition, frozen.
+
+LoLDU (arXiv 2410.13618): W = P L D U with partial pivoting; the first r diagonal entries train. delta = z - z0 from
+zero is the same function for every identity-preserving start of the paper. Trained: delta [r]. Count: min(r, rows,
+cols). Stored besides: the first r pivot rows, 2 bytes each (4 above 65,535 rows); with them the factors survive a
+re-cast base, without them a bf16 copy gives unrelated ones (sheet, section 6.1).
+``atoms="unit"`` (default) gives every direction norm one, so one learning rate suits all; ``"raw"`` is the paper's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smidgen.adapters.linalg.cache import cached
+from smidgen.adapters.linalg.ldu import ldu, raw_atoms, unit_atoms
+from smidgen.adapters.member import Tensors
+from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
+from smidgen.errors import ConfigError
+
+
+class Triangular(DiagonalInBasis):
+    """D = P L_r diag(delta) U_r."""
+
+    name = "triangular"
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        r: int | str = 64,
+        alpha: float | None = None,
+        scaling: str = "plain",
+        atoms: str = "unit",
+    ) -> None:
+        super().__init__(rows, cols, r, alpha, scaling)
+        if atoms not in ("unit", "raw"):
+            raise ConfigError(f"atoms of a triangular residual are 'unit' or 'raw', got {atoms!r}.")
+        self.atoms = atoms
+
+    def pins(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"pivots": ((self.r,), torch.uint16 if self.rows <= 65_536 else torch.int32)}
+
+    def decompose(self, weight: Tensor, pins: Tensors | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        given = None if pins is None else pins["pivots"].to(torch.int64)
+        dtype = self.pins()["pivots"][1]
+
+        def compute() -> dict[str, Tensor]:
+            f = ldu(weight, self.r, given)
+            up, down = unit_atoms(f) if self.atoms == "unit" else raw_atoms(f)
+            return {"up": up.float(), "down": down.float(), "pivots": f.pivots.to(torch.int32)}
+
+        key = ("ldu", self.r, self.atoms, None if given is None else tuple(given.tolist()))
+        found = dict(cached(key, weight, compute))
+        pivots = found.pop("pivots").to(dtype)
+        return found, {"pivots": pivots}

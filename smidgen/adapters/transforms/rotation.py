@@ -1,0 +1,58 @@
+"""Block-diagonal rotation (OFT): T = diag(R_1, ..., R_n), each R_k orthogonal through Cayley's map.
+
+    R = (I - Q)^-1 (I + Q) = I + 2 (I - Q)^-1 Q,   Q = -Q^T
+
+Orthogonal finetuning (Qiu et al. 2023, arXiv 2306.07280) on the input side. Trained: the strictly lower triangles of
+the Q_k, [blocks, b(b-1)/2] with b = width / blocks. Count: blocks * b(b-1)/2. The paper's published counts rotate the
+output side (b = out/blocks), which no form ``W T`` can express.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smidgen.adapters.member import Tensors, Transform
+from smidgen.errors import ConfigError
+
+
+class Rotation(Transform):
+    """T = block-diagonal rotation.
+
+    Args:
+        width: input features.
+        blocks: number of blocks; must divide the width. Without it blocks have ``block_size`` features.
+        block_size: features of a block; the largest divisor of the width not above it is taken.
+    """
+
+    name = "rotation"
+
+    def __init__(self, width: int, blocks: int | None = None, block_size: int = 32) -> None:
+        super().__init__(width)
+        if blocks is None:
+            if block_size < 2:
+                raise ConfigError(f"block_size must be at least 2, got {block_size}.")
+            blocks = width // next(b for b in range(min(block_size, width), 0, -1) if width % b == 0)
+        if blocks < 1 or width % blocks:
+            near = [b for b in range(1, width + 1) if width % b == 0]
+            best = sorted(near, key=lambda b: abs(b - blocks))[:3]
+            raise ConfigError(f"blocks must divide the width {width}, got {blocks}; {sorted(best)} would work.")
+        self.blocks, self.block = blocks, width // blocks
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"q": (self.blocks, self.block * (self.block - 1) // 2)}
+
+    def excess(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """R - I, [blocks, b, b]: exactly zero at the start. Solved in fp32 or better."""
+        q = tensors["q"]
+        rows, cols = torch.tril_indices(self.block, self.block, offset=-1, device=q.device)
+        flat = q.new_zeros(*q.shape[:-1], self.block * self.block)
+        lower = flat.index_copy(-1, rows * self.block + cols, q).unflatten(-1, (self.block, self.block))
+        skew = lower - lower.mT
+        eye = torch.eye(self.block, dtype=q.dtype, device=q.device)
+        return 2 * torch.linalg.solve(eye - skew, skew).to(dtype)
+
+    def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
+        excess = self.excess(tensors, x.dtype)
+        pieces = x.unflatten(-1, (self.blocks, self.block))
+        return x + torch.einsum("...kj,kij->...ki", pieces, excess).flatten(-2)

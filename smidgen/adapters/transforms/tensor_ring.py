@@ -1,0 +1,91 @@
+"""Tensor-ring matrix transform (TLoRA): T[(i..),(j..)] = trace(A^1[i1,j1] ... A^D[iD,jD]).
+
+TLoRA (Tao et al. 2025, arXiv 2501.08727), eq. for the TRM; index order C as in the released code (core 0 slowest, as
+``torch.kron``). Rank 1 is the Kronecker product A^1 x ... x A^D. Trained: E^d = A^d - A^d_start, [R, R, I_d, I_d], so
+that weight decay pulls T to the identity. Count: R^2 * sum I_d^2.
+
+``init="triangular"`` (default above rank 1) breaks the symmetry that keeps the paper's start, A^d[r,r'] = I/R, at bond
+rank one for ever (``init="paper"``, kept for parity). Both give T = I; triangular exactly, bit for bit.
+Widths with large prime factors are padded: T acts on the padded space, restricted to the real features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from smidgen.adapters.linalg.shapes import factorize, smooth_width
+from smidgen.adapters.linalg.tensor_ring import ring_matrix
+from smidgen.adapters.member import Tensors, Transform, stable_noise
+from smidgen.errors import ConfigError
+
+
+class TensorRingTransform(Transform):
+    """T = tensor-ring matrix.
+
+    Args:
+        width: input features.
+        rank: ring rank R >= 1.
+        init: "triangular" or "paper".
+        order: number of cores D.
+        mode_shape: factors (I_1, ..., I_D) of the width; found when not given.
+    """
+
+    name = "tensor_ring"
+
+    def __init__(
+        self, width: int, rank: int = 1, init: str = "triangular", order: int = 3, mode_shape: list[int] | None = None
+    ) -> None:
+        super().__init__(width)
+        if not isinstance(rank, int) or rank < 1:
+            raise ConfigError(f"transform_rank must be a whole number of at least 1, got {rank!r}.")
+        if init not in ("triangular", "paper"):
+            raise ConfigError(f"init of a tensor-ring transform is 'triangular' or 'paper', got {init!r}.")
+        self.rank, self.init = rank, init
+        self.padded = smooth_width(width, order)
+        self.modes = tuple(mode_shape) if mode_shape else factorize(self.padded, order)
+        if mode_shape:
+            self.padded = int(torch.tensor(self.modes).prod())
+            if self.padded < width:
+                raise ConfigError(f"mode_shape {list(self.modes)} spans {self.padded} features, the width is {width}.")
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {f"e{d}": (self.rank, self.rank, n, n) for d, n in enumerate(self.modes)}
+
+    def constants(self, seed: str) -> dict[str, Tensor]:
+        return {f"start{d}": self._start_core(d, n, seed) for d, n in enumerate(self.modes)}
+
+    def _start_core(self, d: int, n: int, seed: str) -> Tensor:
+        R, eye = self.rank, torch.eye(n)
+        if R == 1 or self.init == "paper":
+            return (eye / R).expand(R, R, n, n).clone()
+        core = torch.zeros(R, R, n, n)
+        core[0, 0] = eye
+        core[0, 1:] = stable_noise(f"{seed}/core{d}/row", (R - 1, n, n), 0.5 / n**0.5)
+        if d > 0:
+            core[1:, 1:] = stable_noise(f"{seed}/core{d}/rest", (R - 1, R - 1, n, n), (n * (R - 1)) ** -0.5)
+        return core
+
+    def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
+        padded = F.pad(x, (0, self.padded - self.width)) if self.padded != self.width else x
+        if self.rank == 1:
+            excess = [tensors[f"e{d}"].to(x.dtype) for d in range(len(self.modes))]
+            y = kronecker_apply(excess, padded)
+        else:
+            y = padded + padded @ self.excess(tensors).to(x.dtype).mT
+        return y[..., : self.width]
+
+    def excess(self, tensors: Tensors) -> Tensor:
+        """T - I as a dense matrix in the trained dtype; exactly zero at the start, whatever the ring rank."""
+        start = [tensors[f"start{d}"] for d in range(len(self.modes))]
+        return ring_matrix([s + tensors[f"e{d}"] for d, s in enumerate(start)]) - ring_matrix(start)
+
+
+def kronecker_apply(excess: list[Tensor], x: Tensor) -> Tensor:
+    """((I + E_1) x ... x (I + E_D)) x with cores E_d [1, 1, I_d, I_d]; adds onto x, so small E survive bf16."""
+    modes = [e.shape[-1] for e in excess]
+    y = x.unflatten(-1, modes)
+    for d, e in enumerate(excess):
+        y = y + torch.einsum("ij,...j->...i", e[0, 0], y.movedim(d - len(modes), -1)).movedim(-1, d - len(modes))
+    return y.flatten(-len(modes))

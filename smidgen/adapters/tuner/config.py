@@ -1,0 +1,173 @@
+"""The adapter's config: what ``adapter_config.json`` holds and what :func:`smidgen.config` builds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+
+from smidgen import errors
+from smidgen.adapters import methods
+
+PEFT_TYPE_NAME = "SMIDGEN"
+
+
+@dataclass
+class SmidgenConfig(PeftConfig):
+    """Config of one adapter, an ordinary :class:`peft.PeftConfig`.
+
+    Args:
+        method: name of the pair, for people; ``transform`` and ``residual`` decide.
+        transform, residual: names of the members; at least one.
+        r: rank of the residual (a whole number, "full" or, for spectral, "energy:0.99").
+        transform_options, residual_options: the members' own options.
+        rank_pattern: r by target module (a name or the end of one), as in peft's LoRA.
+        seed: seed of the start values; they depend on nothing else than it and the target's name.
+        target_modules: names or ends of names, one regular expression, or "all-linear".
+        exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
+        store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
+        base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
+        canary: fingerprint of the adapter's effect, written at save; re-checked by :func:`smidgen.verify`.
+    """
+
+    method: str | None = None
+    transform: str | None = None
+    residual: str | None = None
+    r: int | str | None = None
+    transform_options: dict[str, Any] = field(default_factory=dict)
+    residual_options: dict[str, Any] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    store_factors: bool = False
+    base_lock: dict[str, Any] | None = None
+    canary: dict[str, Any] | None = None
+    bias: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE  # type: ignore[assignment]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if not self.transform and not self.residual:
+            raise errors.ConfigError("An adapter needs a transform, a residual or both; the config names neither.")
+        for kind, name, options in (
+            ("transform", self.transform, self.transform_options),
+            ("residual", self.residual, self.residual_options),
+        ):
+            known = methods.member_options(kind, name) if name else {}
+            for option in options:
+                if option not in known:
+                    raise errors.ConfigError(
+                        f"{kind} {name!r} has no option {option!r}.{errors.did_you_mean(option, known)}"
+                        f" Known: {', '.join(known) or 'none'}."
+                    )
+        if self.bias != "none":
+            raise errors.ConfigError(
+                f"bias must be 'none', got {self.bias!r}; list a module in modules_to_save instead."
+            )
+
+    def label(self) -> str:
+        """Short text for tables, e.g. ``"svfit r=64"``."""
+        parts = [self.method or f"{self.transform or 'none'}+{self.residual or 'none'}"]
+        parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
+        parts += [f"r={self.r}"] if self.r is not None else []
+        return " ".join(parts)
+
+
+class _PeftTypeName(str):
+    """A str that also answers ``.value`` and ``.name`` as the members of peft's own enum do."""
+
+    value = property(lambda self: str(self))
+    name = property(lambda self: str(self))
+
+
+PEFT_TYPE = _PeftTypeName(PEFT_TYPE_NAME)
+
+_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "store_factors",
+    "seed",
+    "task_type",
+    "inference_mode",
+    "base_model_name_or_path",
+)
+
+
+def config(method: str | None = None, **options: Any) -> SmidgenConfig:
+    """Config of an adapter: a method by name, or any transform with any residual.
+
+    Args:
+        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``oft`` (see ``smidgen methods``), the papers'
+            notation such as ``"tlora(2,6)"``, or None when ``transform`` and ``residual`` are named.
+        **options: ``r`` (residual rank; also ``residual_rank``), ``transform_rank``, ``alpha``, ``transform``,
+            ``residual``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
+            :class:`SmidgenConfig`, and the members' own options (``atoms``, ``std``, ``blocks``, ...).
+
+    Returns:
+        A :class:`peft.PeftConfig` for ``peft.get_peft_model``, ``model.add_adapter`` or :func:`smidgen.adapt`.
+
+    Raises:
+        ConfigError: unknown names (with the nearest ones) or values.
+
+    Example:
+        >>> config("svfit", r=64, target_modules=["q_proj", "v_proj"]).residual
+        'spectral'
+        >>> config(transform="rotation", residual="spectral", r=16).label()
+        'rotation+spectral r=16'
+    """
+    fields = {name: options.pop(name) for name in _FIELDS if name in options}
+    if method is None:
+        pair, merged = None, dict(options)
+        transform, residual = merged.pop("transform", None), merged.pop("residual", None)
+        if not transform and not residual:
+            raise errors.ConfigError(
+                f"Give a method ({', '.join(methods.METHODS)}), or name a transform and a residual."
+            )
+    else:
+        pair, spelled = methods.parse_method(method)
+        transform = options.pop("transform", pair.transform)
+        residual = options.pop("residual", pair.residual)
+        merged = _relevant(pair.defaults, transform, residual) | spelled | options
+        _one_rank(merged, spelled | options)
+    own_transform, own_residual = methods.split_options(transform, residual, merged)
+    r = own_residual.pop("r", None)
+    return SmidgenConfig(
+        method=pair.name if pair and (transform, residual) == (pair.transform, pair.residual) else None,
+        transform=transform,
+        residual=residual,
+        r=r,
+        transform_options=own_transform,
+        residual_options=own_residual,
+        **fields,
+    )
+
+
+def _relevant(defaults: Mapping[str, Any], transform: str | None, residual: str | None) -> dict[str, Any]:
+    """Defaults of a method that still mean something after one of its members was replaced."""
+    kept = {}
+    for option, value in defaults.items():
+        try:
+            methods.split_options(transform, residual, {option: value})
+        except errors.ConfigError:
+            continue
+        kept[option] = value
+    return kept
+
+
+def _one_rank(merged: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """``r`` and ``residual_rank`` are two names of one option: what the caller gave wins over a default."""
+    for name, other in (("r", "residual_rank"), ("residual_rank", "r")):
+        if name in given and other not in given:
+            merged.pop(other, None)

@@ -1,0 +1,141 @@
+"""Layer kinds: how a base layer's weight reads as a matrix, and how transforms and residuals reach its activations.
+
+A kind is stateless. ``matrix`` and ``unmatrix`` translate weights; ``input_shift`` and ``output_shift`` are the two
+terms of the shift law, y = base(x + (T - I) x) + D x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smidgen.adapters.member import Factors
+
+Map = Callable[[Tensor], Tensor]
+
+
+class LinearKind:
+    """``nn.Linear`` and everything with its forward: weight [out, in], features last."""
+
+    name = "linear"
+
+    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
+        """(width of the transform, rows, cols, groups) of the layer."""
+        return layer.in_features, layer.out_features, layer.in_features, 1  # type: ignore[return-value]
+
+    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+        """The weight as [rows, cols]."""
+        return weight
+
+    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+        """Inverse of :meth:`matrix`."""
+        return matrix
+
+    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: nn.Module) -> Tensor:
+        """W (T - I) as [rows, cols], given T - I."""
+        return matrix @ excess
+
+    def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
+        """T x: the transform applied over the feature axis of the activations."""
+        return apply(x)
+
+    def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+        """D x from its factors; computed in the dtype of x."""
+        hidden = F.linear(x, factors.down.to(x.dtype))
+        if factors.diagonal is not None:
+            hidden = hidden * factors.diagonal.to(hidden.dtype)
+        return F.linear(hidden, factors.up.to(hidden.dtype))
+
+
+class Conv1DKind(LinearKind):
+    """Hugging Face's ``Conv1D`` (GPT-2): a linear layer whose weight is stored [in, out]."""
+
+    name = "conv1d"
+
+    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
+        width, rows = layer.weight.shape  # type: ignore[misc]
+        return width, rows, width, 1
+
+    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+        return weight.T
+
+    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+        return matrix.T
+
+
+class Conv2dKind:
+    """``nn.Conv2d``, any stride, padding, dilation and groups: weight [out, in/g, kh, kw] read as [out, in/g*kh*kw].
+
+    T acts on the channels of one group, the same T shape in each group with its own numbers [groups, ...]; D is one
+    product for the whole weight: a convolution with ``down`` in every group, then ``up`` at 1 x 1.
+    """
+
+    name = "conv2d"
+
+    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
+        return layer.in_channels // layer.groups, layer.out_channels, prod(layer.weight.shape[1:]), layer.groups  # type: ignore[operator,union-attr,index,return-value]
+
+    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+        return weight.flatten(1)
+
+    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+        return matrix.reshape(layer.weight.shape)  # type: ignore[union-attr,arg-type]
+
+    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: nn.Module) -> Tensor:
+        groups = layer.groups
+        if groups == 1:
+            excess = excess[None]
+        w = matrix.reshape(groups, matrix.shape[0] // groups, excess.shape[-1], -1)  # type: ignore[operator]
+        return torch.einsum("goik,gij->gojk", w, excess).reshape(matrix.shape)
+
+    def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
+        channels_last = x.movedim(-3, -1)
+        if layer.groups == 1:
+            return apply(channels_last).movedim(-1, -3)
+        pieces = channels_last.unflatten(-1, (layer.groups, -1))  # type: ignore[arg-type]
+        return apply(pieces).flatten(-2).movedim(-1, -3)
+
+    def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+        groups, (kh, kw) = layer.groups, layer.kernel_size  # type: ignore[misc]
+        kernel = factors.down.to(x.dtype).reshape(factors.down.shape[0], -1, kh, kw)
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0  # type: ignore[arg-type]
+        batched = x if x.dim() == 4 else x[None]
+        pieces = batched.unflatten(1, (groups, -1)).flatten(0, 1)  # type: ignore[arg-type]
+        hidden = F.conv2d(pieces, kernel, None, layer.stride, padding, layer.dilation)  # type: ignore[arg-type]
+        if factors.diagonal is not None:
+            hidden = hidden * factors.diagonal.to(hidden.dtype)[:, None, None]
+        up = factors.up.to(hidden.dtype).unflatten(0, (groups, -1))  # type: ignore[arg-type]
+        hidden = hidden.unflatten(0, (-1, groups))  # type: ignore[arg-type]
+        y = torch.einsum("ngkhw,gok->ngohw", hidden, up).flatten(1, 2)
+        return y if x.dim() == 4 else y[0]
+
+
+Kind = LinearKind | Conv2dKind
+
+_LINEAR, _CONV1D, _CONV2D = LinearKind(), Conv1DKind(), Conv2dKind()
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of a base layer, None when no kind fits. Subclasses and quantised forms of a class have its kind."""
+    if isinstance(layer, nn.Conv2d):
+        return _CONV2D
+    if isinstance(layer, nn.Linear):
+        return _LINEAR
+    if any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(layer).__mro__):
+        return _CONV1D
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features") and hasattr(layer, "weight"):
+        weight = layer.weight
+        shape = tuple(getattr(weight, "shape", ()))
+        quantised = not getattr(weight, "is_floating_point", lambda: False)()
+        if quantised or shape == (layer.out_features, layer.in_features):
+            return _LINEAR
+    return None
+
+
+KIND_NAMES = ("nn.Linear", "transformers Conv1D", "nn.Conv2d and their subclasses and quantised forms")

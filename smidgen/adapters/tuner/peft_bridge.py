@@ -1,0 +1,392 @@
+"""Sitting on peft: the one file that touches peft's private names.
+
+Holds for peft 0.21.0 to 0.21.2 (``TESTED_PEFT``; tests/adapters/test_peft_bridge.py names the private names used). peft has
+no registry for tuners from outside, so the type is written into its mappings as a namespaced ``str``; adapters then
+work through get_peft_model, PeftModel, transformers' add_adapter and diffusers' add_adapter alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import peft.mapping as peft_mapping
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from smidgen.adapters import methods
+from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.linalg.svd import energy_rank
+from smidgen.adapters.tuner import targets
+from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
+from smidgen.adapters.tuner.kinds import kind_of
+from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
+from smidgen.adapters.tuner.slot import Slot
+from smidgen.errors import AdapterFileError, SmidgenError
+
+logger = logging.getLogger("smidgen")
+
+TESTED_PEFT = ("0.21.0", "0.21.1", "0.21.2")
+PREFIX = "smidgen_"
+_WRAP = "base_model.model."
+
+
+class AdaptedLayer(ShiftLayer, BaseTunerLayer):
+    """A base layer with adapters, as peft knows it: active adapters, merging, strengths, mixed batches."""
+
+    adapter_layer_names = ("smidgen_slots",)
+    other_param_names = ("scaling", "r")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        inner = self.get_base_layer()
+        kind = kind_of(inner)
+        if kind is None:
+            targets.check_layer(type(inner).__name__, inner)
+        assert kind is not None
+        self.quantization_backend = resolve_quantization_backend(inner)
+        self.in_features, self.out_features = kind.geometry(inner)[0], kind.geometry(inner)[1]
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs: dict[str, Any] = {}
+        self.setup(kind, self._read, self.set_base_weight)
+
+    def _read(self) -> Tensor:
+        """The base weight, dequantised if it is quantised."""
+        weight = self.get_base_weight()
+        if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+            dequantise = getattr(weight, "dequantize", None)
+            if dequantise is None:
+                raise SmidgenError(f"Cannot read the {weight.dtype} weight of a {type(self.base_layer).__name__}.")
+            weight = dequantise()
+        return weight
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.bank_rows is not None and not self.disable_adapters:
+            return self.banked(x, self.bank_rows, *args, **kwargs)
+        if adapter_names is not None:
+            self._check_mixed(x, adapter_names)
+            return self.mixed(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self.shifted(x, self.active_adapters, *args, **kwargs)
+
+    def _check_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds deltas to the base weight in fp32, rounds once, keeps the original bits for :meth:`unmerge`.
+
+        Warns when rounding to the weight's dtype loses more than 20 % of the update; with ``safe_merge`` refuses above
+        50 % and for non-finite results.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.smidgen_slots]
+        if not names:
+            return
+        merged, error = self.merged_weight([*self.merged_adapters, *names])
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if error > MERGE_WARN:
+            text = (
+                f"Merging {', '.join(names)} into a {merged.dtype} weight loses {error:.0%} of the update to rounding; "
+                "keep the adapter unmerged or merge into fp32 weights."
+            )
+            if safe_merge and error > MERGE_REFUSE:
+                raise SmidgenError(text)
+            logger.warning(text)
+        self.keep()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the original bits of the base weight back."""
+        self.restore()
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of an adapter in the base weight's layout and dtype of the trained numbers, strength included."""
+        return self.delta_weight(adapter)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        slot = self.smidgen_slots[adapter_name] if adapter_name in self.smidgen_slots else None
+        return isinstance(slot, Slot) and slot.transform is None and isinstance(self.get_base_layer(), nn.Linear)
+
+    # ---- strengths, as diffusers calls them ------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the strength of an adapter; the whole delta, transform included, is linear in it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters, or puts it back to one."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    def __repr__(self) -> str:
+        return "smidgen." + super().__repr__()
+
+
+class SmidgenModel(BaseTuner):
+    """The tuner: puts any adapter of this library into a model. One tuner for all methods, so methods mix."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdaptedLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ---- injection -------------------------------------------------------------------------------------------------
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """All checks, before anything of the model is touched."""
+        assert isinstance(peft_config, SmidgenConfig)
+        chosen = matched_layers(self, peft_config, model)
+        for name, layer in chosen.items():
+            targets.check_layer(name, layer)
+        if peft_config.base_lock:
+            base_lock.check_lock(peft_config.base_lock, base_matrices(chosen)).raise_if_other()
+        _resolve_energy(peft_config, chosen)
+
+    def _create_and_replace(  # type: ignore[no-untyped-def]
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
+    ) -> None:
+        layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
+        layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.smidgen_slots[adapter_name].float()
+        if adapter_name not in self.active_adapters:
+            layer.smidgen_slots[adapter_name].requires_grad_(False)
+        if layer is target:
+            layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        else:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
+        return _mixed_batch_hooks(self, kwargs.pop("adapter_names", None))
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
+        layers = adapted_layers(model, adapter_name)
+        stamp(config, layers, adapter_name)
+        return packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key if packing.is_packed(key) else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):  # type: ignore[no-untyped-def]
+        packed = {k: v for k, v in state_dict.items() if packing.is_packed(k)}
+        rest = {k: v for k, v in state_dict.items() if k not in packed}
+        layers = adapted_layers(model, adapter_name)
+        layout = {name: layer.smidgen_slots[adapter_name].layout() for name, layer in layers.items()}
+        try:
+            unpacked = packing.unpack(packed, layout)
+        except AdapterFileError:
+            remove(model, adapter_name)
+            raise
+        out = dict(rest)
+        for name, key in model_keys(model, adapter_name).items():
+            out |= {f"{key}.smidgen_slots.{adapter_name}.{tensor}": value for tensor, value in unpacked[name].items()}
+        return out
+
+
+# ---- what other rooms of the engine call ---------------------------------------------------------------------------
+
+
+def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Base layers that a config's targets hit in a model, by name, checked for misses.
+
+    Raises:
+        TargetError: an entry matches nothing.
+    """
+    modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
+    inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
+    modules = {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}
+    if isinstance(config.target_modules, str) and config.target_modules == "all-linear":
+        chosen = {n: m for n, m in modules.items() if _is_linear_target(m, n, model)}
+    else:
+        chosen = {n: m for n, m in modules.items() if BaseTuner._check_target_module_exists(config, n)}
+    targets.check_names(config.target_modules, list(modules), list(chosen))
+    return {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in chosen.items()}
+
+
+def _is_linear_target(module: nn.Module, name: str, model: nn.Module) -> bool:
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    kind = kind_of(inner)
+    if kind is None or kind.name == "conv2d":
+        return False
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return inner is not head
+
+
+def make_slot(config: SmidgenConfig, layer: nn.Module, target: str, size: int | None = None) -> Slot:
+    """A fresh slot for a base layer; ``size`` adapters of a bank if given."""
+    kind = kind_of(layer)
+    assert kind is not None
+    width, rows, cols, groups = kind.geometry(layer)
+    options = dict(config.residual_options)
+    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), target), config.r)
+    if r is not None and config.residual:
+        options["r"] = r
+    members = methods.make_members(
+        config.transform, config.residual, config.transform_options, options, width, rows, cols
+    )
+    return Slot(*members, groups, f"{config.seed}/{target}", config.store_factors, size)
+
+
+def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None:
+    """``r="energy:0.99"`` becomes one r a layer in ``rank_pattern``, so that the file fixes it."""
+    if not (isinstance(config.r, str) and config.r.startswith("energy:")):
+        return
+    share = targets.parse_energy(config.r, config.residual)
+    for name, matrix in base_matrices({n: m for n, m in chosen.items() if n not in config.rank_pattern}).items():
+        config.rank_pattern[name] = energy_rank(torch.linalg.svdvals(matrix.float()), share)
+
+
+def base_matrices(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Base weights [rows, cols] of layers (adapted or not) by name."""
+    out = {}
+    for name, layer in layers.items():
+        adapted = layer if isinstance(layer, AdaptedLayer) else AdaptedLayer(layer)
+        out[name] = adapted.base_matrix().detach()
+    return out
+
+
+def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdaptedLayer]:
+    """Adapted layers of a model by target name (peft's wrapping removed), those that carry ``adapter_name`` if given."""
+    return {
+        name.removeprefix(_WRAP): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer) and (adapter_name is None or adapter_name in layer.smidgen_slots)
+    }
+
+
+def model_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Target name -> name of the module in this (possibly wrapped) model."""
+    return {
+        name.removeprefix(_WRAP): name
+        for name, layer in model.named_modules()
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.smidgen_slots
+    }
+
+
+def stored_tensors(layer: AdaptedLayer, adapter_name: str) -> dict[str, Tensor]:
+    """Stored tensors of an adapter at a layer; factors are made first if pins depend on them."""
+    slot = layer.smidgen_slots[adapter_name]
+    assert isinstance(slot, Slot)
+    if any(True for _ in slot.stored().keys() - slot.trained().keys()):
+        slot = layer.slot(adapter_name)
+    return slot.stored()
+
+
+def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+    """Writes base lock and canary into the config of an adapter about to be saved."""
+    from smidgen.adapters.tuner.canary import make_canary
+
+    if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
+        return
+    config.base_lock = base_lock.make_lock({n: layer.base_matrix() for n, layer in layers.items()})
+    config.canary = make_canary(layers, adapter_name)
+
+
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Takes an adapter out; layers that carry no other become their base layer again."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedLayer) and adapter_name in layer.smidgen_slots:
+            if layer.merged:
+                layer.unmerge()
+            layer.delete_adapter(adapter_name)
+            if not layer.smidgen_slots:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], layer.base_layer)
+    configs = getattr(model, "peft_config", None)
+    if isinstance(configs, dict):
+        configs.pop(adapter_name, None)
+        if not configs and "peft_config" in model.__dict__:
+            del model.peft_config
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()) and hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
+
+
+def _mixed_batch_hooks(tuner: nn.Module, adapter_names: Sequence[str] | None):  # type: ignore[no-untyped-def]
+    from contextlib import contextmanager
+    from functools import partial
+
+    @contextmanager
+    def hooks():  # type: ignore[no-untyped-def]
+        if adapter_names is None:
+            yield
+            return
+        if tuner.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in tuner.modules() if isinstance(m, AdaptedLayer)]
+        known = {name for layer in layers for name in layer.smidgen_slots}
+        unknown = {n for n in adapter_names if n != "__base__"} - known
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        def add(_module, args, kwargs, names):  # type: ignore[no-untyped-def]
+            return args, kwargs | {"adapter_names": names}
+
+        handles = [
+            layer.register_forward_pre_hook(partial(add, names=adapter_names), with_kwargs=True) for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return hooks()
+
+
+def register() -> None:
+    """Makes peft know the type; idempotent, no peft object is replaced.
+
+    Raises:
+        SmidgenError: peft's mappings are not where they were in the tested versions.
+    """
+    tables = (
+        ("PEFT_TYPE_TO_CONFIG_MAPPING", SmidgenConfig),
+        ("PEFT_TYPE_TO_TUNER_MAPPING", SmidgenModel),
+        ("PEFT_TYPE_TO_PREFIX_MAPPING", PREFIX),
+    )
+    for table, value in tables:
+        mapping = getattr(peft_mapping, table, None)
+        if not isinstance(mapping, dict):
+            import peft
+
+            raise SmidgenError(
+                f"peft {peft.__version__} has no mapping {table}; smidgen was tested with peft {', '.join(TESTED_PEFT)}."
+            )
+        mapping[PEFT_TYPE] = value

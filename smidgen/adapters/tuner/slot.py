@@ -1,0 +1,160 @@
+"""A slot: the tensors of one adapter at one layer. Members are pure functions; a slot only holds their numbers.
+
+Trained numbers are fp32 parameters, pins are stored buffers, constants and factors are buffers that are rebuilt. Names
+start with ``transform_`` or ``residual_``. Allocation is separate from initialisation: factors are decomposed when
+they are first needed, from the pins if a file brought them, so loading never decomposes for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.adapters.member import Factors, Member, Residual, Tensors, Transform
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+
+
+class Slot(nn.Module):
+    """Tensors of one adapter at one layer.
+
+    Args:
+        transform, residual: the members, either may be None.
+        groups: convolution groups; above one the transform's tensors have a leading axis [groups].
+        seed: text naming the adapter's seed and the target, for the start values.
+        store_factors: keep the frozen factors among the stored tensors.
+        size: number of adapters of a bank; every trained tensor then has a leading axis [size].
+    """
+
+    def __init__(
+        self,
+        transform: Transform | None,
+        residual: Residual | None,
+        groups: int,
+        seed: str,
+        store_factors: bool = False,
+        size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.transform, self.residual, self.groups, self.size = transform, residual, groups, size
+        self.seed, self.store_factors = seed, store_factors
+        self.ready = residual is None or not residual.decomposes
+        for prefix, member in self.members():
+            for name, value in member.start(f"{seed}/{prefix}").items():
+                self.register_parameter(f"{prefix}_{name}", nn.Parameter(self._spread(prefix, value)))
+            for name, value in member.constants(f"{seed}/{prefix}").items():
+                self.register_buffer(f"{prefix}_{name}", value, persistent=False)
+        for name, (shape, dtype) in self._pinned().items():
+            self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
+        self.pinned = False
+        self.held_by: str | None = None
+
+    def members(self) -> Iterable[tuple[str, Member]]:
+        """(prefix, member) of the members that are there."""
+        return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
+
+    def _spread(self, prefix: str, value: Tensor) -> Tensor:
+        if prefix == "transform" and self.groups > 1:
+            value = value.expand(self.groups, *value.shape)
+        if self.size is not None:
+            value = value.expand(self.size, *value.shape)
+        return value.clone()
+
+    def _pinned(self) -> dict[str, Spec]:
+        if self.residual is None:
+            return {}
+        pins = dict(self.residual.pins())
+        if self.store_factors:
+            pins |= {name: (shape, torch.float32) for name, shape in self.residual.factor_shapes().items()}
+        return pins
+
+    # ---- the tensors by name -------------------------------------------------------------------------------------
+
+    def trained(self) -> dict[str, Tensor]:
+        """Trained tensors by full name."""
+        return dict(self.named_parameters())
+
+    def stored(self) -> dict[str, Tensor]:
+        """What a file must hold: trained tensors and pins, by full name."""
+        return self.trained() | {f"residual_{n}": getattr(self, f"residual_{n}") for n in self._pinned()}
+
+    def layout(self) -> dict[str, Spec]:
+        """Full name -> (shape, dtype) of everything stored."""
+        return {name: (tuple(t.shape), t.dtype) for name, t in self.stored().items()}
+
+    def fill(self, tensors: Tensors) -> None:
+        """Takes stored tensors (a whole set, checked by the caller) into the slot."""
+        for name, value in tensors.items():
+            old = getattr(self, name)
+            if isinstance(old, nn.Parameter):
+                value = nn.Parameter(value.to(old.dtype).clone(), requires_grad=old.requires_grad)
+            setattr(self, name, value if isinstance(value, nn.Parameter) else value.to(old.dtype).clone())
+        self.mark_loaded()
+
+    def mark_loaded(self) -> None:
+        """Pins came from a file: factors are rebuilt from them when next needed."""
+        if self.residual is not None and self.residual.decomposes:
+            self.pinned = True
+            self.ready = self.store_factors
+
+    # ---- frozen factors --------------------------------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def prepare(self, weight_matrix: Callable[[], Tensor]) -> None:
+        """Makes the frozen factors, from the pins if a file brought them, else from the base weight alone."""
+        if self.ready:
+            return
+        weight = weight_matrix()
+        assert self.residual is not None
+        pins = {n: getattr(self, f"residual_{n}") for n in self.residual.pins()} if self.pinned else None
+        factors, found = self.residual.decompose(weight.detach().float().contiguous(), pins)
+        device = next(self.parameters()).device
+        for name, value in (factors | found).items():
+            value = value.detach().to(device)
+            if f"residual_{name}" in self._buffers:
+                setattr(self, f"residual_{name}", value)
+            else:
+                self.register_buffer(f"residual_{name}", value, persistent=False)
+        self.ready = self.pinned = True
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if any(f"{prefix}residual_{name}" in state_dict for name in self._pinned()):
+            self.mark_loaded()
+
+    # ---- maths over given tensors (the engine passes its own, or rows of a bank) -----------------------------------
+
+    def tensors(self, prefix: str, trained: Tensors | None = None) -> dict[str, Tensor]:
+        """A member's tensors by its own names; ``trained`` replaces the slot's trained tensors (rows of a bank)."""
+        start = len(prefix) + 1
+        own = {k[start:]: v for k, v in self._buffers.items() if k.startswith(prefix) and v is not None}
+        given = self._parameters if trained is None else trained
+        return own | {k[start:]: v for k, v in given.items() if k.startswith(prefix) and v is not None}
+
+    def transformed(self, x: Tensor, trained: Tensors | None = None) -> Tensor:
+        """T x over features-last activations [..., width], or [..., groups, width] in a grouped convolution."""
+        assert self.transform is not None
+        tensors = self.tensors("transform", trained)
+        if self.groups == 1:
+            return self.transform.apply(x, tensors)
+        names = [n for n in tensors if n in self.transform.shapes()]
+        dims = {n: 0 if n in names else None for n in tensors}
+        return torch.vmap(self.transform.apply, in_dims=(-2, dims), out_dims=-2)(x, tensors)
+
+    def transform_excess(self, trained: Tensors | None = None) -> Tensor:
+        """T - I in the trained dtype: [width, width], or [groups, width, width] in a grouped convolution."""
+        assert self.transform is not None
+        width = self.transform.width
+        some = next(iter(self.tensors("transform", trained).values()))
+        eye = torch.eye(width, dtype=some.dtype, device=some.device)
+        if self.groups == 1:
+            return self.transformed(eye, trained).mT - eye
+        stacked = eye[:, None, :].expand(width, self.groups, width)
+        return self.transformed(stacked, trained).permute(1, 2, 0) - eye
+
+    def factors(self, trained: Tensors | None = None) -> Factors:
+        """The residual's factors."""
+        assert self.residual is not None
+        return self.residual.factors(self.tensors("residual", trained))
