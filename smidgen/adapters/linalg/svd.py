@@ -1,9 +1,9 @@
 """The leading part of a singular value decomposition (SVFit, arXiv 2409.05926: W_r = U_r diag(S_r) V_r^T).
 
 A fixed number of randomised iterations errs by 45-86 % on real transformer weights, whose spectra are flat, and a full
-decomposition takes seconds a matrix. So: subspace iteration with a Chebyshev filter, and an estimate of the error of the
-kept part that decides when to stop (Saad, *Numerical Methods for Large Eigenvalue Problems*, ch. 5 and 7). Where the rank
-is not small, or the estimate does not fall, the decomposition is exact.
+decomposition takes seconds a matrix. So: subspace iteration with a Chebyshev filter, and an estimate of the error of
+the kept part that decides when to stop (Saad, *Numerical Methods for Large Eigenvalue Problems*, ch. 5 and 7). Where
+the rank is not small, or the estimate does not fall, the decomposition is exact.
 """
 
 from collections.abc import Callable
@@ -128,7 +128,7 @@ def _error(values: Tensor, residual: Tensor, r: int) -> float:
 
 
 def _triplets(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Singular triplets of ``a`` within the span of ``basis`` [k, r]; None when the smallest value is lost in rounding."""
+    """Singular triplets of ``a`` within the span of ``basis`` [k, r]; None when rounding eats the smallest."""
     inner = basis.mT @ a
     squares, mix = torch.linalg.eigh(_gram64(inner))
     squares, mix = squares.flip(0).clamp_min(0.0), mix.flip(1).float()
