@@ -1,0 +1,114 @@
+"""The settings of a personalisation: frozen configs, presets, and the one table of default learning rates."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from smidgen.training.fitting import Rates
+from smidgen.training.loop import LoopConfig
+from smidgen.training.pipelines import EMBEDDED
+
+PEFT_LORA = "peft's LoRA"
+
+Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
+
+
+# Tuned on the embedded base (docs/personalize.md says how), and where to start on full-size bases: the papers' values.
+EMBEDDED_RATES = {
+    "tlora": Rates(1e-2, 3e-3),
+    "tlora_star": Rates(5e-3, 2e-3),
+    "svfit": Rates(5e-2, 5e-2),
+    "loldu": Rates(5e-2, 5e-2),
+    "lora": Rates(3e-3, 3e-3),
+    "oft": Rates(3e-3, 3e-3),
+    PEFT_LORA: Rates(3e-3, 3e-3),
+}
+RATES = {
+    "tlora": Rates(2e-4, 1e-4),
+    "tlora_star": Rates(2e-4, 5e-5),
+    "svfit": Rates(5e-2, 5e-2),
+    "loldu": Rates(5e-3, 5e-3),
+    "lora": Rates(1e-4, 1e-4),
+    "oft": Rates(1e-4, 1e-4),
+    PEFT_LORA: Rates(1e-4, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The subject's pictures and what is said about them."""
+
+    folder: Path | None = None
+    instance_prompt: str | None = None  # caption of pictures that have none
+    class_word: str = "person"  # what the subject is one of
+    placeholder_token: str | None = None  # a rare word put before the class word, such as sks
+    class_prompt: str | None = None  # None: the captions themselves, which name no subject
+    with_prior_preservation: bool = False
+    prior_loss_weight: float = 1.0
+    num_class_images: int = 32
+    resolution: int | None = None  # None: the base's own
+    train_batch_size: int = 4
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained. None leaves a choice to the method's own defaults."""
+
+    method: Method = "tlora"
+    rank: int | None = None
+    alpha: float | None = None
+    transform_rank: int | None = None
+    residual_rank: int | None = None
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    learning_rate: float | None = None  # None: the table above
+    transform_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    snr_gamma: float | None = None  # min-SNR weighting; None: off
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is drawn and scored at the end."""
+
+    validation_prompt: tuple[str, ...] = ()  # none: scenes of the judge, or the captions
+    num_prompts: int = 8
+    num_seeds: int = 2
+    inference_steps: int | None = None  # None: as the base's kind needs
+    guidance_scale: float | None = None
+    compare_lora: bool | None = None  # None: when a judge exists for the base
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """One personalisation."""
+
+    data: Data = field(default_factory=Data)
+    adapter: Adapter = field(default_factory=Adapter)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    show: Show = field(default_factory=Show)
+    base: str = "embedded"
+    out: Path = Path("runs/personalize")
+    resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
+    overwrite: bool = False
+    gradient_checkpointing: bool = False
+
+
+PRESETS = {
+    "default": PersonalizeConfig(),
+    "debug": PersonalizeConfig(
+        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
+        show=Show(num_prompts=2, num_seeds=1, inference_steps=2),
+    ),
+    "thorough": PersonalizeConfig(
+        data=Data(with_prior_preservation=True, train_batch_size=8), train=LoopConfig(max_train_steps=600)
+    ),
+}
+
+
+def rates(config: PersonalizeConfig, method: str) -> Rates:
+    """The learning rates of this run: the flags where given, else the tables' for ``method``."""
+    chosen, table = config.adapter, (EMBEDDED_RATES if config.base == EMBEDDED else RATES)[method]
+    if method == PEFT_LORA:
+        return table
+    residual = chosen.learning_rate or table.residual
+    return Rates(residual, chosen.transform_learning_rate or table.transform * residual / table.residual)
