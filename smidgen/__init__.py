@@ -10,6 +10,9 @@ Example:
     4
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from smidgen.adapters.api import (
     adapt,
     default_targets,
@@ -25,6 +28,7 @@ from smidgen.adapters.api import (
 from smidgen.adapters.tuner import peft_bridge as _peft_bridge
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.adapters.tuner.config import SmidgenConfig, config
+from smidgen.adapters.verify import VerifyReport, verify
 from smidgen.errors import (
     AdapterFileError,
     BaseLockError,
@@ -34,6 +38,10 @@ from smidgen.errors import (
     SmidgenError,
     TargetError,
 )
+
+if TYPE_CHECKING:
+    from smidgen.counting import count
+    from smidgen.models.embedded import embedded_base
 
 _peft_bridge.register()
 
@@ -48,10 +56,13 @@ __all__ = [
     "SmidgenConfig",
     "SmidgenError",
     "TargetError",
+    "VerifyReport",
     "adapt",
     "config",
+    "count",
     "default_targets",
     "disabled",
+    "embedded_base",
     "load",
     "merge",
     "parameter_groups",
@@ -59,4 +70,13 @@ __all__ = [
     "set_active",
     "set_strength",
     "trained_numbers",
+    "verify",
 ]
+
+_LATER = {"count": "smidgen.counting", "embedded_base": "smidgen.models.embedded"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'smidgen' has no attribute {name!r}")

@@ -42,7 +42,8 @@ def adapt(
     """Puts a fresh adapter into a model, in place: the output stays bit for bit the base model's until it is trained.
 
     Args:
-        model: any torch module; diffusers and transformers models and ``PeftModel`` keep their class.
+        model: any torch module (diffusers and transformers models and ``PeftModel`` keep their class), or a whole
+            diffusers pipeline, whose UNet or transformer is adapted.
         method_or_config: a method ("svfit"), or a config from :func:`smidgen.config` or peft.
         adapter_name: must be new in this model.
         **options: as in :func:`smidgen.config` when a method is named.
@@ -58,6 +59,9 @@ def adapt(
         >>> trained_numbers(model)
         8
     """
+    if model is not denoiser(model):
+        adapt(denoiser(model), method_or_config, adapter_name, **options)
+        return model
     own = config(method_or_config, **options) if isinstance(method_or_config, str) else method_or_config
     if not isinstance(method_or_config, str) and options:
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
@@ -68,6 +72,19 @@ def adapt(
     for layer in adapted_layers(model, adapter_name).values():
         layer.slot(adapter_name)
     return model
+
+
+def denoiser(model: Any) -> nn.Module:
+    """The module that adapters go on: the model itself, or the UNet or transformer of a diffusers pipeline."""
+    if isinstance(model, nn.Module):
+        return model
+    components = getattr(model, "components", {})
+    for name in ("unet", "transformer"):
+        if isinstance(components.get(name), nn.Module):
+            return components[name]
+    raise SmidgenError(
+        f"Expected a torch module or a diffusers pipeline with a unet or transformer, got a {type(model).__name__}."
+    )
 
 
 def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
@@ -122,6 +139,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     Raises:
         SmidgenError: the model carries no such adapter.
     """
+    model = denoiser(model)
     layers = adapted_layers(model, adapter_name)
     if not layers:
         raise SmidgenError(f"The model carries no adapter {adapter_name!r}.{did_you_mean(adapter_name, names(model))}")
@@ -158,7 +176,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     left as it was.
 
     Args:
-        model: the base model (any torch module, or one that already carries adapters).
+        model: the base model (any torch module, or one that already carries adapters), or a whole diffusers pipeline.
         path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         adapter_name: any name; need not be the one it was saved under.
 
@@ -167,6 +185,9 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         BaseLockError: another base model.
         TargetError: the base lacks the target modules.
     """
+    if model is not denoiser(model):
+        load(denoiser(model), path, adapter_name)
+        return model
     _check_name(model, adapter_name)
     own = read_smidgen_config(path)
     tensors = read_tensors(path)
