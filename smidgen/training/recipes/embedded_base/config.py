@@ -1,0 +1,66 @@
+"""Settings of the recipe: one frozen record, two presets."""
+
+from dataclasses import dataclass, replace
+
+from smidgen.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a training lasts: a number of steps, or wall-clock minutes when `minutes` is set.
+
+    Progress (0 to 1) drives the learning rate, so that a run always ends annealed, however busy the machine was. Runs
+    counted in steps repeat to the bit; runs counted in minutes do not.
+    """
+
+    steps: int = 0
+    minutes: float | None = None
+    batch: int = 32
+    lr: float = 1e-3
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the budget that is spent."""
+        done = step / self.steps if self.minutes is None else seconds / (60 * self.minutes)
+        return min(1.0, done)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole recipe. Widths are channel counts; the latent grid is 8x8."""
+
+    seed: int = 0
+    train_pictures: int = 40_000
+    test_pictures: int = 2_000
+    judge: Budget = Budget(minutes=6, batch=128, lr=2e-3)
+    autoencoder: Budget = Budget(minutes=22, batch=16, lr=2e-3)
+    decoder: Budget = Budget(minutes=30, batch=16, lr=1e-3)
+    diffusion: Budget = Budget(minutes=60, batch=32, lr=1e-3)
+    autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
+    latent_channels: int = 16
+    unet_widths: tuple[int, ...] = (64, 128)
+    text_width: int = 96
+    workers: int = 2
+
+
+PRESETS = {
+    "full": Config(),
+    "debug": Config(
+        train_pictures=96,
+        test_pictures=32,
+        judge=Budget(steps=6, batch=16),
+        autoencoder=Budget(steps=6, batch=4),
+        decoder=Budget(steps=4, batch=4),
+        diffusion=Budget(steps=6, batch=8),
+        autoencoder_widths=(8, 8, 16, 16),
+        unet_widths=(16, 32),
+        text_width=16,
+        workers=1,
+    ),
+}
+
+
+def preset(name: str, **changes) -> Config:
+    """A preset by name, with fields replaced."""
+    if name not in PRESETS:
+        raise ConfigError(f"No preset {name!r}.{did_you_mean(name, PRESETS)} Known: {', '.join(PRESETS)}.")
+    return replace(PRESETS[name], **changes)
