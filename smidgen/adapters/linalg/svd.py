@@ -68,13 +68,9 @@ def energy_rank(singular_values: Tensor, energy: float, norm: str = "sigma2") ->
 
 def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Chebyshev-filtered subspace iteration on a a^T for wide ``a`` [k, n]; None where the exact way is better."""
-    k = a.shape[0]
-    block = r + min(max(r, 32), 64)
-    if block > 0.3 * k or not a.any():
+    if 2 * r > a.shape[0] or not a.any():
         return None
-    gram = _gram_operator(a, block)
-    start = torch.randn(k, block, generator=torch.Generator().manual_seed(seed)).to(a.device)
-    basis = torch.linalg.qr(gram(gram(torch.linalg.qr(gram(start))[0])))[0]
+    gram, basis = _start(a, r, seed)
     for _ in range(_CYCLES):
         image = gram(basis)
         values, mix = torch.linalg.eigh(basis.mT @ image)
@@ -88,12 +84,27 @@ def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, T
     return None
 
 
+def _start(a: Tensor, r: int, seed: int) -> tuple[_Apply, Tensor]:
+    """x -> a a^T x and a first orthonormal basis of more than r columns.
+
+    The basis is random, filtered twice; or all of it from the Gram matrix in float32 where the rank is not small beside
+    k, so that the iteration has nothing left to do but to check it.
+    """
+    k = a.shape[0]
+    block = r + min(max(r, 32), 64)
+    if 4 * block > k:
+        gram = a @ a.mT
+        return gram.matmul, torch.linalg.eigh(gram)[1][:, -min(k, r + 16) :]
+    apply = _gram_operator(a, block)
+    start = torch.randn(k, block, generator=torch.Generator().manual_seed(seed)).to(a.device)
+    return apply, torch.linalg.qr(apply(apply(start)))[0]
+
+
 def _gram_operator(a: Tensor, block: int, applications: int = 10) -> _Apply:
     """x -> a a^T x, through the Gram matrix when forming it costs less than it saves."""
     k, n = a.shape
     if k * n + applications * k * block < 2 * applications * n * block:
-        gram = a @ a.mT
-        return lambda x: gram @ x
+        return (a @ a.mT).matmul
     return lambda x: a @ (a.mT @ x)
 
 
@@ -141,12 +152,11 @@ def _triplets(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 def _exact(a: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """All of a wide ``a`` [k, n], cut to r: the Gram matrix in float64 when it keeps float32 accuracy, else LAPACK."""
     wide = a.double()
-    if 2 * a.shape[0] <= a.shape[1]:
-        squares, u = torch.linalg.eigh(wide @ wide.mT)
-        squares, u = squares.flip(0)[:r].clamp_min(0.0), u.flip(1)[:, :r]
-        s = squares.sqrt()
-        if s[-1] > 1e-5 * s[0]:
-            return u.float(), s.float(), ((u / s).mT @ wide).float()
+    squares, u = torch.linalg.eigh(wide @ wide.mT)
+    squares, u = squares.flip(0)[:r].clamp_min(0.0), u.flip(1)[:, :r]
+    s = squares.sqrt()
+    if s[-1] > 1e-5 * s[0]:
+        return u.float(), s.float(), ((u / s).mT @ wide).float()
     u, s, vh = torch.linalg.svd(wide, full_matrices=False)
     return u[:, :r].float(), s[:r].float(), vh[:r].float()
 
