@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from smidgen.errors import AdapterFileError
-from smidgen.training import _contract as smidgen
+from smidgen.training import engine
 from smidgen.training.loop import LoopConfig, Task, train
 from smidgen.training.randomness import derive
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,14 @@ def fit(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
-        smidgen.adapt(model, peft_config)
+        engine.adapt(model, peft_config)
     for parameter in model.parameters():
         if parameter.requires_grad:  # trained numbers stay fp32 whatever the base's precision
             parameter.data = parameter.data.float()
-    numbers = smidgen.trained_numbers(model)
-    groups = smidgen.parameter_groups(model, lr=rates.residual, transform_lr=rates.transform, weight_decay=weight_decay)
+    numbers = engine.trained_numbers(model)
+    groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay)
     result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
-    smidgen.save(model, folder)
-    size = sum((folder / file).stat().st_size for file in FILES)
+    size = engine.save(model, peft_config, folder)
     return Fitted(name, folder, numbers, size, result.seconds, result.losses)
 
 
@@ -75,15 +72,13 @@ def prove(model: nn.Module, folder: Path, output: Callable[[], torch.Tensor]) ->
     ``output`` computes something that depends on the adapter. Raises AdapterFileError when verification fails or the
     output is that of the base.
     """
-    smidgen.load(model, folder)
-    found = smidgen.verify(model, folder)
-    if not found.ok:
-        raise AdapterFileError(
-            f"The adapter saved in {folder} does not verify on a fresh base: {'; '.join(found.reasons)}"
-        )
+    config = engine.load(model, folder)
+    ok, reasons = engine.verify(model, folder, config)
+    if not ok:
+        raise AdapterFileError(f"The adapter saved in {folder} does not verify on a fresh base: {'; '.join(reasons)}")
     with torch.no_grad():
         adapted = output()
-        with smidgen.disabled(model):
+        with engine.disabled(model):
             plain = output()
     change = float((adapted - plain).norm() / plain.norm())
     if not change > 0:

@@ -1,16 +1,18 @@
 """Draw the same scenes with the base and with each adapter, from the same noise; score them and lay them on one
 sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 
 from smidgen.errors import AdapterFileError
-from smidgen.training import _contract as smidgen
-from smidgen.training.contact_sheet import Row, contact_sheet
+from smidgen.training import engine
+from smidgen.training.contact_sheet import Row, contact_sheet, save_image
 from smidgen.training.fitting import Fitted, prove
 from smidgen.training.judging import Judge
 from smidgen.training.pipelines import Base, Prompts, draw, encode_prompts, load_base, time_ids
@@ -70,7 +72,7 @@ def gallery(
         said = prove(fresh.unet, run.folder, partial(_answer, fresh, bound, scenes.size))
         if not rows:
             proof = said
-            with smidgen.disabled(fresh.unet):
+            with engine.disabled(fresh.unet):
                 images = _draw(fresh, bound, negative, scenes)
             entries.append(_entry(Entry("base model", 0, 0), images, scenes, subject, judge))
             rows.append((entries[-1], images))
@@ -81,6 +83,21 @@ def gallery(
         entries.append(_entry(entry, images, scenes, subject, judge))
         rows.append((entries[-1], images))
     return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
+
+
+def previewer(base: Base, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
+    """What a run calls to draw its first few scenes as ``preview-<step>.png``; the prompts are encoded now."""
+    few = replace(scenes, plain=scenes.plain[:4], bound=scenes.bound[:4], num_seeds=1)
+    bound, negative = encode_prompts(base, few.bound), encode_prompts(base, [""])
+
+    def preview(model: nn.Module, step: int, folder: Path) -> None:
+        was_training = model.training
+        model.eval()
+        row = Row(f"step {step}", _draw(base, bound, negative, few))
+        save_image(contact_sheet(f"after step {step}", [row], few.bound), folder / f"preview-{step}.png")
+        model.train(was_training)
+
+    return preview
 
 
 def _draw(base: Base, prompts: Prompts, negative: Prompts, scenes: Scenes) -> list[Image.Image]:

@@ -70,6 +70,6 @@ def judge_for(base: Base) -> Judge | None:
 
 NO_JUDGE = (
     "No judge is known for this base, so identity and captions were not scored: look at contact_sheet.png. To score "
-    "them, call smidgen.training.recipes.personalize.personalize(config, judge=...) with an object that has the methods "
-    "of smidgen.training.judging.Judge."
+    "them, call smidgen.training.recipes.personalize.personalize(config, judge=...) with an object that has the "
+    "methods of smidgen.training.judging.Judge."
 )

@@ -42,17 +42,17 @@ class Task(Protocol):
 class LoopConfig:
     """How long, how fast and how safely to train. Steps are optimizer steps."""
 
-    max_train_steps: int = 200
+    max_train_steps: int = 200  # optimizer steps
     lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine"
     lr_warmup_steps: int = 10
-    max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0  # longer gradients are cut to this
+    gradient_accumulation_steps: int = 1  # batches to a step
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    checkpointing_steps: int = 100
-    checkpoints_total_limit: int = 2
-    preview_steps: int = 0  # 0: never
+    checkpointing_steps: int = 100  # steps between checkpoints
+    checkpoints_total_limit: int = 2  # older ones are removed
+    preview_steps: int = 0  # steps between previews; 0: never
     report_to: Literal["none", "tensorboard", "wandb", "comet_ml"] = "none"
-    seed: int = 0
+    seed: int = 0  # decides every random number of the run
 
     def __post_init__(self) -> None:
         least = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "checkpointing_steps": 1}

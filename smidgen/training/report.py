@@ -55,12 +55,12 @@ class Report:
         return markdown_table(head, [_cells(entry) for entry in self.entries])
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up; the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    sides = [str.ljust, *[str.rjust] * (len(head) - 1)]
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table whose columns line up; the first ``left`` columns to the left, the others to the right."""
+    widths = [max(3, *(len(row[column]) for row in (head, *rows))) for column in range(len(head))]
+    sides = [str.ljust] * left + [str.rjust] * (len(head) - left)
     lines = [[side(c, w) for side, c, w in zip(sides, row, widths, strict=True)] for row in (head, *rows)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if number < left else "-" * (width - 1) + ":" for number, width in enumerate(widths)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 

@@ -10,13 +10,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import smidgen
 from smidgen.errors import ConfigError, DataError
-from smidgen.training import _contract as smidgen
 from smidgen.training import images
 from smidgen.training.checkpoints import CheckpointStore, replace_file
 from smidgen.training.contact_sheet import loss_plot, save_image
 from smidgen.training.fitting import Fitted, fit
-from smidgen.training.gallery import SAMPLING, Scenes, gallery
+from smidgen.training.gallery import SAMPLING, Scenes, gallery, previewer
 from smidgen.training.judging import NO_JUDGE, Judge, judge_for
 from smidgen.training.pipelines import EMBEDDED, Base, default_device, fingerprint, load_base
 from smidgen.training.recipes.personalize_settings import PEFT_LORA, Data, PersonalizeConfig, rates
@@ -49,7 +49,8 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     replace_file(out / "config.yaml", dump_yaml(config))
     task = _task(config, base, found, captions, resolution)
     identity = _identity(config, base, found)
-    base.release_encoders()
+    task.previewer = previewer(base, scenes) if config.train.preview_steps else None
+    base.release_encoders(keep_vae=task.previewer is not None)
 
     runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
     if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
@@ -88,7 +89,7 @@ def _fit(
         named = {"r": chosen.rank, "alpha": chosen.alpha}
         named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
         given = {name: value for name, value in named.items() if value is not None}
-        setup = smidgen.config(method, target_modules=list(chosen.target_modules), **given)
+        setup = smidgen.config(method, target_modules=list(chosen.target_modules), seed=config.train.seed, **given)
     rate = rates(config, method)
     identity = identity | {"method": method, "rate": rate.residual, "transform_rate": rate.transform}
     options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
@@ -107,7 +108,9 @@ def _task(
         about = [data.class_prompt] if data.class_prompt else found.captions
         prompts = [about[number % len(about)] for number in range(data.num_class_images)]
         steps, guidance = _sampling(config, base)
-        prior = encode_prior(base, prompts, resolution, steps=steps, guidance=guidance, seed=config.train.seed)
+        cache = config.out / "class_latents.safetensors"
+        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": config.train.seed}
+        prior = encode_prior(base, prompts, resolution, cache, key=fingerprint(base), **drawing)
     return make_task(
         base,
         encode_examples(base, found.pictures, captions, resolution),

@@ -43,11 +43,11 @@ class Data:
     class_word: str = "person"  # what the subject is one of
     placeholder_token: str | None = None  # a rare word put before the class word, such as sks
     class_prompt: str | None = None  # None: the captions themselves, which name no subject
-    with_prior_preservation: bool = False
-    prior_loss_weight: float = 1.0
-    num_class_images: int = 32
+    with_prior_preservation: bool = False  # also train on the base's own pictures of the class
+    prior_loss_weight: float = 1.0  # of the class pictures' loss
+    num_class_images: int = 32  # drawn once by the base, half a batch in each batch
     resolution: int | None = None  # None: the base's own
-    train_batch_size: int = 4
+    train_batch_size: int = 4  # pictures of the subject in a batch
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Adapter:
     """What is trained. None leaves a choice to the method's own defaults."""
 
     method: Method = "tlora"
-    rank: int | None = None
-    alpha: float | None = None
-    transform_rank: int | None = None
-    residual_rank: int | None = None
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    learning_rate: float | None = None  # None: the table above
-    transform_learning_rate: float | None = None
-    weight_decay: float = 0.0
+    rank: int | str | None = None  # r of the residual: a number, full, or energy:0.99 (svfit)
+    alpha: float | None = None  # strength of the residual at 1.0, where the method has one
+    transform_rank: int | None = None  # ring rank of tlora's transform
+    residual_rank: int | None = None  # ring rank of tlora's residual
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # endings of the UNet's module names
+    learning_rate: float | None = None  # None: a table by method and base, in this file
+    transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
+    weight_decay: float = 0.0  # pulls towards the base
     snr_gamma: float | None = None  # min-SNR weighting; None: off
 
 
@@ -71,11 +71,11 @@ class Show:
     """What is drawn and scored at the end."""
 
     validation_prompt: tuple[str, ...] = ()  # none: scenes of the judge, or the captions
-    num_prompts: int = 8
-    num_seeds: int = 2
+    num_prompts: int = 8  # scenes to draw and score
+    num_seeds: int = 2  # pictures of each scene
     inference_steps: int | None = None  # None: as the base's kind needs
-    guidance_scale: float | None = None
-    compare_lora: bool | None = None  # None: when a judge exists for the base
+    guidance_scale: float | None = None  # None: as the base's kind needs
+    compare_lora: bool | None = None  # train peft's LoRA the same way; None: when a judge exists for the base
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class PersonalizeConfig:
     adapter: Adapter = field(default_factory=Adapter)
     train: LoopConfig = field(default_factory=LoopConfig)
     show: Show = field(default_factory=Show)
-    base: str = "embedded"
-    out: Path = Path("runs/personalize")
+    base: str = "embedded"  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
+    out: Path = Path("runs/personalize")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
-    overwrite: bool = False
-    gradient_checkpointing: bool = False
+    overwrite: bool = False  # start again where an earlier run left checkpoints
+    gradient_checkpointing: bool = False  # less memory, slower steps
 
 
 PRESETS = {

@@ -6,15 +6,19 @@ preservation each batch also holds pictures that the base itself drew of the sub
 looking as it did.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from smidgen.errors import ConfigError
+from smidgen.training.checkpoints import replace_file
 from smidgen.training.images import Picture, load_picture, to_tensor
 from smidgen.training.pipelines import Base, Prompts, alphas_cumprod, draw_latents, encode_pictures, encode_prompts
 from smidgen.training.pipelines import prediction_type as base_prediction_type
@@ -56,16 +60,41 @@ def encode_examples(base: Base, pictures: Sequence[Picture], captions: Sequence[
 
 
 def encode_prior(
-    base: Base, prompts: Sequence[str], resolution: int, *, steps: int, guidance: float, seed: int
+    base: Base,
+    prompts: Sequence[str],
+    resolution: int,
+    cache: Path,
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    key: str,
 ) -> Encoded:
-    """Let the base draw one picture of its class for each prompt; their latents need no VAE."""
+    """Let the base draw one picture of its class for each prompt; their latents need no VAE.
+
+    They are drawn once: ``cache`` keeps the latents, and is used again as long as ``key`` (what identifies the base)
+    and the other arguments are the same.
+    """
     encoded, nothing = encode_prompts(base, prompts), encode_prompts(base, [""])
     seeds = [derive(seed, "prior", number) for number in range(len(prompts))]
-    options: dict[str, Any] = {"negative": nothing, "steps": steps, "guidance": guidance, "size": resolution}
-    latents = draw_latents(base, encoded, seeds, **options)
+    asked = hashlib.sha256(repr((list(prompts), resolution, steps, guidance, seed, key)).encode()).hexdigest()
+    latents = _cached(cache, asked)
+    if latents is None:
+        options: dict[str, Any] = {"negative": nothing, "steps": steps, "guidance": guidance, "size": resolution}
+        latents = draw_latents(base, encoded, seeds, **options)
+        replace_file(cache, save({"latents": latents.contiguous()}, metadata={"asked": asked}))
     ids = torch.stack([sdxl_time_ids((resolution, resolution), resolution)] * len(prompts))
     names = tuple(f"class picture {number}" for number in range(len(prompts)))
     return Encoded(latents, torch.zeros_like(latents), encoded, ids if base.family == "sdxl" else None, names)
+
+
+def _cached(path: Path, asked: str) -> Tensor | None:
+    """The latents at ``path`` if they are whole and answer what is ``asked``."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents") if (file.metadata() or {}).get("asked") == asked else None
+    except (OSError, SafetensorError):
+        return None
 
 
 @dataclass

@@ -1,0 +1,117 @@
+"""What is done with a finished adapter folder: draw with it, verify it, look into it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import smidgen
+from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.errors import ConfigError
+from smidgen.training import engine
+from smidgen.training.contact_sheet import save_image
+from smidgen.training.gallery import SAMPLING
+from smidgen.training.pipelines import Base, default_device, draw, encode_prompts, load_base
+from smidgen.training.report import markdown_table
+
+
+def generate(
+    adapter: Path,
+    prompt: list[str],
+    base: str = "embedded",
+    out: Path = Path("pictures"),
+    num_images: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    strength: float = 1.0,
+    negative_prompt: str = "",
+    mixed_precision: str = "no",
+) -> list[Path]:
+    """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
+
+    ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base.
+    """
+    if num_images < 1:
+        raise ConfigError(f"num_images must be at least 1, not {num_images}.")
+    single = out.suffix.lower() == ".png"
+    if single and len(prompt) * num_images > 1:
+        raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
+    loaded = load_base(base, mixed_precision, default_device())
+    config = engine.load(loaded.unet, adapter)
+    _set_strength(loaded, engine.is_ours(config), strength)
+    usual = SAMPLING["embedded" if base == "embedded" else loaded.family]
+    prompts = [text for text in prompt for _ in range(num_images)]
+    seeds = [seed + number for _ in prompt for number in range(num_images)]
+    images = draw(
+        loaded,
+        encode_prompts(loaded, prompts),
+        seeds,
+        negative=encode_prompts(loaded, [negative_prompt]),
+        steps=steps or usual[0],
+        guidance=usual[1] if guidance is None else guidance,
+    )
+    if single:
+        return [save_image(images[0], out)]
+    names = [
+        f"{number // num_images:02d}-{_slug(text)}-{s}.png"
+        for number, (text, s) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    return [save_image(image, out / name) for name, image in zip(names, images, strict=True)]
+
+
+def verify(adapter: Path, base: str) -> tuple[bool, list[str]]:
+    """Load ``adapter`` into ``base`` and verify it; the lines say what was found."""
+    read_config(adapter)
+    loaded = load_base(base, "no", default_device())
+    config = engine.load(loaded.unet, adapter)
+    if not engine.is_ours(config):
+        return True, [f"{adapter} is peft's own {config.peft_type}; it loads, and peft keeps nothing to verify it by."]
+    found = smidgen.verify(loaded.unet, adapter)
+    verdict = f"{adapter} {'is on and belongs to' if found.ok else 'does NOT verify on'} {base}."
+    return bool(found.ok), [*_lines(found), verdict]
+
+
+def inspect(adapter: Path) -> str:
+    """A page of text about an adapter folder; nothing is executed and no base is needed."""
+    config, tensors = read_config(adapter), read_tensors(adapter)
+    sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
+    lock = config.pop("base_lock", None)
+    canary = config.pop("canary", None)
+    facts = {key: value for key, value in config.items() if value not in (None, [], {}, False, "")}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    lines = [f"{adapter}: {config.get('method') or config.get('peft_type')}, {numbers:,} stored numbers"]
+    lines += [f"  {file}: {size:,} bytes" for file, size in sizes.items()]
+    lines += [f"  base lock: {_lock_words(lock)}", f"  canary: {'yes' if canary else 'no'}", ""]
+    lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
+    rows = []
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.float()
+        shape = "x".join(map(str, tensor.shape))
+        rows.append(
+            [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
+        )
+    return "\n".join([*lines, "", markdown_table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
+
+
+def _lock_words(lock: Any) -> str:
+    if not lock:
+        return "none; the adapter does not know its base"
+    layers = lock.get("layers", lock) if isinstance(lock, dict) else lock
+    return f"{len(layers)} layers' shapes and sketches"
+
+
+def _lines(found: Any) -> list[str]:
+    return [f"  {line}" for line in getattr(found, "lines", []) or [str(reason) for reason in found.reasons]]
+
+
+def _set_strength(base: Base, ours: bool, strength: float) -> None:
+    if strength == 1.0:
+        return
+    if not ours:
+        raise ConfigError("--strength needs one of smidgen's adapters; peft's own keep their own scale.")
+    smidgen.set_strength(base.unet, strength)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
