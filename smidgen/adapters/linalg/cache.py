@@ -102,7 +102,7 @@ def _read(path: Path) -> _Factors | None:
         os.utime(path)
     except PermissionError:  # the time stamp of a read-only cache cannot be renewed, its entries are fine
         pass
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:  # RuntimeError: evicted while being mapped
         _log.warning("cache entry %s is unreadable (%s): recomputed", path.name, error)
         return None
     return found

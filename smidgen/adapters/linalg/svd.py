@@ -14,7 +14,7 @@ from torch import Tensor
 from smidgen.errors import ConfigError
 
 _CYCLES = 8
-_TIE = 1e-5
+_TIE = 1e-5  # relative distance of two squared singular values below which float32 cannot order them
 _Apply = Callable[[Tensor], Tensor]
 
 
@@ -126,15 +126,16 @@ def _error(values: Tensor, residual: Tensor, r: int) -> float:
     """Estimated relative error of the kept part, from Ritz values [l] of a a^T and their residuals [k, l].
 
     First order, a kept direction leaks out of the subspace by |residual| / (its value - the largest value outside);
-    second order, it mixes with the discarded directions j > r inside by (residual_i . residual_j) over both gaps.
+    second order, it mixes with the discarded directions j > r inside by (residual_i . residual_j) over both gaps. The
+    rounding of a a^T, which no residual shows, adds to both.
     """
     kept, rest = values[:r], values[r:]
     gap = (kept - values[-1]).clamp_min(1e-12 * values[0])
-    leak = residual[:, :r].norm(dim=0) / gap
-    apart = kept[:, None] - rest
-    mixing = (residual[:, :r].mT @ residual[:, r:]).abs() / (gap[:, None] * apart.clamp_min(_TIE * values[0]))
-    tied = apart < _TIE * values[0]
-    share = leak.clamp_max(1.0) ** 2 + mixing.masked_fill(tied, 0.0).clamp_max(1.0).square().sum(1)
+    noise = 2.0 * torch.finfo(values.dtype).eps * values[0]
+    leak = (residual[:, :r].norm(dim=0) + noise) / gap
+    apart, tie = kept[:, None] - rest, _TIE * kept[:, None].clamp_min(1e-12 * values[0])
+    mixing = ((residual[:, :r].mT @ residual[:, r:]).abs() / gap[:, None] + noise) / apart.clamp_min(tie)
+    share = leak.clamp_max(1.0) ** 2 + mixing.masked_fill(apart < tie, 0.0).clamp_max(1.0).square().sum(1)
     return float((2.0 * (kept * share).sum() / kept.sum()).sqrt())
 
 

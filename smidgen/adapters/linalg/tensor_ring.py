@@ -162,7 +162,8 @@ def _apply_pair(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
     rows = x.reshape(-1, a, b)
     # [n, a, b] -> [n, a, (s r i)] -> [n, (s r a), i] -> [n, a, i]: two products that BLAS likes
     half = (rows @ right.flatten(0, 2).mT).unflatten(-1, (rank * rank, b)).transpose(1, 2).flatten(1, 2)
-    return (left.permute(2, 1, 0, 3).flatten(1) @ half).reshape(x.shape)
+    outer = left.permute(2, 1, 0, 3).flatten(1)
+    return torch.bmm(outer.expand(len(half), -1, -1), half).reshape(x.shape)
 
 
 def _dense_is_cheaper(modes: tuple[int, ...], split: int, rank: int, tokens: int) -> bool:
