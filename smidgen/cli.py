@@ -80,7 +80,7 @@ ALIASES = {  # what other trainers call the same thing
 
 
 def _familiar(words: Sequence[str]) -> list[str]:
-    """Other trainers' names of flags as ours; ``--compare-lora`` as a switch, although the setting has a third value."""
+    """Other trainers' flags as ours; ``--compare-lora`` as a switch, although the setting has a third value."""
     switches = {"--compare-lora": "True", "--no-compare-lora": "False"}
     found: list[str] = []
     for number, word in enumerate(words):

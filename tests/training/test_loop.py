@@ -23,7 +23,7 @@ def run(folder, task=None, config=CONFIG, dropout=0.0, **options):
 
 
 def test_it_learns(tmp_path):
-    module, result = run(tmp_path, config=LoopConfig(max_train_steps=300, lr_warmup_steps=3, max_grad_norm=10.0))
+    _, result = run(tmp_path, config=LoopConfig(max_train_steps=300, lr_warmup_steps=3, max_grad_norm=10.0))
     assert result.steps == 300 and len(result.losses) == 300
     assert result.losses[-1] < 0.01 * result.losses[0]
 
@@ -76,7 +76,6 @@ def test_a_signal_ends_with_a_checkpoint_that_goes_on_exactly(tmp_path, signum):
 
 
 def test_a_loss_that_is_not_finite_rolls_back_and_names_step_and_files(tmp_path):
-    good, _ = run(tmp_path / "good", config=LoopConfig(max_train_steps=30, lr_warmup_steps=3, checkpointing_steps=10))
     module = toys.model()
     with pytest.raises(TrainingError, match=r"loss of step 26 is nan.*checkpoint-20.*row 25"):
         train(toys.Line(poison=frozenset({25})), module, toys.groups(module), CONFIG, tmp_path / "bad", progress=False)
@@ -89,7 +88,7 @@ def test_a_loss_that_is_not_finite_rolls_back_and_names_step_and_files(tmp_path)
 def test_accumulated_batches_are_averaged_and_counted_on(tmp_path):
     task = toys.Line()
     config = LoopConfig(max_train_steps=5, lr_warmup_steps=0, gradient_accumulation_steps=3, max_grad_norm=1e9)
-    module, result = run(tmp_path, task, config)
+    module, _ = run(tmp_path, task, config)
     assert task.seen == list(range(15))
     by_hand = toys.model()
     optimizer = torch.optim.AdamW(toys.groups(by_hand))

@@ -1,4 +1,4 @@
-"""Tiny, randomly initialised pipelines of exactly the classes of SD 1.5 and SDXL, and folders of pictures to go with them."""
+"""Tiny, randomly initialised pipelines of exactly the classes of SD 1.5 and SDXL, and folders of pictures for them."""
 
 import json
 from pathlib import Path
@@ -34,8 +34,9 @@ def _vae():
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16, layers_per_block=1,
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+        layers_per_block=1,
     )  # fmt: skip
 
 
@@ -51,8 +52,8 @@ def sd_folder(folder: Path, prediction_type: str = "epsilon", zero_snr: bool = F
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing", clip_sample=False,
-        steps_offset=1,
+        prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing",
+        clip_sample=False, steps_offset=1,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=_vae(), text_encoder=CLIPTextModel(_text_config()), tokenizer=tokenizer(folder / "words"), unet=unet,

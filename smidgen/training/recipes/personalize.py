@@ -83,7 +83,7 @@ def _fit(
     if method == PEFT_LORA:
         import peft
 
-        rank = chosen.rank if chosen.method in ("lora", "tlora_star") and chosen.rank else 4
+        rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
         setup: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(chosen.target_modules))
     else:
         named = {"r": chosen.rank, "alpha": chosen.alpha}

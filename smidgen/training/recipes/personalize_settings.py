@@ -111,4 +111,4 @@ def rates(config: PersonalizeConfig, method: str) -> Rates:
     if method == PEFT_LORA:
         return table
     residual = chosen.learning_rate or table.residual
-    return Rates(residual, chosen.transform_learning_rate or table.transform * residual / table.residual)
+    return Rates(residual, chosen.transform_learning_rate or table.transform * (residual / table.residual))

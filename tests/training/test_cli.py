@@ -1,0 +1,145 @@
+"""The command line: help, one clear line for user errors, and whole commands on a tiny pipeline."""
+
+import json
+
+import pytest
+
+from smidgen import cli
+from smidgen.training.interrupts import TrainingInterrupted
+from smidgen.training.recipes import personalize as recipe
+
+
+def call(capsys, *words):
+    try:
+        status = cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def trained(sd, tmp_path_factory):
+    from tests.training import tiny
+
+    folder = tmp_path_factory.mktemp("cli")
+    out = folder / "out"
+    words = [
+        tiny.pictures(folder / "pictures"),
+        "--method",
+        "svfit",
+        "--base",
+        sd,
+        "--out",
+        out,
+        "--max_train_steps",
+        2,
+    ]
+    words += ["--rank", 4, "--num-prompts", 1, "--num-seeds", 1, "--inference_steps", 1, "--lr-warmup-steps", 0]
+    assert cli.main(["personalize", *map(str, words)]) == 0
+    return out
+
+
+def test_overview_and_help(capsys):
+    for words in ([], ["--help"]):
+        status, out, _ = call(capsys, *words)
+        assert status == 0 and all(name in out for name in cli.SUMMARY)
+    for name in cli.SUMMARY:
+        status, out, _ = call(capsys, name, "--help")
+        assert status == 0 and f"smidgen {name}" in out
+    assert "--max-train-steps" in call(capsys, "personalize", "--help")[1]
+
+
+@pytest.mark.parametrize("words, message", [
+    (["persnalize"], "smidgen: There is no command 'persnalize'. Did you mean 'personalize'?"),
+    (["personalize", "/nowhere"], "smidgen: /nowhere is not a folder of pictures."),
+    (["personalize", "x", "--preset", "debugg"], "Did you mean 'debug'?"),
+    (["personalize", "x", "--config", "/nowhere.yaml"], "cannot be read"),
+    (["inspect", "/nowhere"], "/nowhere"),
+    (["verify", "/nowhere"], "/nowhere"),
+    (["count", "svift", "--architecture", "sd15"], "Did you mean 'svfit'"),
+    (["config", "validate", "/nowhere.yaml"], "cannot be read"),
+])  # fmt: skip
+def test_user_errors_are_one_line_and_status_2(capsys, sd, words, message):
+    words = [*words, "--base", sd] if words[0] == "personalize" and len(words) == 2 else words
+    status, out, err = call(capsys, *words)
+    assert status == 2 and message in err and len(err.strip().splitlines()) == 1 and out == ""
+
+
+def test_unknown_flags_are_errors_with_a_suggestion(capsys):
+    status, _, err = call(capsys, "personalize", "x", "--learning-rat", "1")
+    assert status == 2 and "--learning-rate" in err
+
+
+def test_personalize_writes_and_reports(trained, capsys):
+    assert (trained / "adapter_model.safetensors").exists()
+    assert json.loads((trained / "report.json").read_text())["method"] == "svfit"
+
+
+def test_generate_is_seeded_and_strength_nought_is_the_base(trained, sd, tmp_path, capsys):
+    words = ["generate", trained, "--base", sd, "--steps", 2, "--prompt", "a person", "--seed", 3]
+    status, out, _ = call(capsys, *words, "--out", tmp_path / "a", "--num-images", 2)
+    files = sorted((tmp_path / "a").iterdir())
+    assert status == 0 and [str(file) for file in files] == out.split()
+    assert files[0].read_bytes() != files[1].read_bytes()
+    call(capsys, *words, "--out", tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == files[0].read_bytes()
+    call(capsys, *words, "--out", tmp_path / "off.png", "--strength", 0)
+    assert (tmp_path / "off.png").read_bytes() != files[0].read_bytes()
+    status, _, err = call(capsys, *words, "--out", tmp_path / "two.png", "--num-images", 2)
+    assert status == 2 and "one picture" in err
+
+
+def test_verify_and_inspect(trained, sd, sdxl, capsys):
+    status, out, _ = call(capsys, "verify", trained, "--base", sd)
+    assert status == 0 and "is on and belongs to" in out
+    status, _, err = call(capsys, "verify", trained, "--base", sdxl)
+    assert status == 2 and err
+    status, out, _ = call(capsys, "inspect", trained)
+    assert status == 0 and "svfit" in out and "adapter_model.safetensors:" in out and "base lock:" in out
+
+
+def test_methods_and_config(capsys, tmp_path):
+    status, out, _ = call(capsys, "methods")
+    assert status == 0 and all(name in out for name in ("tlora", "svfit", "loldu", "oft"))
+    _, shown, _ = call(capsys, "config", "show", "--preset", "debug")
+    path = tmp_path / "config.yaml"
+    path.write_text(shown)
+    assert call(capsys, "config", "validate", path)[0] == 0
+    assert call(capsys, "config", "show", path)[1] == shown
+    path.write_text(shown.replace("seed:", "sead:"))
+    status, _, err = call(capsys, "config", "validate", path)
+    assert status == 2 and "Unknown key 'train.sead'" in err
+
+
+def test_flags_override_the_config_file(capsys, tmp_path, monkeypatch, pictures):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"data: {{folder: {pictures}}}\nadapter: {{method: svfit}}\ntrain: {{seed: 5, max_train_steps: 9}}\n"
+    )
+    seen = []
+    monkeypatch.setattr(recipe, "personalize", lambda config: seen.append(config) or _stop())
+    call(capsys, "personalize", "--config", path, "--max_train_steps", 7, "--no-compare-lora", "--output_dir", "there")
+    (config,) = seen
+    assert config.data.folder == pictures and config.adapter.method == "svfit"
+    assert (config.train.seed, config.train.max_train_steps) == (5, 7)
+    assert config.show.compare_lora is False and str(config.out) == "there"
+    call(capsys, "personalize", "elsewhere", "--config", path, "--compare-lora")
+    assert str(seen[1].data.folder) == "elsewhere" and seen[1].show.compare_lora is True
+
+
+def _stop():
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_and_sigterm_have_their_statuses(capsys, monkeypatch):
+    monkeypatch.setattr(recipe, "personalize", lambda config: _stop())
+    assert call(capsys, "personalize", "x")[0] == 130
+
+    def interrupted(config):
+        raise TrainingInterrupted("Stopped by SIGTERM", 15)
+
+    monkeypatch.setattr(recipe, "personalize", interrupted)
+    status, _, err = call(capsys, "personalize", "x")
+    assert status == 143 and err == "smidgen: Stopped by SIGTERM\n"

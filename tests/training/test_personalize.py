@@ -1,0 +1,238 @@
+"""Personalisation end to end on tiny random pipelines of exactly the classes of SD 1.5 and SDXL."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import smidgen
+from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
+from smidgen.training import pipelines
+from smidgen.training.loop import LoopConfig
+from smidgen.training.recipes.personalize import personalize
+from smidgen.training.recipes.personalize_settings import Adapter, Data, PersonalizeConfig, Show
+from smidgen.training.tasks import personalize as task_module
+from smidgen.training.tasks.personalize import diffuse, encode_examples, encode_prior, make_task, snr_weights
+from tests.training import tiny
+
+METHODS = ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4"]
+FILES += ["config.yaml", "contact_sheet.png", "loss.png", "report.json"]
+
+
+def config(base, pictures, out, method="svfit", **show) -> PersonalizeConfig:
+    return PersonalizeConfig(
+        data=Data(pictures, train_batch_size=2),
+        adapter=Adapter(method, learning_rate=0.05),
+        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
+        show=Show(**({"num_prompts": 2, "num_seeds": 1, "inference_steps": 2, "compare_lora": False} | show)),
+        base=str(base),
+        out=out,
+    )
+
+
+def run(made: PersonalizeConfig, **options):
+    return personalize(made, progress=False, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_on_stable_diffusion(sd, pictures, tmp_path, method):
+    report = run(config(sd, pictures, tmp_path / "out", method))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    entry = report.entry
+    size = sum((tmp_path / "out" / name).stat().st_size for name in FILES[1:3])
+    assert entry.trained_numbers > 0 and entry.bytes_on_disk == size
+    base = pipelines.load_base(str(sd))
+    smidgen.load(base.unet, tmp_path / "out")
+    assert smidgen.verify(base.unet, tmp_path / "out").ok
+    assert type(base.unet).__name__ == "UNet2DConditionModel"
+
+
+@pytest.mark.parametrize("method", ["tlora", "svfit"])
+def test_sdxl_takes_the_same_recipe(sdxl, pictures, tmp_path, method):
+    made = config(sdxl, pictures, tmp_path / "out", method, compare_lora=True)
+    made = replace(made, data=replace(made.data, with_prior_preservation=True, num_class_images=3))
+    report = run(replace(made, gradient_checkpointing=True))
+    assert [entry.name for entry in report.entries] == ["base model", method, "peft's LoRA"]
+    theirs = peft.PeftConfig.from_pretrained(str(tmp_path / "out" / "peft_lora"))
+    assert isinstance(theirs, peft.LoraConfig) and report.entries[2].trained_numbers == sum(
+        tensor.numel() for tensor in load_file(tmp_path / "out" / "peft_lora" / "adapter_model.safetensors").values()
+    )
+
+
+def test_what_is_left_behind_can_be_read(sd, pictures, tmp_path):
+    out = tmp_path / "out"
+    made = config(sd, pictures, out)
+    report = run(replace(made, data=replace(made.data, placeholder_token="sks")))
+    saved = json.loads((out / "report.json").read_text())
+    assert saved["method"] == "svfit" and saved["base"] == "sd" and len(saved["entries"]) == 2
+    assert str(tmp_path) not in (out / "report.json").read_text() + (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "sks person" in card and "smidgen.load(pipe.unet" in card and "## Licence" in card
+    assert "No judge is known for this base" in card
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.size[0] > 2 * 128 and sheet.size[1] > 3 * 128  # subject, base, adapter
+    assert len({sheet.getpixel((x, y)) for x in range(0, sheet.width, 7) for y in range(0, sheet.height, 7)}) > 50
+    assert Image.open(out / "loss.png").size[0] > 400
+    assert "changes the UNet's answer by" in report.notes[1]
+
+
+def test_a_judge_of_your_own_scores_base_adapter_and_lora(sd, pictures, tmp_path):
+    class Redness:
+        name = "redness"
+
+        def prompts(self, count, seed):
+            return [f"a person, number {number}" for number in range(count)]
+
+        def scores(self, images, prompts, references):
+            assert len(images) == len(prompts) == 2 and len(references) == 3
+            return {"identity": 0.5, "caption": 0.25, "red": sum(i.getpixel((0, 0))[0] for i in images) / 510}
+
+    report = run(config(sd, pictures, tmp_path / "out", compare_lora=None), judge=Redness())
+    assert [entry.identity for entry in report.entries] == [0.5] * 3  # a judge: peft's LoRA is compared
+    assert "red" in report.entry.details and "Scored by redness." in report.notes
+    assert "| svfit       |" in report.table()
+
+
+def test_resume_gives_the_same_file_and_refuses_other_settings(sd, pictures, tmp_path):
+    made = config(sd, pictures, tmp_path / "whole", "tlora")
+    run(made)
+    broken = replace(made, out=tmp_path / "broken")
+    run(broken)
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    (tmp_path / "broken" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"already holds checkpoint-2.*--overwrite"):
+        run(broken)
+    other = replace(broken, adapter=replace(broken.adapter, rank=3), resume_from_checkpoint="latest")
+    with pytest.raises(CheckpointError, match=r"adapter\.rank: None then, 3 now"):
+        run(other)
+    Image.new("RGB", (20, 20), "green").save(pictures / "2.png")
+    with pytest.raises(CheckpointError, match="pictures"):
+        run(replace(broken, resume_from_checkpoint="latest"))
+    tiny.pictures(pictures)
+    run(replace(broken, resume_from_checkpoint="latest"))
+    for name in FILES[1:3]:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_diverging_run_saves_nothing_bad(sd, pictures, tmp_path, monkeypatch):
+    made = config(sd, pictures, tmp_path / "out")
+    monkeypatch.setattr(task_module, "diffuse", lambda *_: (torch.full((2, 4, 8, 8), float("nan")),) * 2)
+    with pytest.raises(TrainingError, match=r"loss of step 1 is nan.*\.png"):
+        run(made)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_previews_are_drawn(sd, pictures, tmp_path):
+    made = config(sd, pictures, tmp_path / "out")
+    run(replace(made, train=replace(made.train, preview_steps=3)))
+    assert Image.open(tmp_path / "out" / "preview-3.png").size[0] > 2 * 128
+
+
+def test_bf16_base_keeps_fp32_numbers(sd, pictures, tmp_path):
+    made = config(sd, pictures, tmp_path / "out", "tlora")
+    run(replace(made, train=replace(made.train, mixed_precision="bf16")))
+    saved = load_file(tmp_path / "out" / "checkpoint-4" / "trained.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"base": "/nowhere/base"}, ConfigError, "There is no base"),
+    ({"base": "embeded"}, ConfigError, "Did you mean 'embedded'"),
+    ({"data": Data(None)}, DataError, "Which pictures"),
+])  # fmt: skip
+def test_refusals_come_before_any_training(sd, pictures, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        run(replace(config(sd, pictures, tmp_path / "out"), **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_pipeline(pictures, tmp_path):
+    with pytest.raises(ConfigError, match=r"model_index\.json"):
+        pipelines.load_base(pictures)
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match="is a FluxPipeline; this recipe trains StableDiffusionPipeline"):
+        pipelines.load_base(tmp_path / "flux")
+
+
+# ---- the task --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_follow_from_their_number_and_methods_share_them(sd, pictures):
+    from smidgen.training.images import read_folder
+
+    base = pipelines.load_base(str(sd))
+    found = read_folder(pictures)
+    subject = encode_examples(base, found.pictures, found.captions, 16)
+    first = make_task(base, subject, batch_size=2, seed=1).batch(5)
+    again = make_task(base, subject, batch_size=2, seed=1).batch(5)
+    for key in ("latents", "noise", "timesteps", "embeds"):
+        assert torch.equal(first[key], again[key])
+    assert not torch.equal(first["noise"], make_task(base, subject, batch_size=2, seed=2).batch(5)["noise"])
+    assert first["latents"].shape == (2, 4, 8, 8) and len(first["names"]) == 2
+
+
+def test_class_pictures_are_drawn_once_and_weighted(sd, pictures, tmp_path, monkeypatch):
+    from smidgen.training.images import read_folder
+
+    base = pipelines.load_base(str(sd))
+    found = read_folder(pictures)
+    subject = encode_examples(base, found.pictures, found.captions, 16)
+    options = {"steps": 2, "guidance": 2.0, "seed": 0, "key": "base"}
+    prior = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
+    monkeypatch.setattr(task_module, "draw_latents", lambda *_, **__: pytest.fail("drawn twice"))
+    again = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
+    assert torch.equal(prior.mean, again.mean)
+    task = make_task(base, subject, batch_size=2, prior=prior, prior_batch_size=1, prior_weight=0.5)
+    batch = task.batch(0)
+    assert batch["latents"].shape[0] == 3
+    torch.testing.assert_close(batch["weights"], torch.tensor([0.5, 0.5, 0.5]))
+    assert batch["names"][2].startswith("class picture")
+
+
+def test_released_encoders_are_gone(sd):
+    base = pipelines.load_base(str(sd))
+    base.release_encoders()
+    assert base.pipe.text_encoder is None and base.pipe.vae is None and base.unet is not None
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_targets_agree_with_diffusers(kind):
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
+    latents, noise, times = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 500, 998, 999])
+    noisy, target = diffuse(latents, noise, scheduler.alphas_cumprod[times], kind)
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
+    velocity = scheduler.get_velocity(latents, noise, times)
+    torch.testing.assert_close(target, {"epsilon": noise, "v_prediction": velocity, "sample": latents}[kind])
+    assert torch.equal(noisy[3], noise[3])  # no signal is left at the end
+
+
+def test_min_snr_weights_are_the_papers_and_finite_at_both_ends():
+    alpha = torch.tensor([0.0, 0.1, 0.5, 0.99, 1.0])
+    for kind in ("epsilon", "v_prediction", "sample"):
+        assert torch.isfinite(snr_weights(alpha, 5.0, kind)).all()
+    snr = 0.99 / 0.01
+    assert snr_weights(alpha, 5.0, "epsilon")[3] == pytest.approx(5 / snr, rel=1e-4)
+    assert snr_weights(alpha, 5.0, "v_prediction")[3] == pytest.approx(5 / (snr + 1), rel=1e-4)
+    assert snr_weights(alpha, 5.0, "sample")[3] == pytest.approx(5.0, rel=1e-4)
+    assert snr_weights(alpha, 5.0, "epsilon")[1] == pytest.approx(1.0)
+
+
+def test_timesteps_are_uniform_and_spread(sd, pictures):
+    from smidgen.training.images import read_folder
+
+    base = pipelines.load_base(str(sd))
+    found = read_folder(pictures)
+    task = make_task(base, encode_examples(base, found.pictures, found.captions, 16), batch_size=4)
+    times = torch.stack([task.batch(index)["timesteps"] for index in range(200)]).sort(dim=1).values
+    assert times.min() >= 0 and times.max() <= 999
+    assert ((times[:, 1:] - times[:, :-1] - 250).abs() <= 1).all()
+    assert abs(float(times.float().mean()) - 499.5) < 20
