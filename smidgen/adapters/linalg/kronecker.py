@@ -1,9 +1,10 @@
-"""Products with a Kronecker matrix, (A_1 kron ... kron A_D) x, without forming it and without a transposed copy.
+"""Products with a Kronecker matrix, (A_1 kron ... kron A_D) x, without forming it.
 
 Each mode product is one long matrix product that also rotates the axes: A_d @ Z.view(-1, I_d)^T takes the last mode off
-the end and puts it in front, so after D steps the modes stand in order and the tokens last. The result is returned as a
-transposed view, which a following linear layer reads at no cost. Neighbouring modes are merged into two factors: fewer
-passes over memory for a few more multiplications. Only x and the factors are kept for the backward pass.
+the end and puts it in front, so after D steps the modes stand in order and the tokens last; one copy puts the tokens
+first again (a following layer must see the memory order it sees without an adapter, or its rounding changes).
+Neighbouring modes are merged into two factors: fewer passes over memory for a few more multiplications. Only x and the
+factors are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def kronecker_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     """
     left, right = _halves(factors)
     y: Tensor = _Rotated.apply(x.reshape(-1, x.shape[-1]), left, right)
-    return y.view(x.shape) if x.dim() <= 2 or x.is_contiguous() else y.reshape(x.shape)
+    return y.view(x.shape)
 
 
 def _halves(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,7 +42,7 @@ def _halves(factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 class _Rotated(torch.autograd.Function):
-    """x [tokens, a b], left [a, a], right [b, b] -> (left kron right) x as a transposed view of [a b, tokens]."""
+    """x [tokens, a b], left [a, a], right [b, b] -> (left kron right) x [tokens, a b]."""
 
     generate_vmap_rule = True
 
@@ -49,7 +50,7 @@ class _Rotated(torch.autograd.Function):
     def forward(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         z = right @ x.reshape(-1, right.shape[0]).T
         z = left @ z.reshape(-1, left.shape[0]).T
-        return z.reshape(x.shape[-1], -1).T
+        return z.reshape(x.shape[-1], -1).T.contiguous()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from smidgen.adapters.linalg.kronecker import kronecker_apply
 from smidgen.adapters.linalg.shapes import factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_matrix
 from smidgen.adapters.member import Tensors, Transform, stable_noise
@@ -70,22 +71,14 @@ class TensorRingTransform(Transform):
     def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
         padded = F.pad(x, (0, self.padded - self.width)) if self.padded != self.width else x
         if self.rank == 1:
-            excess = [tensors[f"e{d}"].to(x.dtype) for d in range(len(self.modes))]
-            y = kronecker_apply(excess, padded)
+            factors = [tensors[f"start{d}"][0, 0] + tensors[f"e{d}"][0, 0] for d in range(len(self.modes))]
+            wide = torch.promote_types(x.dtype, factors[0].dtype)  # E is small beside I: never rounded to 16 bits
+            y = kronecker_apply([f.to(wide) for f in factors], padded.to(wide)).to(x.dtype)
         else:
             y = padded + padded @ self.excess(tensors).to(x.dtype).mT
-        return y[..., : self.width]
+        return y[..., : self.width].contiguous() if self.padded != self.width else y
 
     def excess(self, tensors: Tensors) -> Tensor:
         """T - I as a dense matrix in the trained dtype; exactly zero at the start, whatever the ring rank."""
         start = [tensors[f"start{d}"] for d in range(len(self.modes))]
         return ring_matrix([s + tensors[f"e{d}"] for d, s in enumerate(start)]) - ring_matrix(start)
-
-
-def kronecker_apply(excess: list[Tensor], x: Tensor) -> Tensor:
-    """((I + E_1) x ... x (I + E_D)) x with cores E_d [1, 1, I_d, I_d]; adds onto x, so small E survive bf16."""
-    modes = [e.shape[-1] for e in excess]
-    y = x.unflatten(-1, modes)
-    for d, e in enumerate(excess):
-        y = y + torch.einsum("ij,...j->...i", e[0, 0], y.movedim(d - len(modes), -1)).movedim(-1, d - len(modes))
-    return y.flatten(-len(modes))

@@ -45,10 +45,21 @@ class LinearKind:
 
     def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
         """D x from its factors; computed in the dtype of x."""
-        hidden = F.linear(x, factors.down.to(x.dtype))
-        if factors.diagonal is not None:
-            hidden = hidden * factors.diagonal.to(hidden.dtype)
+        hidden = self._hidden(factors, x)
         return F.linear(hidden, factors.up.to(hidden.dtype))
+
+    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+        """y + D x, in one pass over y."""
+        hidden = self._hidden(factors, x)
+        if y.dtype != hidden.dtype or not y.is_contiguous():
+            return y + F.linear(hidden, factors.up.to(hidden.dtype)).to(y.dtype)
+        rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), factors.up.to(y.dtype).T)
+        return rows.view(y.shape)
+
+    @staticmethod
+    def _hidden(factors: Factors, x: Tensor) -> Tensor:
+        hidden = F.linear(x, factors.down.to(x.dtype))
+        return hidden if factors.diagonal is None else hidden * factors.diagonal.to(hidden.dtype)
 
 
 class Conv1DKind(LinearKind):
@@ -114,6 +125,9 @@ class Conv2dKind:
         hidden = hidden.unflatten(0, (-1, groups))  # type: ignore[arg-type]
         y = torch.einsum("ngkhw,gok->ngohw", hidden, up).flatten(1, 2)
         return y if x.dim() == 4 else y[0]
+
+    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+        return y + self.output_shift(factors, x, layer).to(y.dtype)
 
 
 Kind = LinearKind | Conv2dKind

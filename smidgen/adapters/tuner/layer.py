@@ -86,8 +86,7 @@ class ShiftLayer(nn.Module):
         y = self.base_layer(self._input(x, terms), *args, **kwargs)
         for slot, s in terms:
             if slot.residual is not None:
-                shift = self.kind.output_shift(_strength(slot.factors(), s), x, self.base_layer)
-                y = y + shift.to(y.dtype)
+                y = self.kind.add_output_shift(y, _strength(slot.factors(), s), x, self.base_layer)
         return y
 
     def _input(self, x: Tensor, terms: list[tuple[Slot, float]]) -> Tensor:
