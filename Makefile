@@ -1,0 +1,48 @@
+# Everything here sets itself up: a fresh clone, python >= 3.11 and `make demo` are enough.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+DEMO ?= demo_output
+ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+.PHONY: demo test test-slow lint types contract bench base clean help
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q -e ".[all,dev]"
+	touch $@
+
+demo: $(VENV)/.ready  ## draw a person nobody trained on, learn an adapter of a few kilobytes, show what it does
+	$(ENV) $(BIN)/smidgen subject $(DEMO)/pictures --seed 7
+	$(ENV) $(BIN)/smidgen personalize $(DEMO)/pictures --method svfit --out $(DEMO)/adapter --overwrite
+	@echo; echo "Look at $(DEMO)/adapter/contact_sheet.png and $(DEMO)/adapter/loss.png"
+
+test: $(VENV)/.ready  ## all fast tests
+	$(ENV) $(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix, twenty kills
+	$(ENV) $(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.ready  ## ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.ready  ## mypy
+	$(BIN)/mypy
+
+contract: $(VENV)/.ready  ## directions of imports
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready  ## make bench NAME=step_time: redo benchmarks/results/NAME.json
+	$(ENV) $(BIN)/python -m benchmarks.$(NAME)
+
+base: $(VENV)/.ready  ## train the embedded base model from nothing (hours; resumable)
+	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage all
+
+clean:           ## the environment and what the demo wrote
+	rm -rf $(VENV) $(DEMO)
