@@ -1,0 +1,214 @@
+"""What the laws run on: tiny layers of every kind, every member and pair, and one table of tolerances."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+
+import smidgen
+from smidgen.adapters.methods import METHODS
+from smidgen.adapters.residuals import RESIDUALS
+from smidgen.adapters.transforms import TRANSFORMS
+from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.peft_bridge import make_slot
+from smidgen.errors import ConfigError
+
+# Largest difference allowed, relative to the largest number of the reference, by dtype of the computation.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+
+
+class LinearSubclass(nn.Linear):
+    """A layer that is a Linear by inheritance only."""
+
+
+class Probe(nn.Module):
+    """A model of one target, ``layer``, and one head that is never adapted."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x))
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(18, 12)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+# name -> (layer, shape of its input)
+LAYER_KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 8), (3, 2, 12)),
+    "flat": (lambda: nn.Linear(12, 8, bias=False), (3, 12)),
+    "subclass": (lambda: LinearSubclass(8, 12), (3, 2, 8)),
+    "wide": (lambda: nn.Linear(24, 4), (3, 2, 24)),
+    "tall": (lambda: nn.Linear(4, 24), (3, 2, 4)),
+    "rough": (lambda: nn.Linear(37, 11), (3, 2, 37)),
+    "conv1d": (_conv1d, (3, 2, 12)),
+    "conv2d": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (3, 6, 5, 5)),
+    "conv2d_dilated": (lambda: nn.Conv2d(4, 6, 3, padding=2, dilation=2, padding_mode="reflect"), (3, 4, 6, 6)),
+    "conv2d_groups": (lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2), (3, 8, 4, 4)),
+    "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding="same", groups=6), (3, 6, 4, 4)),
+    "pointwise": (lambda: nn.Conv2d(6, 8, 1), (3, 6, 3, 3)),
+}
+
+# Options that make a member interesting at these sizes; a newcomer's own defaults serve otherwise.
+_SMALL: dict[str, dict[str, Any]] = {
+    "rotation": {"block_size": 4},
+    "low_rank": {"r": 3, "alpha": 2.0},
+    "spectral": {"r": 3},
+    "triangular": {"r": 3},
+}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "ring of rank 2": {"transform": "tensor_ring", "transform_rank": 2},
+    "ring of rank 2, paper": {"transform": "tensor_ring", "transform_rank": 2, "init": "paper"},
+    "ring of rank 3 + ring": {"method": "tlora(3,2)"},
+    "full svfit": {"method": "svfit", "r": "full"},
+    "relative svfit": {"method": "svfit", "r": 3, "relative": True, "alpha": 2.0},
+    "nonneg svfit": {"method": "svfit", "r": 3, "nonneg": True},
+    "energy svfit": {"method": "svfit", "r": "energy:0.9"},
+    "svfit with factors": {"method": "svfit", "r": 3, "store_factors": True},
+    "raw loldu": {"method": "loldu", "r": 3, "atoms": "raw"},
+    "full loldu": {"method": "loldu", "r": "full"},
+    "loldu with factors": {"method": "loldu", "r": 3, "store_factors": True},
+    "rslora": {"method": "lora", "r": 3, "alpha": 4.0, "scaling": "rslora"},
+}
+
+
+def configs(variants: bool = True) -> Iterator[tuple[str, SmidgenConfig]]:
+    """(label, config) of every single member, pair and named method and, if wanted, of options worth their test."""
+    singles: list[dict[str, Any]] = [{"transform": t} for t in TRANSFORMS] + [{"residual": d} for d in RESIDUALS]
+    pairs: list[dict[str, Any]] = [{"transform": t, "residual": d} for t in TRANSFORMS for d in RESIDUALS]
+    for pair in singles + pairs:
+        options = {k: v for name in pair.values() for k, v in _SMALL.get(name, {}).items()}
+        yield "+".join(pair.values()), smidgen.config(**pair, **options)
+    for name in METHODS:
+        yield name, smidgen.config(name)
+    for label, options in _VARIANTS.items() if variants else ():
+        yield label, smidgen.config(**options)
+
+
+def base(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """A base model of one layer kind and an input for it, the same on every call."""
+    make, shape = LAYER_KINDS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(crc32(kind.encode()))
+        return Probe(make()).to(dtype), torch.randn(shape).to(dtype)
+
+
+def targeted(config: SmidgenConfig, **changes: Any) -> SmidgenConfig:
+    """The config aimed at the target of :func:`base`."""
+    own = copy.deepcopy(config)
+    for name, value in {"target_modules": {"layer"}, **changes}.items():
+        setattr(own, name, value)
+    return own
+
+
+def perturb(model: nn.Module, seed: int = 1, size: float = 0.1, adapter_name: str | None = None) -> nn.Module:
+    """Moves every trained number of a model's adapters away from its start, as training would."""
+    for name, p in model.named_parameters():
+        if ".smidgen_slots." in name and (adapter_name is None or f".smidgen_slots.{adapter_name}." in name):
+            tensor = name.partition(".smidgen_slots.")[2].partition(".")[2]
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(crc32(f"{seed}/{tensor}".encode())))
+            with torch.no_grad():
+                p += size * noise.to(p)
+    return model
+
+
+def adapted(
+    config: SmidgenConfig, kind: str, dtype: torch.dtype = torch.float32, seed: int = 1, name: str = "default"
+) -> tuple[nn.Module, Tensor]:
+    """A base model with a perturbed adapter and an input; in float64 the factors are those of the float32 base."""
+    wide = dtype == torch.float64
+    model, x = base(kind, torch.float32 if wide else dtype)
+    smidgen.adapt(model, targeted(config), adapter_name=name)
+    perturb(model, seed)
+    return (model.double(), x.double()) if wide else (model, x)
+
+
+def refused(config: SmidgenConfig, kind: str) -> bool:
+    """Whether a member has no meaning on a layer kind and says so (a rotation of one feature, say)."""
+    try:
+        make_slot(_without_energy(config), base(kind)[0].layer, "layer")
+    except ConfigError:
+        return True
+    return False
+
+
+def _without_energy(config: SmidgenConfig) -> SmidgenConfig:
+    energy = isinstance(config.r, str) and config.r.startswith("energy:")
+    return targeted(config, r="full") if energy else config
+
+
+def close(found: Tensor, wanted: Tensor, what: str, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
+    """Equality within the table of tolerances.
+
+    Raises:
+        AssertionError: with the relative difference found and allowed.
+    """
+    assert found.shape == wanted.shape, f"{what}: shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    allowed = factor * TOLERANCES[dtype or found.dtype]
+    size = max(float(wanted.detach().abs().max()), 1e-12)
+    off = float((found.detach().to(torch.float64) - wanted.detach().to(torch.float64)).abs().max()) / size
+    assert off <= allowed, f"{what}: off by {off:.2e} of the largest number, {allowed:.0e} allowed"
+
+
+def same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """Equality bit for bit.
+
+    Raises:
+        AssertionError: with the largest difference.
+    """
+    if not torch.equal(found, wanted):
+        off = float((found.detach().double() - wanted.detach().double()).abs().max())
+        raise AssertionError(f"{what}: not the same bits, largest difference {off:.2e}")
+
+
+def differs(found: Tensor, other: Tensor, what: str) -> None:
+    """Guard against laws that hold because nothing happens.
+
+    Raises:
+        AssertionError: the two are nearly the same.
+    """
+    off = float((found.detach().double() - other.detach().double()).abs().max())
+    assert off > 1e-4 * float(other.detach().abs().max()), f"{what}: no effect (largest difference {off:.1e})"
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that must be as before when an operation is refused: classes, bits, flags, hooks and peft's marks."""
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        hooks = (*module._forward_pre_hooks, *module._forward_hooks)
+        state[f"module {name}"] = (type(module), module.training, hooks)
+        for slots in (module._parameters, module._buffers):
+            for key, t in slots.items():
+                if t is not None:
+                    bits = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                    state[f"tensor {name}.{key}"] = (type(t), t.dtype, tuple(t.shape), t.requires_grad, bits)
+        if "scaling" in module.__dict__:
+            state[f"strengths {name}"] = dict(module.scaling)
+            state[f"active {name}"] = (tuple(module.active_adapters), module.disable_adapters)
+    state["adapters"] = tuple(getattr(model, "peft_config", None) or ())
+    state["mark"] = getattr(model, "_hf_peft_config_loaded", False)
+    return state
+
+
+def unchanged(before: dict[str, Any], model: nn.Module, what: str) -> None:
+    """A model against an earlier :func:`snapshot`.
+
+    Raises:
+        AssertionError: naming what changed.
+    """
+    after = snapshot(model)
+    changed = [k for k in (before | after) if before.get(k) != after.get(k)]
+    assert not changed, f"{what}: the model was changed: {changed[:4]}"
