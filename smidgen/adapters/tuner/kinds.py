@@ -18,6 +18,11 @@ from smidgen.adapters.member import Factors
 Map = Callable[[Tensor], Tensor]
 
 
+def laid_like(x: Tensor, y: Tensor) -> Tensor:
+    """y in the memory order of x: a base layer rounds differently for another order, and T = I must change no bit."""
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
 class LinearKind:
     """``nn.Linear`` and everything with its forward: weight [out, in], features last."""
 
@@ -41,7 +46,7 @@ class LinearKind:
 
     def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
         """T x: the transform applied over the feature axis of the activations."""
-        return apply(x)
+        return laid_like(x, apply(x))
 
     def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
         """D x from its factors; computed in the dtype of x."""
@@ -106,9 +111,9 @@ class Conv2dKind:
     def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
         channels_last = x.movedim(-3, -1)
         if layer.groups == 1:
-            return apply(channels_last).movedim(-1, -3)
+            return laid_like(x, apply(channels_last).movedim(-1, -3))
         pieces = channels_last.unflatten(-1, (layer.groups, -1))  # type: ignore[arg-type]
-        return apply(pieces).flatten(-2).movedim(-1, -3)
+        return laid_like(x, apply(pieces).flatten(-2).movedim(-1, -3))
 
     def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
         groups, (kh, kw) = layer.groups, layer.kernel_size  # type: ignore[misc]
