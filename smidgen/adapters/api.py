@@ -11,20 +11,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
 from smidgen.adapters.tuner.peft_bridge import (
     adapted_layers,
-    base_matrices,
-    make_slot,
+    base_heads,
+    check_base,
+    head_tensors,
     matched_layers,
     remove,
+    saved_modules,
+    slot_layout,
     stamp,
     stored_tensors,
 )
@@ -68,9 +72,10 @@ def adapt(
     _check_name(model, adapter_name)
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
         own.target_modules = default_targets(model)
-    _inject(model, own, adapter_name)
-    for layer in adapted_layers(model, adapter_name).values():
-        layer.slot(adapter_name)
+    with _all_or_nothing(model, adapter_name):
+        _inject(model, own, adapter_name)
+        for layer in adapted_layers(model, adapter_name).values():
+            layer.slot(adapter_name)
     return model
 
 
@@ -98,6 +103,22 @@ def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
             model.peft_config = dict(model.peft_config)  # type: ignore[arg-type]
         inject_adapter_in_model(own, model, adapter_name)
     set_active(model, adapter_name)
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Within, a model is given an adapter; on an error it becomes what it was: classes, active adapters and flags."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(model).values()]
+    try:
+        yield
+    except BaseException:
+        remove(model, adapter_name)
+        for layer, names in active:
+            layer._active_adapter = names
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def default_targets(model: nn.Module) -> set[str]:
@@ -146,29 +167,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     own: SmidgenConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     stamp(own, layers, adapter_name)
     tensors = packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
-    tensors |= _saved_modules(model, adapter_name)
+    tensors |= head_tensors(model, adapter_name)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         inference, own.inference_mode = own.inference_mode, True
-        own.save_pretrained(str(scratch))
-        own.inference_mode = inference
+        try:
+            own.save_pretrained(str(scratch))
+        finally:
+            own.inference_mode = inference
         save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / SAFETENSORS_WEIGHTS_NAME)
         for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
             os.replace(scratch / name, folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def _saved_modules(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    if not getattr(model.peft_config[adapter_name], "modules_to_save", None):  # type: ignore[index]
-        return {}
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {k: v.detach().cpu() for k, v in state.items() if not packing.is_packed(k)}
 
 
 def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
@@ -191,22 +205,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     _check_name(model, adapter_name)
     own = read_smidgen_config(path)
     tensors = read_tensors(path)
-    unpacked, saved = _fit(model, own, tensors, str(path))
-    _inject(model, own, adapter_name)
-    for name, layer in adapted_layers(model, adapter_name).items():
-        layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
-        layer.slot(adapter_name)
-    if saved:
-        from peft import set_peft_model_state_dict
-
-        packed = packing.pack(
-            {n: stored_tensors(la, adapter_name) for n, la in adapted_layers(model, adapter_name).items()}
-        )
-        try:
-            set_peft_model_state_dict(model, packed | saved, adapter_name=adapter_name)
-        except KeyError as error:
-            remove(model, adapter_name)
-            raise AdapterFileError(f"{path}: modules_to_save lack {error}; restore the file.") from error
+    unpacked, heads = _fit(model, own, tensors, str(path))
+    with _all_or_nothing(model, adapter_name):
+        _inject(model, own, adapter_name)
+        for name, layer in adapted_layers(model, adapter_name).items():
+            layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
+            layer.slot(adapter_name)
+        with torch.no_grad():
+            for name, tensor in head_tensors(model, adapter_name).items():
+                tensor.copy_(heads[name])
     return model
 
 
@@ -232,26 +239,24 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
         return SmidgenConfig(**fields)
     except ConfigError as error:
         raise AdapterFileError(f"{path}: {error}") from error
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
 
 
 def _fit(
     model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Checks a file against a model without touching it: (tensors by target, modules_to_save)."""
-    chosen = matched_layers(None, own, model)
-    if own.base_lock:
-        base_lock.check_lock(own.base_lock, base_matrices(chosen)).raise_if_other()
-    layout = {name: make_slot(own, layer, name).layout() for name, layer in chosen.items()}
-    packed = {k: v for k, v in tensors.items() if packing.is_packed(k)}
-    rest = {k: v for k, v in tensors.items() if k not in packed}
-    if rest and not own.modules_to_save:
-        packed |= rest  # nothing else belongs in the file: reported as unexpected
-    unpacked = packing.unpack(packed, layout, where)
-    for name, value in rest.items():
-        packing.check_tensor(name, value, tuple(value.shape), value.dtype, where)
-    return unpacked, rest
+    """Checks a file against a model without touching it: (tensors by target, heads in modules_to_save)."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    chosen = matched_layers(None, own, inner)
+    check_base(own, chosen, inner)
+    layout = {name: slot_layout(own, layer, name) for name, layer in chosen.items()}
+    heads = base_heads(inner, own)
+    packing.check_names(tensors, {name for own in layout.values() for name in own} | heads.keys(), where)
+    for name, wanted in heads.items():
+        packing.check_tensor(name, tensors[name], tuple(wanted.shape), wanted.dtype, where)
+    packed = {k: v for k, v in tensors.items() if k not in heads}
+    return packing.unpack(packed, layout, where), {k: tensors[k] for k in heads}
 
 
 # ---- what a model carries --------------------------------------------------------------------------------------------
@@ -276,8 +281,18 @@ def trained_numbers(model: nn.Module, adapter_name: str | None = None) -> int:
 def set_active(model: nn.Module, adapter_names: str | list[str]) -> None:
     """Makes adapters active, several at once if a list is given: their deltas add."""
     wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    for name in set(wanted) - set(names(model)):
+        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, names(model))}")
+    heads = {name: [n for n in wanted if n in head.modules_to_save] for name, head in saved_modules(model).items()}
+    for name, trained in heads.items():
+        if len(trained) > 1:
+            raise SmidgenError(f"{name!r} was trained by each of {trained}; heads do not add, make one of them active.")
     for layer in adapted_layers(model).values():
         layer.set_adapter(wanted)
+    for name, head in saved_modules(model).items():
+        head.set_adapter(heads[name])
+    if isinstance(model, PeftModel) and len(wanted) == 1:
+        model.active_adapter = wanted[0]
 
 
 def set_strength(model: nn.Module, strength: float | dict[str, float]) -> None:
@@ -295,11 +310,15 @@ def set_strength(model: nn.Module, strength: float | dict[str, float]) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within: exactly the base model, also when nested or after merging."""
     layers = adapted_layers(model).values()
+    heads = [(head, head.disable_adapters) for head in saved_modules(model).values()]
     before = [
         (layer, layer.disable_adapters, list(layer.merged_adapters), list(layer.active_adapters)) for layer in layers
     ]
     grads = [(p, p.requires_grad) for layer in layers for p in layer.smidgen_slots.parameters()]
+    grads += [(p, p.requires_grad) for head, _ in heads for p in head.parameters()]
     try:
+        for head, _ in heads:
+            head.enable_adapters(False)
         for layer, _, merged, _ in before:
             if merged:
                 layer.unmerge()
@@ -312,6 +331,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                 layer._active_adapter = active
             if merged:
                 layer.merge(adapter_names=merged)
+        for head, was_off in heads:
+            head._disable_adapters = was_off
         for parameter, flag in grads:
             parameter.requires_grad_(flag)
 
@@ -341,6 +362,8 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     """Merges adapters into the base weights and takes the adapted layers away, in place; refuses when rounding to the
     weights' dtype would lose more than half of an update, before anything is changed."""
     layers = adapted_layers(model)
+    for name in set(adapter_names or ()) - set(names(model)):
+        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, names(model))}")
     for name, layer in layers.items():
         wanted = [n for n in (adapter_names or layer.active_adapters) if n in layer.smidgen_slots]
         if wanted:
@@ -350,14 +373,15 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
                     f"Merging {wanted} at {name!r} would lose {error:.0%} of the update to rounding in {merged.dtype}; "
                     "cast the base to float32 first, or keep the adapter unmerged."
                 )
+    for name, head in saved_modules(model).items():
+        merged_heads = [n for n in adapter_names or head.active_adapters if n in head.modules_to_save]
+        trained = head.modules_to_save[merged_heads[0]] if merged_heads else head.original_module
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], trained)
     for layer in layers.values():
         layer.merge(adapter_names=adapter_names)
-        layer._kept = None
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, type(next(iter(layers.values())))):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], layer.base_layer)
-    if "peft_config" in model.__dict__:
-        del model.peft_config
+        layer._kept, layer.merged_adapters = None, []
+    for adapter_name in names(model):
+        remove(model, adapter_name)
     return model
 
 

@@ -7,7 +7,7 @@ the order of the sorted target names, which the config lists. Nothing else is in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
@@ -52,7 +52,7 @@ def unpack(
         for name, (shape, dtype) in own.items():
             expected[name] = expected.get(name, 0) + prod(shape)
             dtypes[name] = dtype
-    _check_names(packed, expected, where)
+    check_names(packed, expected, where)
     for name, numel in expected.items():
         check_tensor(name, packed[name], (numel,), dtypes[name], where)
     out: dict[str, dict[str, Tensor]] = {}
@@ -66,7 +66,12 @@ def unpack(
     return out
 
 
-def _check_names(packed: Mapping[str, Tensor], expected: Mapping[str, int], where: str) -> None:
+def check_names(packed: Collection[str], expected: Collection[str], where: str) -> None:
+    """The tensors of a file must be exactly those that its config calls for.
+
+    Raises:
+        AdapterFileError: naming the missing and the unexpected ones.
+    """
     missing, extra = sorted(set(expected) - set(packed)), sorted(set(packed) - set(expected))
     if missing or extra:
         hints = "".join(did_you_mean(name, extra) for name in missing[:1])

@@ -38,6 +38,11 @@ class Rotation(Transform):
             best = sorted(near, key=lambda b: abs(b - blocks))[:3]
             raise ConfigError(f"blocks must divide the width {width}, got {blocks}; {sorted(best)} would work.")
         self.blocks, self.block = blocks, width // blocks
+        if self.block == 1:
+            more = f"; blocks=1 turns all {width} features together" if width > 1 else ""
+            raise ConfigError(
+                f"A rotation needs blocks of at least 2 features, a width of {width} gives blocks of 1{more}."
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"q": (self.blocks, self.block * (self.block - 1) // 2)}

@@ -16,18 +16,20 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
-from peft.utils.other import get_pattern_key
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.linalg.svd import energy_rank
+from smidgen.adapters.member import Residual, Transform
 from smidgen.adapters.tuner import targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import kind_of
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
-from smidgen.adapters.tuner.slot import Slot
-from smidgen.errors import AdapterFileError, SmidgenError
+from smidgen.adapters.tuner.slot import Slot, Spec, layout_of
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError
 
 logger = logging.getLogger("smidgen")
 
@@ -168,11 +170,12 @@ class SmidgenModel(BaseTuner):
         """All checks, before anything of the model is touched."""
         assert isinstance(peft_config, SmidgenConfig)
         chosen = matched_layers(self, peft_config, model)
-        for name, layer in chosen.items():
-            targets.check_layer(name, layer)
-        if peft_config.base_lock:
-            base_lock.check_lock(peft_config.base_lock, base_matrices(chosen)).raise_if_other()
+        check_base(peft_config, chosen, model)
         _resolve_energy(peft_config, chosen)
+        for name, layer in chosen.items():
+            members_of(peft_config, layer, name)
+        if _all_linear(peft_config):
+            peft_config.target_modules = set(chosen)
 
     def _create_and_replace(  # type: ignore[no-untyped-def]
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -208,7 +211,7 @@ class SmidgenModel(BaseTuner):
         packed = {k: v for k, v in state_dict.items() if packing.is_packed(k)}
         rest = {k: v for k, v in state_dict.items() if k not in packed}
         layers = adapted_layers(model, adapter_name)
-        layout = {name: layer.smidgen_slots[adapter_name].layout() for name, layer in layers.items()}
+        layout = {name: slot_layout(config, layer.get_base_layer(), name) for name, layer in layers.items()}
         try:
             unpacked = packing.unpack(packed, layout)
         except AdapterFileError:
@@ -232,15 +235,42 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
     modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
     inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
     modules = {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}
-    if isinstance(config.target_modules, str) and config.target_modules == "all-linear":
-        chosen = {n: m for n, m in modules.items() if _is_linear_target(m, n, model)}
+    if _all_linear(config):
+        heads = [*(config.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else ())]
+        left_out = tuple(f".{head}" for head in heads)
+        chosen = {n: m for n, m in modules.items() if _is_linear_target(m, model) and not f".{n}".endswith(left_out)}
     else:
         chosen = {n: m for n, m in modules.items() if BaseTuner._check_target_module_exists(config, n)}
     targets.check_names(config.target_modules, list(modules), list(chosen))
     return {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in chosen.items()}
 
 
-def _is_linear_target(module: nn.Module, name: str, model: nn.Module) -> bool:
+def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Module) -> None:
+    """The targets must be of a supported kind and, for an adapter from a file, hold the weights it was made for.
+
+    Raises:
+        TargetError, BaseLockError: before anything of the model is touched.
+    """
+    for name, layer in chosen.items():
+        targets.check_layer(name, layer)
+    if config.base_lock:
+        carried = adapted_layers(model)  # a merged layer still knows its base weight
+        lock = base_lock.check_lock(config.base_lock, base_matrices({n: carried.get(n, m) for n, m in chosen.items()}))
+        lock.raise_if_other()
+        if lock.state == "cast":
+            logger.warning(
+                "The base weights differ by %.1e from those the adapter was made for (at most %.0e when only the number "
+                "format differs): smidgen.verify measures what that costs.",
+                lock.difference,
+                base_lock.CAST,
+            )
+
+
+def _all_linear(config: SmidgenConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _is_linear_target(module: nn.Module, model: nn.Module) -> bool:
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = kind_of(inner)
     if kind is None or kind.name == "conv2d":
@@ -251,17 +281,36 @@ def _is_linear_target(module: nn.Module, name: str, model: nn.Module) -> bool:
 
 def make_slot(config: SmidgenConfig, layer: nn.Module, target: str, size: int | None = None) -> Slot:
     """A fresh slot for a base layer; ``size`` adapters of a bank if given."""
+    return Slot(*members_of(config, layer, target), f"{config.seed}/{target}", config.store_factors, size)
+
+
+def slot_layout(config: SmidgenConfig, layer: nn.Module, target: str) -> dict[str, Spec]:
+    """What :func:`make_slot` would store, without making it."""
+    return layout_of(*members_of(config, layer, target), config.store_factors)
+
+
+def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> tuple[Transform | None, Residual | None, int]:
+    """(transform, residual, groups) of a config at a base layer.
+
+    Raises:
+        ConfigError: an option that has no meaning at this geometry.
+    """
     kind = kind_of(layer)
     assert kind is not None
     width, rows, cols, groups = kind.geometry(layer)
     options = dict(config.residual_options)
-    r = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), target), config.r)
+    ranks = config.rank_pattern
+    r = ranks[target] if target in ranks else ranks.get(get_pattern_key(ranks.keys(), target), config.r)
     if r is not None and config.residual:
         options["r"] = r
-    members = methods.make_members(
-        config.transform, config.residual, config.transform_options, options, width, rows, cols
-    )
-    return Slot(*members, groups, f"{config.seed}/{target}", config.store_factors, size)
+    try:
+        members = methods.make_members(
+            config.transform, config.residual, config.transform_options, options, width, rows, cols
+        )
+    except TypeError as error:
+        given = config.transform_options | options
+        raise ConfigError(f"An option of {config.label()} has a value of the wrong type: {given} ({error}).") from error
+    return *members, groups
 
 
 def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None:
@@ -300,6 +349,36 @@ def model_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     }
 
 
+def saved_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """Heads in modules_to_save (peft's wrappers) by name in this model, those of ``adapter_name`` if given."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in (None, *module.modules_to_save)
+    }
+
+
+def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of the heads that an adapter trained, under the names they have in any peft file."""
+    return {
+        f"{_WRAP}{name.removeprefix(_WRAP)}.{key}": value.detach()
+        for name, head in saved_modules(model, adapter_name).items()
+        for key, value in head.modules_to_save[adapter_name].state_dict().items()
+    }
+
+
+def base_heads(model: nn.Module, config: SmidgenConfig) -> dict[str, Tensor]:
+    """Tensors of the base model's own heads that an adapter of this config would carry, named as in its file."""
+    wrapped = saved_modules(model)
+    inside = tuple(f"{name}." for name in wrapped)
+    heads = {
+        n: wrapped[n].original_module if n in wrapped else m
+        for n, m in model.named_modules()
+        if n.endswith(tuple(config.modules_to_save or ())) and not (inside and n.startswith(inside))
+    }
+    return {f"{_WRAP}{n}.{key}": value for n, m in heads.items() for key, value in m.state_dict().items()}
+
+
 def stored_tensors(layer: AdaptedLayer, adapter_name: str) -> dict[str, Tensor]:
     """Stored tensors of an adapter at a layer; factors are made first if pins depend on them."""
     slot = layer.smidgen_slots[adapter_name]
@@ -320,7 +399,12 @@ def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: 
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
-    """Takes an adapter out; layers that carry no other become their base layer again."""
+    """Takes an adapter out; layers and heads that carry no other become the base model's again."""
+    for name, head in saved_modules(model, adapter_name).items():
+        if set(head.modules_to_save) == {adapter_name}:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], head.original_module)
+        else:
+            head.delete_adapter(adapter_name, new_active_adapters=None)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, AdaptedLayer) and adapter_name in layer.smidgen_slots:
             if layer.merged:
@@ -329,11 +413,12 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             if not layer.smidgen_slots:
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], layer.base_layer)
-    configs = getattr(model, "peft_config", None)
-    if isinstance(configs, dict):
-        configs.pop(adapter_name, None)
-        if not configs and "peft_config" in model.__dict__:
-            del model.peft_config
+    for module in list(model.modules()):
+        configs = module.__dict__.get("peft_config")
+        if isinstance(configs, dict):
+            configs.pop(adapter_name, None)
+            if not configs and not isinstance(module, BaseTuner):
+                del module.peft_config
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()) and hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = False
 

@@ -17,6 +17,26 @@ from smidgen.adapters.member import Factors, Member, Residual, Tensors, Transfor
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 
+def layout_of(
+    transform: Transform | None, residual: Residual | None, groups: int, store_factors: bool = False
+) -> dict[str, Spec]:
+    """Full name -> (shape, dtype) of everything a slot stores, without making any of it."""
+    layout: dict[str, Spec] = {}
+    if transform is not None:
+        lead = (groups,) if groups > 1 else ()
+        layout |= {f"transform_{n}": ((*lead, *shape), torch.float32) for n, shape in transform.shapes().items()}
+    if residual is not None:
+        layout |= {f"residual_{n}": (shape, torch.float32) for n, shape in residual.shapes().items()}
+        layout |= {f"residual_{n}": spec for n, spec in pinned(residual, store_factors).items()}
+    return layout
+
+
+def pinned(residual: Residual, store_factors: bool) -> dict[str, Spec]:
+    """The frozen tensors of a residual that a file holds, by the residual's own names."""
+    factors = residual.factor_shapes() if store_factors else {}
+    return residual.pins() | {name: (shape, torch.float32) for name, shape in factors.items()}
+
+
 class Slot(nn.Module):
     """Tensors of one adapter at one layer.
 
@@ -63,12 +83,7 @@ class Slot(nn.Module):
         return value.clone()
 
     def _pinned(self) -> dict[str, Spec]:
-        if self.residual is None:
-            return {}
-        pins = dict(self.residual.pins())
-        if self.store_factors:
-            pins |= {name: (shape, torch.float32) for name, shape in self.residual.factor_shapes().items()}
-        return pins
+        return {} if self.residual is None else pinned(self.residual, self.store_factors)
 
     # ---- the tensors by name -------------------------------------------------------------------------------------
 
@@ -79,10 +94,6 @@ class Slot(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """What a file must hold: trained tensors and pins, by full name."""
         return self.trained() | {f"residual_{n}": getattr(self, f"residual_{n}") for n in self._pinned()}
-
-    def layout(self) -> dict[str, Spec]:
-        """Full name -> (shape, dtype) of everything stored."""
-        return {name: (tuple(t.shape), t.dtype) for name, t in self.stored().items()}
 
     def fill(self, tensors: Tensors) -> None:
         """Takes stored tensors (a whole set, checked by the caller) into the slot."""
@@ -108,6 +119,10 @@ class Slot(nn.Module):
             return
         weight = weight_matrix()
         assert self.residual is not None
+        if weight.is_meta:  # shapes only; factors are made once the weight is there
+            for name, shape in self.residual.factor_shapes().items():
+                self.register_buffer(f"residual_{name}", torch.empty(shape, device="meta"), persistent=False)
+            return
         pins = {n: getattr(self, f"residual_{n}") for n in self.residual.pins()} if self.pinned else None
         factors, found = self.residual.decompose(weight.detach().float().contiguous(), pins)
         device = next(self.parameters()).device
