@@ -9,6 +9,7 @@ alone.
 
 import argparse
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -25,51 +26,99 @@ FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One killed and resumed run. ``killed_at``: the newest whole checkpoint then; ``writing``: inside a checkpoint."""
+    """One killed and resumed run; ``killed_at`` the newest checkpoint then, by the ``clock`` or inside a ``write``."""
 
     killed_at: int
-    writing: bool
-    finished_before: bool
+    kind: str
+    killed: bool
     same: bool
 
 
-def attempts(folder: Path, times: int, seed: int = 0, steps: int = 24) -> list[Attempt]:
+def attempts(folder: Path, times: int, seed: int = 0, steps: int = 16) -> list[Attempt]:
     """Kill and resume ``times`` runs below ``folder``; the parent process only imports, forks and kills."""
-    import torch
-
-    from smidgen.training.recipes.personalize import personalize  # noqa: F401  (children inherit the imports)
+    _import_everything()
     from tests.training import tiny
 
-    torch.set_num_threads(1)
     _child(lambda: (tiny.sd_folder(folder / "base"), tiny.pictures(folder / "pictures")))
     started = time.perf_counter()
     _child(lambda: _run(folder, "whole", steps))
     duration = time.perf_counter() - started
     wanted, draw = _digest(folder / "whole"), random.Random(seed)
-    return [_attempt(folder, f"run{n}", steps, duration, wanted, draw, n % 2 == 1) for n in range(times)]
+    return [_attempt(folder, f"run{n}", steps, duration, wanted, draw, n % 2 == 0) for n in range(times)]
 
 
 def _attempt(
-    folder: Path, name: str, steps: int, duration: float, wanted: str, draw: random.Random, in_writing: bool
+    folder: Path, name: str, steps: int, duration: float, wanted: str, draw: random.Random, by_clock: bool
 ) -> Attempt:
     out = folder / name
-    child = _fork(lambda: _run(folder, name, steps))
-    until = time.perf_counter() + draw.uniform(0.1, 0.95) * duration
-    skip = draw.randrange(steps // 2)  # writings to let pass
-    writing = _wait(out, until, skip) if in_writing else _sleep(until)
-    os.kill(child, signal.SIGKILL)
+    moment, point = draw.uniform(0.1, 0.95) * duration, draw.randrange(steps // 2 * 6)
+    child = _fork(lambda: _run(folder, name, steps, None if by_clock else point))
+    if by_clock:
+        time.sleep(moment)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     whole = [int(path.name.split("-")[1]) for path in out.glob("checkpoint-*")] if out.is_dir() else []
     _child(lambda: _run(folder, name, steps))
-    return Attempt(max(whole, default=0), writing, status == 0, _digest(out) == wanted)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return Attempt(max(whole, default=0), "clock" if by_clock else "write", killed, _digest(out) == wanted)
 
 
-def _run(folder: Path, name: str, steps: int) -> None:
+def _kill_in_writing(point: int) -> None:
+    """Let this process die inside the writing of a checkpoint: with half a file written, or around a rename.
+
+    Points are counted over the run: two to a file (half of it, all of it), two to a rename (before, after).
+    """
+    from types import SimpleNamespace
+
+    from smidgen.training import checkpoints
+
+    passed = itertools.count()
+    write, rename = checkpoints.write_file, os.rename
+
+    def die_at_point() -> None:
+        if next(passed) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_file(path: Path, content: bytes) -> None:
+        write(path, content[: len(content) // 2])
+        die_at_point()
+        write(path, content)
+        die_at_point()
+
+    def renamed(source, target) -> None:
+        die_at_point()
+        rename(source, target)
+        die_at_point()
+
+    checkpoints.write_file = write_file
+    checkpoints.os = SimpleNamespace(**{**vars(os), "rename": renamed})
+
+
+def _import_everything() -> None:
+    """What the children need, so that they start at once; the parent computes nothing, which keeps forking sound."""
+    import accelerate  # noqa: F401
+    import diffusers
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import torch
+    import transformers
+
+    import smidgen.training.recipes.personalize  # noqa: F401
+
+    torch.set_num_threads(1)
+    for name in ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "DDPMScheduler"):
+        getattr(diffusers, name)
+    for name in ("CLIPTextModel", "CLIPTokenizer", "CLIPTextModelWithProjection"):
+        getattr(transformers, name)
+
+
+def _run(folder: Path, name: str, steps: int, point: int | None = None) -> None:
     from smidgen.training.loop import LoopConfig
     from smidgen.training.recipes.personalize import personalize
     from smidgen.training.recipes.personalize_settings import Adapter, Data, PersonalizeConfig, Show
 
     logging.disable(logging.WARNING)
+    if point is not None:
+        _kill_in_writing(point)
     config = PersonalizeConfig(
         data=Data(folder / "pictures", train_batch_size=2),
         adapter=Adapter("tlora", learning_rate=1e-2),
@@ -103,24 +152,6 @@ def _child(work) -> None:
         raise RuntimeError(f"a run left alone ended with status {status}")
 
 
-def _wait(out: Path, until: float, skip: int) -> bool:
-    """True in the middle of writing a checkpoint, after ``skip`` of them; False when ``until`` came first."""
-    seen: set[str] = set()
-    while time.perf_counter() < until + 5:
-        hidden = [path.name for path in out.glob(".checkpoint-*.tmp")] if out.is_dir() else []
-        seen.update(hidden)
-        if hidden and len(seen) > skip:
-            return True
-        if not hidden and time.perf_counter() > until and len(seen) <= skip and (out / "report.json").exists():
-            return False
-    return False
-
-
-def _sleep(until: float) -> bool:
-    time.sleep(max(0.0, until - time.perf_counter()))
-    return False
-
-
 def _digest(out: Path) -> str:
     return hashlib.sha256(b"".join((out / name).read_bytes() for name in FILES)).hexdigest()
 
@@ -138,8 +169,8 @@ def main() -> int:
     figures = {
         "times": len(found),
         "same_to_the_bit": same,
-        "killed_while_writing_a_checkpoint": sum(attempt.writing for attempt in found),
-        "killed_after_the_end": sum(attempt.finished_before for attempt in found),
+        "killed_by_the_clock": sum(attempt.killed and attempt.kind == "clock" for attempt in found),
+        "killed_inside_a_write": sum(attempt.killed and attempt.kind == "write" for attempt in found),
         "distinct_steps_killed_at": len({attempt.killed_at for attempt in found}),
     }
     write_result("resume", figures, f"python -m benchmarks.resume --times {options.times} --seed {options.seed}")

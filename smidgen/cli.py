@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUMMARY = {
     "personalize": "train an adapter of kilobytes on a folder of pictures",
+    "subject": "draw pictures of an invented person for the embedded base",
     "generate": "draw pictures with an adapter",
     "verify": "prove that an adapter is on and belongs to its base",
     "inspect": "say what an adapter folder holds",
@@ -157,6 +158,19 @@ def _value_of(words: Sequence[str], flag: str) -> str | None:
     return None
 
 
+def subject(folder: Path, /, seed: int = 0, num_pictures: int = 6) -> None:
+    """Draw a person the embedded base has never seen into FOLDER: pictures and captions to personalize with.
+
+    Args:
+        folder: where the pictures and metadata.jsonl go.
+        seed: which person, and which scenes.
+        num_pictures: how many pictures.
+    """
+    from smidgen.training.drawing import draw_subject as run
+
+    print(run(folder, seed, num_pictures))
+
+
 # ---- using adapters --------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +295,7 @@ def config(action: Literal["show", "validate"], file: Path | None = None, /, pre
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "subject": subject,
     "generate": generate,
     "verify": verify,
     "inspect": inspect,

@@ -1,6 +1,7 @@
 """What is done with a finished adapter folder: draw with it, verify it, look into it."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from smidgen.training.contact_sheet import save_image
 from smidgen.training.gallery import SAMPLING
 from smidgen.training.pipelines import Base, default_device, draw, encode_prompts, load_base
 from smidgen.training.report import markdown_table
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -92,6 +95,23 @@ def inspect(adapter: Path) -> str:
             [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
         )
     return "\n".join([*lines, "", markdown_table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
+
+
+def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
+    """Draw ``num_pictures`` of a held-out identity of the embedded base's world; returns a sentence about it."""
+    import numpy
+
+    from smidgen.models.embedded import world
+
+    if num_pictures < 1:
+        raise ConfigError(f"num_pictures must be at least 1, not {num_pictures}.")
+    if folder.is_dir() and any(path.suffix == ".png" for path in folder.iterdir()):
+        known = len(list(folder.glob("*.png")))
+        logger.info("%s holds %d pictures already; they are drawn anew.", folder, known)
+    identity = world.sample_identity(numpy.random.default_rng(seed), "test")
+    world.write_subject(folder, identity, num_pictures, seed)
+    looks = ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in identity.as_dict().items())
+    return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 
 
 def _lock_words(lock: Any) -> str:

@@ -1,0 +1,286 @@
+"""Identity and caption scores of each method on held-out people, by bytes, beside two of peft's own methods.
+
+    python -m benchmarks.personalize --stage tune   (learning rates: the same small grid for every method, other people)
+    python -m benchmarks.personalize                (8 people x 3 seeds x methods; resumable, a file a cell in work/)
+
+Every method sees the same pictures, noise, timesteps and number of steps, and draws the same scenes from the same
+noise.
+Intervals: 95 % bootstrap over people (seeds averaged first).
+"""
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+CELLS = ROOT / "work" / "personalize_bench"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+PICTURES, STEPS, BATCH = 6, 150, 4
+SCENES, DRAW_STEPS, GUIDANCE = 8, 12, 3.0
+SUBJECTS, SEEDS, TUNING = 8, 3, 2  # people in the run, seeds each, other people the rates are chosen on
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tlora": ("tlora", {}),
+    "svfit": ("svfit", {"r": "full"}),
+    "loldu": ("loldu", {"r": "full"}),
+    "lora": ("lora", {"r": 4}),
+    "peft LoRA": ("peft.LoraConfig", {"r": 4, "lora_alpha": 4}),
+    "peft OFT": ("peft.OFTConfig", {"oft_block_size": 16, "r": 0}),
+}
+GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of about 3 apart, around where each one learns
+    "tlora": (3e-3, 1e-2, 3e-2),
+    "svfit": (2e-2, 6e-2, 2e-1),
+    "loldu": (2e-2, 6e-2, 2e-1),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "peft LoRA": (1e-3, 3e-3, 1e-2),
+    "peft OFT": (1e-3, 3e-3, 1e-2),
+}
+
+
+class Bench:
+    """One process's base, judge and pictures."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from smidgen.training.judging import EmbeddedJudge
+        from smidgen.training.pipelines import encode_prompts, load_base
+
+        torch.set_num_threads(1)
+        self.base = load_base("embedded")
+        self.judge = EmbeddedJudge()
+        self.scenes = self.judge.prompts(SCENES, seed=1)
+        self.prompts, self.nothing = encode_prompts(self.base, self.scenes), encode_prompts(self.base, [""])
+        self.clean = copy.deepcopy(self.base.unet)
+
+    def cell(self, method: str, rate: float, person: int, seed: int) -> dict[str, float]:
+        """Train one adapter and score it; ``base`` draws without any."""
+        from smidgen.training.fitting import Rates, fit
+        from smidgen.training.loop import LoopConfig
+        from smidgen.training.tasks.personalize import make_task
+
+        subject, encoded = self._person(person)
+        self.base.pipe.unet = copy.deepcopy(self.clean)
+        figures: dict[str, float] = {}
+        if method != "base":
+            task = make_task(self.base, encoded, batch_size=BATCH, seed=seed)
+            setup = config_of(method, seed)
+            loop = LoopConfig(max_train_steps=STEPS, seed=seed, checkpointing_steps=STEPS)
+            with tempfile.TemporaryDirectory() as folder:
+                rates = Rates(rate, 0.3 * rate)
+                run = fit(method, self.base.unet, task, setup, rates, loop, Path(folder), progress=False)
+            figures = {"numbers": run.trained_numbers, "bytes": run.bytes, "seconds": run.seconds}
+        return figures | self._score(subject, seed)
+
+    def _person(self, person: int):
+        from smidgen.models.embedded import world
+        from smidgen.training.images import load_picture, read_folder
+        from smidgen.training.tasks.personalize import encode_examples
+
+        identity = world.sample_identity(np.random.default_rng(1000 + person), "test")
+        with tempfile.TemporaryDirectory() as folder:
+            world.write_subject(folder, identity, PICTURES, seed=person)
+            found = read_folder(folder)
+            subject = [load_picture(picture.path, self.base.resolution) for picture in found.pictures]
+            return subject, encode_examples(self.base, found.pictures, found.captions, self.base.resolution)
+
+    def _score(self, subject: list, seed: int) -> dict[str, float]:
+        from smidgen.training.pipelines import draw
+        from smidgen.training.randomness import derive
+
+        noise = [derive(seed, "bench", number) for number in range(SCENES)]
+        options: dict[str, Any] = {"negative": self.nothing, "steps": DRAW_STEPS, "guidance": GUIDANCE}
+        images = draw(self.base, self.prompts, noise, **options)
+        return self.judge.scores(images, self.scenes, subject)
+
+
+def config_of(method: str, seed: int) -> Any:
+    """The config of one of ``METHODS``."""
+    import peft
+
+    import smidgen
+
+    name, options = METHODS[method]
+    if name.startswith("peft."):
+        return getattr(peft, name.removeprefix("peft."))(target_modules=TARGETS, **options)
+    return smidgen.config(name, target_modules=TARGETS, seed=seed, **options)
+
+
+def plan(stage: str) -> list[tuple[str, float, int, int]]:
+    """All cells of a stage as (method, rate, person, seed), people outermost: early results cover all methods."""
+    if stage == "tune":
+        people = range(100, 100 + TUNING)
+        return [(m, rate, person, 0) for person in people for m in METHODS for rate in GRIDS[m]]
+    rates = chosen_rates()
+    pairs = [(person, seed) for seed in range(SEEDS) for person in range(SUBJECTS)]
+    return [(m, rates.get(m, 0.0), person, seed) for person, seed in pairs for m in ("base", *METHODS)]
+
+
+def path_of(stage: str, cell: tuple[str, float, int, int]) -> Path:
+    method, rate, person, seed = cell
+    return CELLS / stage / f"{method.replace(' ', '_')}-{rate:g}-{person}-{seed}.json"
+
+
+def work(stage: str, worker: int, workers: int) -> None:
+    """Do this worker's share of the cells that are not done."""
+    mine = plan(stage)[worker::workers]
+    bench = None
+    for cell in mine:
+        path = path_of(stage, cell)
+        if path.exists():
+            continue
+        bench = bench or Bench()
+        started = time.process_time()
+        figures = bench.cell(*cell) | {"cpu_seconds": time.process_time() - started}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_suffix(".part")
+        hidden.write_text(json.dumps(figures))
+        os.replace(hidden, path)
+        print(f"{cell}: identity {figures['identity']:.3f} captions {figures['caption']:.3f}", flush=True)
+
+
+def run_workers(stage: str, workers: int) -> None:
+    """One process a core."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "benchmarks.personalize", "--stage", stage, "--workers", str(workers)]
+    running = [
+        subprocess.Popen([*command, "--worker", str(number)], env=environment, cwd=ROOT) for number in range(workers)
+    ]
+    if any(status != 0 for status in [process.wait() for process in running]):
+        raise SystemExit("a worker failed; run the same command again to go on")
+
+
+def chosen_rates() -> dict[str, float]:
+    """For each method the rate of its grid with the best mean of identity and caption score on the tuning people."""
+    scores: dict[tuple[str, float], list[float]] = {}
+    for cell in plan("tune"):
+        path = path_of("tune", cell)
+        if not path.exists():
+            raise SystemExit("choose the learning rates first: python -m benchmarks.personalize --stage tune")
+        found = json.loads(path.read_text())
+        scores.setdefault(cell[:2], []).append((found["identity"] + found["caption"]) / 2)
+    return {m: max(GRIDS[m], key=lambda rate: np.mean(scores[m, rate])) for m in METHODS}
+
+
+def table(read: Callable[[Path], dict] = lambda path: json.loads(path.read_text())) -> dict[str, dict[str, np.ndarray]]:
+    """method -> figure -> [person], seeds averaged."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for cell in plan("run"):
+        for name, value in read(path_of("run", cell)).items():
+            found.setdefault(cell[0], {}).setdefault(name, {}).setdefault(cell[2], []).append(value)
+    return {
+        m: {name: np.array([np.mean(people[p]) for p in sorted(people)]) for name, people in figures.items()}
+        for m, figures in found.items()
+    }
+
+
+def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
+    """95 % bootstrap interval of the mean over people."""
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    return [float(q) for q in np.quantile(values[picks].mean(axis=1), (0.025, 0.975))]
+
+
+def report(command: str) -> None:
+    """results/personalize.json, docs/results/personalize.md and its plot."""
+    from benchmarks._harness import write_result
+
+    found, rates = table(), chosen_rates()
+    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": SEEDS, "steps": STEPS, "batch": BATCH}
+    for method, values in found.items():
+        key = method.replace(" ", "_").lower()
+        for score in ("identity", "caption", "traits"):
+            figures[f"{key}_{score}"] = float(values[score].mean())
+            figures[f"{key}_{score}_interval"] = interval(values[score])
+        if method in rates:
+            figures |= {f"{key}_{name}": float(values[name].mean()) for name in ("numbers", "bytes", "cpu_seconds")}
+            figures[f"{key}_learning_rate"] = rates[method]
+    write_result("personalize", figures, command)
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "personalize.md").write_text(_page(figures, list(found)))
+    _plot(figures, list(rates), folder / "personalize.png")
+
+
+def _page(figures: dict[str, Any], methods: list[str]) -> str:
+    from smidgen.training.report import markdown_table
+
+    def score(key: str, name: str) -> str:
+        low, high = figures[f"{key}_{name}_interval"]
+        return f"{figures[f'{key}_{name}']:.3f} [{low:.3f}, {high:.3f}]"
+
+    rows = []
+    for method in methods:
+        key = method.replace(" ", "_").lower()
+        scores = [score(key, name) for name in ("identity", "traits", "caption")]
+        sizes = [
+            f"{figures[f'{key}_{name}']:,.0f}" if f"{key}_{name}" in figures else "0" for name in ("numbers", "bytes")
+        ]
+        rate = f"{figures[f'{key}_learning_rate']:g}" if f"{key}_learning_rate" in figures else "-"
+        rows.append([method, *sizes, *scores, rate])
+    head = ["method", "trained numbers", "bytes on disk", "identity", "traits", "captions", "learning rate"]
+    return f"""# Personalisation on the embedded base, by method and bytes
+
+{SUBJECTS} people the base has never seen, {SEEDS} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}. Every method
+saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people. Scores by the
+embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of hair, hair
+colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 % bootstrap
+intervals over people. `{figures.get("command", "make bench NAME=personalize")}` redoes it.
+
+{markdown_table(head, rows)}
+
+![identity and captions by bytes](personalize.png)
+"""
+
+
+def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, score in zip(figure.subplots(1, 2), ("identity", "caption"), strict=True):
+        low, high = figures[f"base_{score}_interval"]
+        axes.axhspan(low, high, color="0.9")
+        axes.axhline(figures[f"base_{score}"], color="0.6", linestyle="--", label="base")
+        for method in methods:
+            key = method.replace(" ", "_").lower()
+            mean, (low, high) = figures[f"{key}_{score}"], figures[f"{key}_{score}_interval"]
+            marker = "s" if method.startswith("peft") else "o"
+            axes.errorbar(
+                figures[f"{key}_bytes"], mean, [[mean - low], [high - mean]], fmt=marker, capsize=3, label=method
+            )
+        axes.set(xscale="log", xlabel="bytes on disk", ylabel=score)
+        axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", choices=("tune", "run"), default="run")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options.stage, options.worker, options.workers)
+        return 0
+    if options.stage == "run" and not all(path_of("tune", cell).exists() for cell in plan("tune")):
+        run_workers("tune", options.workers)
+    run_workers(options.stage, options.workers)
+    if options.stage == "run":
+        report("python -m benchmarks.personalize")
+    print(chosen_rates())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
