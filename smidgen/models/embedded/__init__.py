@@ -1,6 +1,7 @@
 """The base model that ships with Smidgen: a genuine Stable Diffusion pipeline drawing 64x64 portraits on a CPU.
 
-`world` knows the portraits (identities, scenes, captions, drawing), `judge` scores pictures, ``pipeline/`` holds the weights.
+`world` knows the portraits (identities, scenes, captions, drawing), `judge` scores pictures, ``pipeline/`` holds the
+weights.
 """
 
 from pathlib import Path

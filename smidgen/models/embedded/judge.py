@@ -1,8 +1,8 @@
 """The judge: small networks, trained on real drawings only, that score what a model has drawn.
 
-`AttributeReader` reads every attribute of a picture; `IdentityEmbedder`, another architecture trained apart, says how alike two
-people are. Both saw only training identities. Neither takes part in any model's training, so their scores are independent;
-print the reader's own accuracy on held-out drawings (`Judge.accuracy`) beside every score.
+`AttributeReader` reads every attribute of a picture; `IdentityEmbedder`, another architecture trained apart, says how
+alike two people are. Both saw only training identities. Neither takes part in any model's training, so their scores
+are independent; print the reader's own accuracy on held-out drawings (`Judge.accuracy`) beside every score.
 
 Example:
     >>> judge = load_judge()
@@ -80,7 +80,9 @@ def as_tensor(images: Images) -> Tensor:
 class Judge:
     """Reads pictures. `accuracy`: the reader's own share right per attribute, on drawings of held-out identities."""
 
-    def __init__(self, reader: AttributeReader, embedder: IdentityEmbedder, accuracy: dict[str, float], zero: float, one: float):
+    def __init__(
+        self, reader: AttributeReader, embedder: IdentityEmbedder, accuracy: dict[str, float], zero: float, one: float
+    ):
         self.reader, self.embedder = reader.eval(), embedder.eval()
         self.accuracy, self._zero, self._one = accuracy, zero, one
 
@@ -100,7 +102,9 @@ class Judge:
             raise DataError(f"{len(words['eyes'])} pictures for {len(scenes)} scenes: give one scene for each picture.")
         scores = {}
         for name in world.SCENE_ATTRIBUTES:
-            asked = [(getattr(s, name), w) for s, w in zip(scenes, words[name], strict=True) if getattr(s, name) != "hidden"]
+            asked = [
+                (getattr(s, name), w) for s, w in zip(scenes, words[name], strict=True) if getattr(s, name) != "hidden"
+            ]
             if asked:
                 scores[name] = sum(a == w for a, w in asked) / len(asked)
         return {**scores, "mean": sum(scores.values()) / len(scores)}
@@ -108,8 +112,8 @@ class Judge:
     def identity_score(self, images: Images, references: Images) -> Tensor:
         """[n]: mean likeness of each picture's person to the reference pictures' person.
 
-        Cosine of the embeddings, shifted and scaled so that on held-out people the same person in another scene averages 1
-        and another person averages 0 (people who share some attributes lie between).
+        Cosine of the embeddings, shifted and scaled so that on held-out people the same person in another scene
+        averages 1 and another person averages 0 (people who share some attributes lie between).
         """
         cosine = self.embed(images) @ self.embed(references).T
         return (cosine.mean(-1) - self._zero) / (self._one - self._zero)
@@ -133,5 +137,9 @@ def load_judge(folder: Path = FOLDER) -> Judge:
     accuracy = _load(Path(folder) / "reader.safetensors", reader)
     calibration = _load(Path(folder) / "identity.safetensors", embedder)
     return Judge(
-        reader, embedder, {n: float(accuracy[n]) for n in world.ATTRIBUTES}, float(calibration["zero"]), float(calibration["one"])
+        reader,
+        embedder,
+        {n: float(accuracy[n]) for n in world.ATTRIBUTES},
+        float(calibration["zero"]),
+        float(calibration["one"]),
     )

@@ -1,9 +1,10 @@
 """The small world the embedded base lives in: who a person is, what a scene is, how both become a picture.
 
-A picture is an *identity* (hair, hair colour, skin, facial hair) in a *scene* (eyes, mouth, clothes, glasses, background).
-Captions name the scene only, so a subject can only come from an adapter. Pictures are drawn without a network by DiceBear
-from the style "Avataaars" by Pablo Stanley (https://avataaars.com, free for personal and commercial use), cropped so that a
-face fills 64x64 pixels. One identity in twelve is held out: `split_of` decides by a hash, so no list is needed.
+A picture is an *identity* (hair, hair colour, skin, facial hair) in a *scene* (eyes, mouth, clothes, glasses,
+background). Captions name the scene only, so a subject can only come from an adapter. Pictures are drawn without a
+network by DiceBear from the style "Avataaars" by Pablo Stanley (https://avataaars.com, free for personal and
+commercial use), cropped so that a face fills 64x64 pixels. One identity in twelve is held out: `split_of` decides by a
+hash, so no list is needed.
 
 Only `render` and what calls it need the extra ``pip install 'smidgen[world]'``; the rest is plain Python.
 
@@ -120,7 +121,8 @@ class Identity(_Checked):
 
 @dataclass(frozen=True)
 class Scene(_Checked):
-    """What a caption may name. Sunglasses hide the eyes, so there the eyes are "hidden" and stay out of the caption."""
+    """What a caption may name. Sunglasses hide the eyes, so there the eyes are "hidden" and stay out of the
+    caption."""
 
     eyes: str
     mouth: str
@@ -132,11 +134,13 @@ class Scene(_Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.eyes == "hidden") != (self.glasses == "sunglasses"):
-            raise DataError(f"eyes={self.eyes!r} with glasses={self.glasses!r}: eyes are hidden by sunglasses, only there.")
+            raise DataError(
+                f"eyes={self.eyes!r} with glasses={self.glasses!r}: eyes are hidden by sunglasses, only there."
+            )
 
 
 def split_of(identity: Identity) -> Split:
-    """"test" for one identity in twelve, decided by a hash of its words; the same on every machine."""
+    """ "test" for one identity in twelve, decided by a hash of its words; the same on every machine."""
     digest = hashlib.sha256("|".join(identity.as_dict().values()).encode()).digest()
     return "test" if int.from_bytes(digest[:8], "big") % 12 == 0 else "train"
 
@@ -217,8 +221,9 @@ def caption(
 ) -> str:
     """``"a portrait of a person, smiling, with open eyes, ..."``; never names the identity.
 
-    Without `rng` the one canonical caption: every visible attribute, fixed order. With `rng` the wording and order vary, and
-    each attribute is left out with probability `omit`. `subject` replaces the class phrase, as in ``"a sks person"``.
+    Without `rng` the one canonical caption: every visible attribute, fixed order. With `rng` the wording and order
+    vary, and each attribute is left out with probability `omit`. `subject` replaces the class phrase, as in ``"a sks
+    person"``.
     """
     phrases = _phrases(scene, rng)
     if rng is not None:
@@ -238,7 +243,21 @@ def vocabulary() -> list[str]:
             for seed in range(3):
                 words.update(dict.fromkeys(caption(scene, np.random.default_rng(seed), omit=0).split()))
     cleaned = {part: None for word in words for part in word.strip(",").replace("-", " ").split()}
-    extra = ("man", "woman", "picture", "photo", "face", "light", "dark", "and", "its", "his", "her", "shirt", "glasses")
+    extra = (
+        "man",
+        "woman",
+        "picture",
+        "photo",
+        "face",
+        "light",
+        "dark",
+        "and",
+        "its",
+        "his",
+        "her",
+        "shirt",
+        "glasses",
+    )
     return list(dict.fromkeys([*cleaned, *extra, *PLACEHOLDERS]))
 
 
@@ -259,12 +278,15 @@ def _style() -> tuple[Any, Any, Any]:
 
         definition = files("dicebear_styles").joinpath("avataaars.json").read_text("utf-8")
     except (ImportError, FileNotFoundError) as error:
-        raise MissingExtraError(f"Drawing portraits needs DiceBear and resvg ({error}): pip install 'smidgen[world]'") from error
+        raise MissingExtraError(
+            f"Drawing portraits needs DiceBear and resvg ({error}): pip install 'smidgen[world]'"
+        ) from error
     return Avatar, Style(json.loads(definition)), resvg_py.svg_to_bytes
 
 
 def _options(identity: Identity, scene: Scene) -> dict:
-    """DiceBear's options: everything is fixed, nothing is left to its own random choice. Crop: 1.2x, moved 2 % down."""
+    """DiceBear's options: everything is fixed, nothing is left to its own random choice. Crop: 1.2x, moved 2 %
+    down."""
     beard, glasses = FACIAL_HAIR[identity.facial_hair], GLASSES[scene.glasses]
     return {
         "seed": "smidgen", "size": SIZE, "scale": 1.2, "translateY": 2,
@@ -290,7 +312,8 @@ def render(identity: Identity, scene: Scene, size: int = SIZE):
 
 
 def write_subject(folder: str | os.PathLike, identity: Identity, n: int, seed: int, size: int = SIZE) -> list[Scene]:
-    """Write an imagefolder of one subject: ``000.png`` ... and ``metadata.jsonl`` (file_name, text). Returns the scenes.
+    """Write an imagefolder of one subject: ``000.png`` ... and ``metadata.jsonl`` (file_name, text). Returns the
+    scenes.
 
     The captions name the scene in full with the class phrase; they never name the identity.
     """

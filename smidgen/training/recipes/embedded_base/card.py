@@ -19,33 +19,35 @@ license_link: https://avataaars.com/
 ---
 # Smidgen's embedded base
 
-A genuine `StableDiffusionPipeline` ({size:.1f} MB, fp16 safetensors) that draws 64x64 portraits on a CPU, so that adapters can be
-trained and tried without a GPU or a model hub. Same classes and module names as Stable Diffusion 1.5, tiny parts: UNet
-{unet}, text encoder {text}, autoencoder {vae} numbers; latents 8x8x{latent}.
+A genuine `StableDiffusionPipeline` ({size:.1f} MB, fp16 safetensors) that draws 64x64 portraits on a CPU, so that
+adapters can be trained and tried without a GPU or a model hub. Same classes and module names as Stable Diffusion 1.5,
+tiny parts: UNet {unet}, text encoder {text}, autoencoder {vae} numbers; latents 8x8x{latent}.
 
 ## What it knows
-Portraits in the style "Avataaars" by Pablo Stanley (https://avataaars.com, free for personal and commercial use), drawn by
-DiceBear (MIT, Florian Körner) with resvg. Captions name the scene (eyes, mouth, clothes and their colour, glasses, background)
-and never the person (hair, hair colour, skin, facial hair), so **a subject can only come from an adapter**. One identity in
-twelve ({held} of {known}) was held out of all training. The names {names} were seen at random and mean nothing.
+Portraits in the style "Avataaars" by Pablo Stanley (https://avataaars.com, free for personal and commercial use), drawn
+by DiceBear (MIT, Florian Körner) with resvg. Captions name the scene (eyes, mouth, clothes and their colour, glasses,
+background) and never the person (hair, hair colour, skin, facial hair), so **a subject can only come from an adapter**.
+One identity in twelve ({held} of {known}) was held out of all training. The names {names} were seen at random and mean
+nothing.
 
 Words of the scene:
 {words}
 
 ## How it was made
 `python -m smidgen.training.recipes.embedded_base --stage all` on two CPU cores shared with other work: {facts}.
-v-prediction, zero terminal SNR, 10 % of captions dropped, averaged weights. Sample with the shipped scheduler (DDIM, trailing),
-20 steps, guidance 3.
+v-prediction, zero terminal SNR, 10 % of captions dropped, averaged weights. Sample with the shipped scheduler (DDIM,
+trailing), 20 steps, guidance {guidance}.
 
 ## How well it does
-Measured by `benchmarks/embedded_base.py`; the judge is a classifier trained on real drawings, its own accuracy on held-out
-drawings stands beside.
+Measured by `benchmarks/embedded_base.py`; the judge is a classifier trained on real drawings, its own accuracy on
+held-out drawings stands beside.
 
 {figures}
 
 ## Limits
-It draws this one cartoon world and nothing else; words outside the list above do nothing. Small details (mouth, eyes behind
-glasses) fail more often than colours do, as the table says. The judge is not a person: it can be wrong in both directions.
+It draws this one cartoon world and nothing else; words outside the list above do nothing. Small details (mouth, eyes
+behind glasses) fail more often than colours do, as the table says. The judge is not a person: it can be wrong in both
+directions.
 """
 
 
@@ -54,7 +56,9 @@ def _table(figures: dict) -> str:
     for name in world.SCENE_ATTRIBUTES:
         low, high = figures[f"read_back_{name}_interval"]
         own = figures[f"judge_{name}"]
-        rows.append(f"| {name.replace('_', ' ')} | {figures[f'read_back_{name}']:.3f} ({low:.3f} to {high:.3f}) | {own:.3f} |")
+        rows.append(
+            f"| {name.replace('_', ' ')} | {figures[f'read_back_{name}']:.3f} ({low:.3f} to {high:.3f}) | {own:.3f} |"
+        )
     rows.append("")
     rows.append(
         f"Autoencoder: {figures['autoencoder_psnr_db']:.2f} dB on held-out drawings. One picture takes "
@@ -75,6 +79,7 @@ def write(config: Config, folder: Path, out: Path) -> None:
         names=", ".join(world.PLACEHOLDERS),
         words="\n".join(f"- {n.replace('_', ' ')}: {', '.join(w)}" for n, w in world.SCENE_ATTRIBUTES.items()),
         facts=", ".join(f"{n.replace('_', ' ')} {v}" for n, v in facts.items()),
+        guidance=figures["guidance"] if figures else 3,
         figures=_table(figures) if figures else "Not measured yet.",
         **{part: f"{_numbers(out / where):,}" for part, where in _WEIGHTS.items()},
     )

@@ -16,7 +16,8 @@ STAGES = ("render", "judge", "autoencoder", "latents", "diffusion", "decoder", "
 
 
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
-    """One stage, or ``"all"`` of them in order. `folder` holds drawings and checkpoints, `out` gets what is shipped."""
+    """One stage, or ``"all"`` of them in order. `folder` holds drawings and checkpoints, `out` gets what is
+    shipped."""
     torch.set_num_threads(1)
     actions = {
         "render": lambda: draw.render(config, folder),

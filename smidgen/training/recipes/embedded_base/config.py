@@ -31,10 +31,10 @@ class Config:
     seed: int = 0
     train_pictures: int = 40_000
     test_pictures: int = 2_000
-    judge: Budget = Budget(minutes=6, batch=128, lr=2e-3)
-    autoencoder: Budget = Budget(minutes=22, batch=16, lr=2e-3)
+    judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
+    autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=30, batch=16, lr=1e-3)
-    diffusion: Budget = Budget(minutes=60, batch=32, lr=1e-3)
+    diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)

@@ -1,8 +1,8 @@
 """Stage `diffusion`: UNet and text encoder together, on latents encoded once.
 
-v-prediction (Salimans & Ho 2022) with zero terminal SNR (Lin et al. 2023), time steps stratified over a batch, high-SNR steps
-weighed down (min-SNR, Hang et al. 2023, in the form min(snr + 1, 6) / (snr + 1) so that the terminal step still counts), and
-the latents around eyes and mouth counted twice.
+v-prediction (Salimans & Ho 2022) with zero terminal SNR (Lin et al. 2023), time steps stratified over a batch,
+high-SNR steps weighed down (min-SNR, Hang et al. 2023, in the form min(snr + 1, 6) / (snr + 1) so that the terminal
+step still counts), and the latents around eyes and mouth counted twice.
 """
 
 import logging

@@ -16,7 +16,8 @@ CHUNK = 1000
 
 
 def draw_chunk(split: world.Split, seed: int, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """`n` pictures [n, 64, 64, 3] uint8 and codes [n, attributes] int64; each depends on (split, seed, its index) alone."""
+    """`n` pictures [n, 64, 64, 3] uint8 and codes [n, attributes] int64; each depends on (split, seed, its index)
+    alone."""
     pictures = np.empty((n, world.SIZE, world.SIZE, 3), np.uint8)
     codes = np.empty((n, len(world.ATTRIBUTES)), np.int64)
     for i in range(n):

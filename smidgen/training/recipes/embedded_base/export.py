@@ -51,7 +51,9 @@ def export(config: Config, folder: Path, out: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline(config, folder).to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
     settings = json.loads((temporary / "text_encoder" / "config.json").read_text())
-    write_json(temporary / "text_encoder" / "config.json", {**settings, "dtype": "float32"})  # else it alone loads in fp16
+    write_json(
+        temporary / "text_encoder" / "config.json", {**settings, "dtype": "float32"}
+    )  # else it alone loads in fp16
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder / "tokenizer" / name, temporary / "tokenizer" / name)
     old = out.with_name(f".{out.name}.old")

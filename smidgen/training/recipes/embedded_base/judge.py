@@ -1,6 +1,7 @@
 """Stage `judge`: train the attribute reader and the identity embedder on real drawings, mildly spoilt.
 
-Spoiling (noise, blur, a shift of a pixel, a change of light) makes them read a decoder's output as fairly as a drawing.
+Spoiling (noise, blur, a shift of a pixel, a change of light) makes them read a decoder's output as fairly as a
+drawing.
 """
 
 import json
@@ -51,7 +52,8 @@ def train(config: Config, folder: Path, out: Path) -> None:
     identity_run = Run(folder / "judge_identity.safetensors", embedder, config.judge, weight_decay=1e-2)
     pairs = _people(codes)
     identity_run.train(
-        lambda g: _likeness_loss(embedder, pictures, codes, pairs, config.judge.batch // PARTS // 2, g), config.seed + 12
+        lambda g: _likeness_loss(embedder, pictures, codes, pairs, config.judge.batch // PARTS // 2, g),
+        config.seed + 12,
     )
     out.mkdir(parents=True, exist_ok=True)
     accuracy = measure_reader(reader_run.average.eval(), folder)
@@ -73,7 +75,9 @@ def _take(pictures: np.ndarray, index: Tensor, generator: torch.Generator) -> Te
     return spoil(to_tensor(pictures[index.numpy()]), generator)
 
 
-def _reading_loss(model: nn.Module, pictures: np.ndarray, codes: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
+def _reading_loss(
+    model: nn.Module, pictures: np.ndarray, codes: np.ndarray, n: int, generator: torch.Generator
+) -> Tensor:
     """Cross-entropy summed over the attributes."""
     index = torch.randint(len(pictures), (n,), generator=generator)
     logits = model(_take(pictures, index, generator))
@@ -90,12 +94,20 @@ def _people(codes: np.ndarray) -> list[np.ndarray]:
 
 
 def _likeness_loss(
-    model: nn.Module, pictures: np.ndarray, codes: np.ndarray, people: list[np.ndarray], n: int, generator: torch.Generator
+    model: nn.Module,
+    pictures: np.ndarray,
+    codes: np.ndarray,
+    people: list[np.ndarray],
+    n: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Two pictures each of `n` people: the cosine of every two pictures shall be their share of equal identity attributes."""
+    """Two pictures each of `n` people: the cosine of every two pictures shall be their share of equal identity
+    attributes."""
     chosen = torch.randint(len(people), (n,), generator=generator).tolist()
     two = torch.rand(n, 2, generator=generator)
-    index = torch.tensor([[int(people[p][int(u * len(people[p]))]) for u in us] for p, us in zip(chosen, two.tolist(), strict=True)])
+    index = torch.tensor(
+        [[int(people[p][int(u * len(people[p]))]) for u in us] for p, us in zip(chosen, two.tolist(), strict=True)]
+    )
     vectors = model(_take(pictures, index.flatten(), generator))
     words = torch.from_numpy(codes[index.flatten().numpy()][:, IDENTITY_COLUMNS])
     share = (words[:, None] == words[None]).float().mean(-1)
@@ -122,8 +134,8 @@ def measure_reader(model: nn.Module, folder: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_likeness(model: nn.Module, seed: int, people: int = 150) -> dict[str, float]:
-    """Mean cosine of held-out people with themselves in another scene ("one") and with others ("zero"), and how well the
-    two kinds of pair are told apart ("auc")."""
+    """Mean cosine of held-out people with themselves in another scene ("one") and with others ("zero"), and how well
+    the two kinds of pair are told apart ("auc")."""
     rng = np.random.default_rng([seed, 77])
     everyone = list(world.identities("test"))
     chosen = [everyone[i] for i in rng.choice(len(everyone), people, replace=False)]

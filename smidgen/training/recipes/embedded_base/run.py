@@ -1,11 +1,12 @@
 """One training run: steps within a budget, an annealed learning rate, EMA, atomic checkpoints, resume.
 
-A batch is drawn from a generator seeded by (seed, step), so a checkpoint needs no random state: weights, averaged weights and
-Adam's moments in one safetensors file, step and seconds in its metadata. A run counted in steps resumes to the bit.
+A batch is drawn from a generator seeded by (seed, step), so a checkpoint needs no random state: weights, averaged
+weights and Adam's moments in one safetensors file, step and seconds in its metadata. A run counted in steps resumes to
+the bit.
 
-Small convolutions gain nothing from a second thread inside one operation, so a batch is cut in `PARTS`, each part's loss and
-gradients are computed by its own Python thread (torch releases the interpreter's lock), and the gradients are averaged in a
-fixed order: twice the speed on two cores, and still the same bits every time.
+Small convolutions gain nothing from a second thread inside one operation, so a batch is cut in `PARTS`, each part's
+loss and gradients are computed by its own Python thread (torch releases the interpreter's lock), and the gradients are
+averaged in a fixed order: twice the speed on two cores, and still the same bits every time.
 """
 
 import copy
@@ -49,7 +50,7 @@ class Run:
         self.path, self.model, self.budget, self.ema = path, model, budget, ema
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=weight_decay
+            self.parameters.values(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.step, self.seconds = 0, 0.0

@@ -1,10 +1,10 @@
 """The tokenizer and text encoder: genuine CLIP classes, a vocabulary of some hundred pieces."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -18,7 +18,8 @@ PLACEHOLDER_SHARE = 0.1
 
 
 def byte_letters() -> list[str]:
-    """The printable letter CLIP and GPT-2 write for each byte: itself where printable, else one from U+0100 onwards."""
+    """The printable letter CLIP and GPT-2 write for each byte: itself where printable, else one from U+0100
+    onwards."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -27,7 +28,7 @@ def byte_letters() -> list[str]:
 def _join(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of one word under the merges learnt so far."""
     while len(pieces) > 1:
-        pairs = list(zip(pieces, pieces[1:], strict=False))
+        pairs = list(pairwise(pieces))
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
         if best not in ranks:
             break

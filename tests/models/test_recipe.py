@@ -1,0 +1,97 @@
+"""The recipe, in its debug preset: every stage runs, and an interrupted training resumes to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smidgen.models.embedded import world
+from smidgen.training.recipes.embedded_base import autoencoder, cli, diffusion, draw, text
+from smidgen.training.recipes.embedded_base.config import Budget, preset
+from smidgen.training.recipes.embedded_base.run import Run, learning_rate
+
+pytest.importorskip("dicebear")
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(work folder, shipped folder) of one debug run of all stages."""
+    work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("out")
+    assert cli.main(["--preset", "debug", "--work", str(work), "--out", str(out)]) == 0
+    return work, out
+
+
+def test_all_stages_give_a_pipeline_that_draws(made):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(made[1] / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a portrait of a person", num_inference_steps=2).images[0].size == (64, 64)
+    assert (made[1] / "pipeline" / "README.md").read_text().count("Pablo Stanley") == 1
+    assert {p.name for p in (made[1] / "judge_weights").iterdir()} == {"reader.safetensors", "identity.safetensors"}
+
+
+def test_training_pictures_hold_no_held_out_person(made):
+    for split in ("train", "test"):
+        codes = draw.load(made[0], split)[1]
+        for row in codes:
+            words = {n: list(o)[c] for (n, o), c in zip(world.ATTRIBUTES.items(), row, strict=True)}
+            person = world.Identity(**{n: words[n] for n in world.IDENTITY_ATTRIBUTES})
+            assert world.split_of(person) == split
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_an_interrupted_training_resumes_to_the_bit(made, tmp_path, stop, monkeypatch):
+    config, folder = preset("debug"), tmp_path
+    for name in ("pictures_train.npy", "codes_train.npy", "latents.npy"):
+        (folder / name).symlink_to(made[0] / name)
+    whole = Run.train
+    monkeypatch.setattr(Run, "train", lambda self, *a, **k: whole(self, *a, **{**k, "stop": stop}))
+    assert diffusion.train(config, folder).step == stop
+    monkeypatch.setattr(Run, "train", whole)
+    assert diffusion.train(config, folder).step == config.diffusion.steps
+    ours, theirs = (load_file(f / "diffusion.safetensors") for f in (folder, made[0]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_a_finished_stage_does_nothing_when_run_again(made):
+    before = (made[0] / "diffusion.safetensors").read_bytes()
+    cli.run("diffusion", preset("debug"), *made)
+    assert (made[0] / "diffusion.safetensors").read_bytes() == before
+
+
+def test_standardised_latents_draw_the_same_pictures(made):
+    config = preset("debug")
+    pictures, _ = draw.load(made[0], "test")
+    before, after = (autoencoder.averaged(config, made[0] / "autoencoder.safetensors") for _ in range(2))
+    autoencoder.standardise(after, pictures)
+    with torch.no_grad():
+        x = autoencoder.to_tensor(pictures)
+        first, second = (m.decode(m.encode(x).latent_dist.mode()).sample for m in (before, after))
+        latents = after.encode(x).latent_dist.mode()
+    assert (first - second).abs().max() < 1e-3
+    assert latents.mean((0, 2, 3)).abs().max() < 0.1 and (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_every_word_of_the_world_is_one_token(tmp_path):
+    words = text.tokenizer(tmp_path)
+    assert type(words).__name__ == "CLIPTokenizer"
+    assert [w for w in world.vocabulary() if len(words.tokenize(w)) != 1] == []
+    rng = np.random.default_rng(0)
+    captions = [world.caption(world.sample_scene(rng), rng, "a sks person", omit=0) for _ in range(200)]
+    assert max(len(words(c).input_ids) for c in captions) <= text.TOKENS
+    assert words.decode(words("wholly unknown zebra").input_ids, skip_special_tokens=True) == "wholly unknown zebra"
+
+
+def test_training_captions_are_dropped_and_named_now_and_then():
+    rng = np.random.default_rng(0)
+    row = np.zeros(len(world.ATTRIBUTES), int)
+    captions = [text.training_caption(row, rng) for _ in range(2000)]
+    assert 0.07 < sum(c == "" for c in captions) / 2000 < 0.13
+    assert 0.06 < sum(any(p in c for p in world.PLACEHOLDERS) for c in captions) / 2000 < 0.13
+
+
+def test_the_learning_rate_ends_annealed_by_steps_or_by_the_clock():
+    assert Budget(steps=10).progress(5, 999) == 0.5
+    assert Budget(minutes=2).progress(5, 60) == 0.5 and Budget(minutes=2).progress(5, 600) == 1
+    assert learning_rate(0) < learning_rate(0.03) == 1 and learning_rate(1) == pytest.approx(0.01)
