@@ -17,7 +17,21 @@ from collections.abc import Iterable
 
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.testing.laws import LAWS
-from smidgen.testing.samples import LAYER_KINDS, TOLERANCES, adapted, close, configs, perturb, refused, snapshot
+from smidgen.testing.samples import (
+    LAYER_KINDS,
+    TOLERANCES,
+    adapted,
+    base,
+    close,
+    configs,
+    differs,
+    perturb,
+    refused,
+    same,
+    snapshot,
+    targeted,
+    unchanged,
+)
 
 
 def check(config: SmidgenConfig, kinds: Iterable[str] | None = None, laws: Iterable[str] | None = None) -> int:
@@ -47,10 +61,15 @@ __all__ = [
     "LAYER_KINDS",
     "TOLERANCES",
     "adapted",
+    "base",
     "check",
     "close",
     "configs",
+    "differs",
     "perturb",
     "refused",
+    "same",
     "snapshot",
+    "targeted",
+    "unchanged",
 ]

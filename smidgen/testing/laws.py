@@ -24,6 +24,7 @@ from smidgen.testing.samples import adapted, base, close, differs, perturb, same
 
 Law = Callable[[SmidgenConfig, str], None]
 WEIGHTS = "adapter_model.safetensors"
+RECAST = 0.05  # relative error of an update on the same base rounded to bfloat16
 
 
 def _layer(model: nn.Module) -> AdaptedLayer:
@@ -69,6 +70,7 @@ def law_frozen_base(config: SmidgenConfig, kind: str) -> None:
 def law_shift_is_matrix(config: SmidgenConfig, kind: str) -> None:
     """base(x + input_shift) + output_shift equals the layer with weight W + delta_weight(W)."""
     model, x = adapted(config, kind, torch.float64)
+    smidgen.set_strength(model, 0.7)
     with torch.no_grad():
         found = model(x)
         layer, bare = _layer(model), copy.deepcopy(_layer(model).base_layer)
@@ -80,6 +82,7 @@ def law_shift_is_matrix(config: SmidgenConfig, kind: str) -> None:
 def law_merge(config: SmidgenConfig, kind: str) -> None:
     """The output is unchanged by merging; unmerging restores the bits of the weight."""
     model, x = adapted(config, kind)
+    smidgen.set_strength(model, 0.7)
     layer = _layer(model)
     bits, wanted = layer.base_layer.weight.detach().clone(), model(x).detach()
     for _ in range(3):
@@ -182,6 +185,22 @@ def law_file(config: SmidgenConfig, kind: str) -> None:
             close(fresh(x), wanted, "output of the loaded adapter")
         through_peft = PeftModel.from_pretrained(base(kind)[0], folder, adapter_name="third")
         close(through_peft(x), wanted, "output of the adapter loaded through peft")
+
+
+def law_recast(config: SmidgenConfig, kind: str) -> None:
+    """An adapter keeps its effect on the same base in another number format: the file pins what rounding would change."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = base(kind)
+        with torch.no_grad():  # two rows that tie for the first pivot once they are rounded
+            matrix = AdaptedLayer(model.layer).base_matrix()
+            matrix[0, 0], matrix[-1, 0] = 1.0, 1.0003
+        recast = copy.deepcopy(model)
+        recast.layer.weight.data = recast.layer.weight.detach().bfloat16().float()
+        smidgen.save(perturb(smidgen.adapt(model, targeted(config))), folder)
+        smidgen.load(recast, folder)
+        deltas = [_layer(m).delta_weight("default").detach() for m in (model, recast)]
+        off = float((deltas[1] - deltas[0]).norm() / deltas[0].norm())
+        assert off < RECAST, f"the update differs by {off:.0%} on the base rounded to bfloat16, {RECAST:.0%} allowed"
 
 
 def law_file_damage(config: SmidgenConfig, kind: str) -> None:
@@ -330,6 +349,7 @@ LAWS: dict[str, Law] = {
     "sum": law_sum,
     "bank": law_bank,
     "file": law_file,
+    "recast": law_recast,
     "file damage": law_file_damage,
     "unload": law_unload,
     "count": law_count,

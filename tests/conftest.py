@@ -1,0 +1,23 @@
+"""One thread, no network, and a factor cache that belongs to this run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def factor_cache(tmp_path_factory: pytest.TempPathFactory):
+    """A fresh folder for decompositions, so that no run sees another's."""
+    before = os.environ.get("SMIDGEN_CACHE")
+    os.environ["SMIDGEN_CACHE"] = str(tmp_path_factory.mktemp("factors"))
+    yield
+    os.environ.pop("SMIDGEN_CACHE")
+    if before is not None:
+        os.environ["SMIDGEN_CACHE"] = before

@@ -1,0 +1,63 @@
+"""Every law for every member, pair, named method and variant on every layer kind (design.md, "The laws")."""
+
+from __future__ import annotations
+
+import pytest
+
+import smidgen
+from smidgen import testing
+from smidgen.errors import ConfigError
+
+CONFIGS = dict(testing.configs())
+# Laws that cost seconds or that torch proves once for a layer kind run on fewer cells.
+ONLY_ON = {
+    "gradient": ("linear", "conv1d", "conv2d_groups"),
+    "compile": ("linear", "conv2d"),
+    "file damage": ("linear", "rough", "conv1d", "conv2d_groups", "depthwise"),
+}
+ONLY_FOR = {"compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"]}
+CELLS = [
+    (label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS if not testing.refused(CONFIGS[label], kind)
+]
+
+
+@pytest.mark.parametrize(
+    ("law", "label", "kind"),
+    [
+        pytest.param(law, label, kind, id=f"{law}-{label}-{kind}".replace(" ", "_"))
+        for law in testing.LAWS
+        for label, kind in CELLS
+        if kind in ONLY_ON.get(law, testing.LAYER_KINDS) and label in ONLY_FOR.get(law, CONFIGS)
+    ],
+)
+def test_law(law: str, label: str, kind: str) -> None:
+    testing.LAWS[law](CONFIGS[label], kind)
+
+
+def test_only_rotations_of_single_features_are_refused() -> None:
+    cells = {(label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS} - set(CELLS)
+    assert {kind for _, kind in cells} == {"rough", "depthwise"}
+    assert all(CONFIGS[label].transform == "rotation" for label, _ in cells)
+    for label, kind in cells:
+        model, _ = testing.base(kind)
+        before = testing.snapshot(model)
+        with pytest.raises(ConfigError, match="at least 2 features"):
+            smidgen.adapt(model, testing.targeted(CONFIGS[label]))
+        testing.unchanged(before, model, "a refused adapter")
+
+
+def test_check_names_the_law_and_the_layer() -> None:
+    config = CONFIGS["svfit"]
+    assert testing.check(config, ["linear", "conv1d"], ["identity", "merge", "disable"]) == 6
+    broken = dict(testing.LAWS)
+
+    def no_law(config: object, kind: str) -> None:
+        raise AssertionError("never")
+
+    try:
+        testing.LAWS["nothing"] = no_law
+        with pytest.raises(AssertionError, match=r"law 'nothing' does not hold for svfit.*'conv2d': never"):
+            testing.check(config, ["conv2d"], ["nothing"])
+    finally:
+        testing.LAWS.clear()
+        testing.LAWS.update(broken)

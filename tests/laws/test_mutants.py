@@ -1,0 +1,104 @@
+"""Planted mutants: each mistake below must be caught by the law that forbids it, on a case where the law holds otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import smidgen
+from smidgen import testing
+from smidgen.adapters.residuals.triangular import Triangular
+from smidgen.adapters.tuner.kinds import LinearKind
+from smidgen.adapters.tuner.layer import ShiftLayer
+from smidgen.adapters.tuner.peft_bridge import AdaptedLayer
+from smidgen.adapters.tuner.slot import Slot
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def scale_twice_on_merge(patch: pytest.MonkeyPatch) -> None:
+    right = ShiftLayer.delta_weight
+    patch.setattr(ShiftLayer, "delta_weight", lambda self, name: self.scaling[name] * right(self, name))
+
+
+def chained_instead_of_summed(patch: pytest.MonkeyPatch) -> None:
+    def chained(self, x, terms):  # type: ignore[no-untyped-def]
+        for slot, s in terms:
+            if slot.transform is not None:
+                x = x + s * (self.kind.transform(slot.transformed, x, self.base_layer) - x)
+        return x
+
+    patch.setattr(ShiftLayer, "_input", chained)
+
+
+def pivots_ignored_at_load(patch: pytest.MonkeyPatch) -> None:
+    right = Triangular.decompose
+    patch.setattr(Triangular, "decompose", lambda self, weight, pins: right(self, weight, None))
+
+
+def disable_forgets_the_transform(patch: pytest.MonkeyPatch) -> None:
+    right = AdaptedLayer.forward
+
+    def forward(self, x, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if self.disable_adapters:
+            terms = [(self.slot(n), self.scaling[n]) for n in self.smidgen_slots]
+            return self.base_layer(self._input(x, terms), *args, **kwargs)
+        return right(self, x, *args, **kwargs)
+
+    patch.setattr(AdaptedLayer, "forward", forward)
+
+
+def bank_reads_one_row_for_all(patch: pytest.MonkeyPatch) -> None:
+    right = ShiftLayer.banked
+    patch.setattr(
+        ShiftLayer, "banked", lambda self, x, rows, *a, **k: right(self, x, rows[:1].expand(len(rows)), *a, **k)
+    )
+
+
+def start_is_not_the_identity(patch: pytest.MonkeyPatch) -> None:
+    right = Slot.factors
+
+    def factors(self, trained=None):  # type: ignore[no-untyped-def]
+        found = right(self, trained)
+        return found._replace(up=found.up + 1e-6)
+
+    patch.setattr(Slot, "factors", factors)
+
+
+def unmerge_subtracts_instead_of_restoring(patch: pytest.MonkeyPatch) -> None:
+    def unmerge(self) -> None:  # type: ignore[no-untyped-def]
+        with torch.no_grad():
+            for name in self.merged_adapters:
+                self.base_layer.weight -= self.delta_weight(name)
+        self._kept = None
+        self.merged_adapters.clear()
+
+    patch.setattr(AdaptedLayer, "unmerge", unmerge)
+
+
+def conv_weights_read_transposed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LinearKind, "unmatrix", lambda self, matrix, layer: matrix.flip(0))
+
+
+MUTANTS: list[tuple[Patch, str, str]] = [
+    (scale_twice_on_merge, "merge", "tlora"),
+    (scale_twice_on_merge, "shift = matrix", "lora"),
+    (chained_instead_of_summed, "sum", "tlora"),
+    (pivots_ignored_at_load, "recast", "loldu"),
+    (disable_forgets_the_transform, "disable", "oft"),
+    (bank_reads_one_row_for_all, "bank", "svfit"),
+    (start_is_not_the_identity, "identity", "lora+2"),
+    (unmerge_subtracts_instead_of_restoring, "merge", "lora"),
+    (conv_weights_read_transposed, "shift = matrix", "svfit"),
+]
+
+
+@pytest.mark.parametrize(("mutant", "law", "method"), MUTANTS, ids=[f"{m.__name__}-{law}" for m, law, _ in MUTANTS])
+def test_a_law_catches_the_mutant(mutant: Patch, law: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = smidgen.config("lora", r=2, alpha=4.0) if method == "lora+2" else smidgen.config(method)
+    testing.LAWS[law](config, "linear")
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        testing.LAWS[law](config, "linear")
