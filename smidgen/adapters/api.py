@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,7 @@ def adapt(
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
     _check_name(model, adapter_name)
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
-        own.target_modules = default_targets(model)
+        own = replace(own, target_modules=default_targets(model))
     with _all_or_nothing(model, adapter_name):
         _inject(model, own, adapter_name)
         for layer in adapted_layers(model, adapter_name).values():
@@ -99,9 +101,9 @@ def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
     elif hasattr(model, "add_adapter") and hasattr(model, "set_adapter"):
         model.add_adapter(own, adapter_name=adapter_name)
     else:
-        if getattr(model, "peft_config", None):
-            model.peft_config = dict(model.peft_config)  # type: ignore[arg-type]
-        inject_adapter_in_model(own, model, adapter_name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(own, model, adapter_name)
     set_active(model, adapter_name)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class SmidgenConfig(PeftConfig):
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        self._check_forms()
         if not self.transform and not self.residual:
             raise errors.ConfigError("An adapter needs a transform, a residual or both; the config names neither.")
         for kind, name, options in (
@@ -73,12 +75,63 @@ class SmidgenConfig(PeftConfig):
                 f"bias must be 'none', got {self.bias!r}; list a module in modules_to_save instead."
             )
 
+    def _check_forms(self) -> None:
+        for name, (fits, form) in _FORMS.items():
+            if not fits(getattr(self, name)):
+                raise errors.ConfigError(f"{name} must be {form}, got {getattr(self, name)!r}.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern"):
+            value = getattr(self, name)
+            for pattern in [value] if isinstance(value, str) else value if name == "rank_pattern" else ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise errors.ConfigError(f"{name}: {pattern!r} is no regular expression ({error}).") from error
+
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
         parts = [self.method or f"{self.transform or 'none'}+{self.residual or 'none'}"]
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _all(value: Any, kinds: type | tuple[type, ...], fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, kinds) and all(fits(v) for v in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_LISTS = (list, tuple, set)
+_NAME = (lambda v: v is None or _text(v), "a name")
+_NAMES = (lambda v: v is None or _text(v) or _all(v, _LISTS, _text), "a list of names or one regular expression")
+_OPTIONS = (lambda v: _all(v, dict, _text), "options by name")
+_RECORD = (lambda v: v is None or isinstance(v, dict), "what smidgen.save wrote")
+_RANKS = (lambda v: _all(v, dict, _text) and all(_whole(r) or _text(r) for r in v.values()), "ranks by module name")
+# field -> (whether a value fits, what would): a config file is anybody's JSON.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "method": _NAME,
+    "transform": _NAME,
+    "residual": _NAME,
+    "r": (lambda v: v is None or _whole(v) or _text(v), "a whole number, 'full' or 'energy:SHARE'"),
+    "transform_options": _OPTIONS,
+    "residual_options": _OPTIONS,
+    "rank_pattern": _RANKS,
+    "seed": (_whole, "a whole number"),
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": (lambda v: v is None or _all(v, _LISTS, _text), "a list of names"),
+    "layers_to_transform": (lambda v: v is None or _whole(v) or _all(v, _LISTS, _whole), "layer numbers"),
+    "store_factors": (lambda v: isinstance(v, bool), "true or false"),
+    "base_lock": _RECORD,
+    "canary": _RECORD,
+}
 
 
 class _PeftTypeName(str):

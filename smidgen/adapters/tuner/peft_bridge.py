@@ -29,7 +29,7 @@ from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import kind_of
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.slot import Slot, Spec, layout_of
-from smidgen.errors import AdapterFileError, ConfigError, SmidgenError
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError
 
 logger = logging.getLogger("smidgen")
 
@@ -212,7 +212,9 @@ class SmidgenModel(BaseTuner):
         rest = {k: v for k, v in state_dict.items() if k not in packed}
         layers = adapted_layers(model, adapter_name)
         layout = {name: slot_layout(config, layer.get_base_layer(), name) for name, layer in layers.items()}
+        heads = {name for name in rest if config.modules_to_save or name in set(model.state_dict())}
         try:
+            packing.check_names(rest.keys() - heads, (), "the adapter file")
             unpacked = packing.unpack(packed, layout)
         except AdapterFileError:
             remove(model, adapter_name)
@@ -232,6 +234,8 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
     Raises:
         TargetError: an entry matches nothing.
     """
+    if config.target_modules is None:
+        raise TargetError("The config names no target_modules; smidgen.adapt and peft fill them in for known models.")
     modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
     inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
     modules = {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}

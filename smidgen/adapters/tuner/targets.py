@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from torch import nn
@@ -27,10 +26,6 @@ def check_names(target_modules: Iterable[str] | str | None, names: list[str], ma
     ends = sorted({n.rpartition(".")[2] for n in names if n})
     if isinstance(target_modules, str):
         if not matched:
-            try:
-                re.compile(target_modules)
-            except re.error as error:
-                raise TargetError(f"target_modules {target_modules!r} is no regular expression ({error}).") from error
             raise TargetError(
                 f"target_modules {target_modules!r} (a regular expression that must match a whole module name) matches "
                 f"nothing.{did_you_mean(target_modules.rpartition('.')[2], ends)} Modules end in: {_some(ends)}."
