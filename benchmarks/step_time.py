@@ -19,7 +19,7 @@ import smidgen
 from benchmarks._harness import write_result
 
 WIDTHS, TOKENS = (384, 768, 1280), (256, 1024)
-MANY = 16384
+MANY = 32768
 
 
 class One(nn.Module):
@@ -34,7 +34,7 @@ class One(nn.Module):
 
 
 class NaiveSVFit(nn.Module):
-    """The published dense formulation: W_e + U diag(s) V^T is formed at every forward, autograd through it."""
+    """The published dense formulation at full rank: W_e + U diag(s) V^T is formed at every forward, autograd through it."""
 
     def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__()
@@ -96,8 +96,10 @@ def contenders(width: int) -> dict[str, Callable[[], nn.Module]]:
         "loldu_r64": lambda: _ours(width, "loldu", r=64),
         "svfit_full": lambda: _ours(width, "svfit", r="full"),
         "tlora_1_2": lambda: _ours(width, "tlora"),
-        "naive_svfit": lambda: NaiveSVFit(One(width).proj, 64),
-        "naive_loldu": lambda: NaiveLoLDU(One(width).proj, 64),
+        "transform_1": lambda: smidgen.adapt(One(width), smidgen.config(transform="tensor_ring", target_modules=["proj"])),
+        "loldu_full": lambda: _ours(width, "loldu", r="full"),
+        "naive_svfit": lambda: NaiveSVFit(One(width).proj, width),
+        "naive_loldu": lambda: NaiveLoLDU(One(width).proj, width),
         "naive_tlora": lambda: NaiveTLoRA(One(width).proj, modes),
     }
 
@@ -156,16 +158,18 @@ def main() -> None:
             for name, seconds in t.items():
                 figures[f"w{width}_n{tokens}_{name}_over_frozen"] = round(seconds / t["frozen"], 3)
                 figures[f"w{width}_n{tokens}_{name}_over_lora"] = round(seconds / t["peft_lora_r8"], 3)
-            for ours, naive in (("svfit_r64", "naive_svfit"), ("loldu_r64", "naive_loldu"), ("tlora_1_2", "naive_tlora")):
+            pairs = (("svfit_full", "naive_svfit"), ("loldu_full", "naive_loldu"), ("tlora_1_2", "naive_tlora"))
+            for ours, naive in pairs:
                 figures[f"w{width}_n{tokens}_{naive}_over_{ours}"] = round(t[naive] / t[ours], 3)
             lora = saved_bytes(copy.deepcopy(modules["peft_lora_r8"]), tokens, width)
-            for name in ("svfit_r16", "svfit_r64", "loldu_r64", "svfit_full", "tlora_1_2"):
+            for name in ("svfit_r16", "svfit_r64", "loldu_r64", "svfit_full", "tlora_1_2", "transform_1"):
                 figures[f"w{width}_n{tokens}_{name}_saved_over_lora"] = round(
                     saved_bytes(modules[name], tokens, width) / lora, 3
                 )
-        many = {name: modules[name] for name in ("frozen", "peft_lora_r8", "svfit_full")}
+        many = {name: modules[name] for name in ("frozen", "peft_lora_r8", "svfit_full", "loldu_full")}
         t = times(many, MANY, width, max(3, args.rounds // 5))
-        figures[f"w{width}_n{MANY}_svfit_full_over_frozen"] = round(t["svfit_full"] / t["frozen"], 3)
+        for name in many:
+            figures[f"w{width}_n{MANY}_{name}_over_frozen"] = round(t[name] / t["frozen"], 3)
     write_result("step_time", figures, "python -m benchmarks.step_time")
 
 
