@@ -34,7 +34,7 @@ class One(nn.Module):
 
 
 class NaiveSVFit(nn.Module):
-    """The published dense formulation at full rank: W_e + U diag(s) V^T is formed at every forward, autograd through it."""
+    """The published dense form at full rank: W_e + U diag(s) V^T is formed at every forward, autograd through it."""
 
     def __init__(self, base: nn.Linear, r: int) -> None:
         super().__init__()
@@ -80,8 +80,8 @@ class NaiveTLoRA(nn.Module):
         return nn.functional.linear(x, self.weight @ t + self.b @ self.a, self.bias)
 
 
-def _ours(width: int, method: str, **options) -> nn.Module:  # type: ignore[no-untyped-def]
-    return smidgen.adapt(One(width), method, target_modules=["proj"], **options)
+def _ours(width: int, method: str | None, **options) -> nn.Module:  # type: ignore[no-untyped-def]
+    return smidgen.adapt(One(width), smidgen.config(method, target_modules=["proj"], **options))
 
 
 def contenders(width: int) -> dict[str, Callable[[], nn.Module]]:
@@ -96,7 +96,7 @@ def contenders(width: int) -> dict[str, Callable[[], nn.Module]]:
         "loldu_r64": lambda: _ours(width, "loldu", r=64),
         "svfit_full": lambda: _ours(width, "svfit", r="full"),
         "tlora_1_2": lambda: _ours(width, "tlora"),
-        "transform_1": lambda: smidgen.adapt(One(width), smidgen.config(transform="tensor_ring", target_modules=["proj"])),
+        "transform_1": lambda: _ours(width, None, transform="tensor_ring"),
         "loldu_full": lambda: _ours(width, "loldu", r="full"),
         "naive_svfit": lambda: NaiveSVFit(One(width).proj, width),
         "naive_loldu": lambda: NaiveLoLDU(One(width).proj, width),
