@@ -230,11 +230,11 @@ def _page(figures: dict[str, Any], methods: list[str]) -> str:
     head = ["method", "trained numbers", "bytes on disk", "identity", "traits", "captions", "learning rate"]
     return f"""# Personalisation on the embedded base, by method and bytes
 
-{SUBJECTS} people the base has never seen, {SEEDS} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}. Every method
-saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people. Scores by the
-embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of hair, hair
-colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 % bootstrap
-intervals over people. `{figures.get("command", "make bench NAME=personalize")}` redoes it.
+{SUBJECTS} people the base has never seen, {SEEDS} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
+Every method saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people.
+Scores by the embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of
+hair, hair colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 %
+bootstrap intervals over people. `make bench NAME=personalize` redoes it.
 
 {markdown_table(head, rows)}
 

@@ -5,12 +5,15 @@ pass your own object with these two methods to ``smidgen.training.recipes.person
 judge=...)``.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from smidgen.training.pipelines import EMBEDDED, Base
 from smidgen.training.randomness import derive
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +68,13 @@ class EmbeddedJudge:
 
 def judge_for(base: Base) -> Judge | None:
     """The judge that belongs to ``base``, or None when nobody has trained one."""
-    return EmbeddedJudge() if base.name == EMBEDDED else None
+    if base.name != EMBEDDED:
+        return None
+    try:
+        return EmbeddedJudge()
+    except OSError as error:
+        logger.warning("The embedded base's judge cannot be read, so nothing will be scored: %s", error)
+        return None
 
 
 NO_JUDGE = (

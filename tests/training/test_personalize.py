@@ -134,8 +134,9 @@ def test_previews_are_drawn(sd, pictures, tmp_path):
     assert Image.open(tmp_path / "out" / "preview-3.png").size[0] > 2 * 128
 
 
-def test_bf16_base_keeps_fp32_numbers(sd, pictures, tmp_path):
-    made = config(sd, pictures, tmp_path / "out", "tlora")
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_base_keeps_fp32_numbers(sd, pictures, tmp_path, method):
+    made = config(sd, pictures, tmp_path / "out", method)
     run(replace(made, train=replace(made.train, mixed_precision="bf16")))
     saved = load_file(tmp_path / "out" / "checkpoint-4" / "trained.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
