@@ -22,7 +22,7 @@ from smidgen.training.recipes.embedded_base.run import PARTS, Run
 log = logging.getLogger(__name__)
 KL_WEIGHT = 3e-4
 EDGE_WEIGHT = 1.0
-LATENT_NOISE = 0.15
+LATENT_NOISE = 0.1
 FACE = (slice(20, 46), slice(20, 44))
 FACE_WEIGHT = 1.5
 
@@ -40,6 +40,7 @@ def build(config: Config) -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
         force_upcast=False,
+        scaling_factor=1.0,  # see `standardise`
     )
 
 
@@ -97,7 +98,6 @@ def standardise(model: AutoencoderKL, pictures: np.ndarray) -> None:
     quant.bias[channels:] -= 2 * std.log()
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std[None, :, None, None]
-    model.register_to_config(scaling_factor=1.0)
 
 
 def encode(model: AutoencoderKL, pictures: np.ndarray) -> Tensor:
