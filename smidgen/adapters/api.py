@@ -206,7 +206,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         return model
     _check_name(model, adapter_name)
     own = read_smidgen_config(path)
-    tensors = read_tensors(path)
+    tensors = packing.plain_keys(read_tensors(path))
     unpacked, heads = _fit(model, own, tensors, str(path))
     with _all_or_nothing(model, adapter_name):
         _inject(model, own, adapter_name)

@@ -289,9 +289,11 @@ def law_dtype(config: SmidgenConfig, kind: str) -> None:
         assert y.dtype == dtype, f"{dtype} in, {y.dtype} out"
         close(y, full(x.float()), f"{dtype} against float32", dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        close(full(x.float()), full(x.float()), "autocast", torch.bfloat16)
         found = full(x.float())
     close(found, full(x.float()), "autocast against float32", torch.bfloat16)
+    found.float().square().sum().backward()
+    for name, p in _layer(full).smidgen_slots.named_parameters():
+        assert p.grad is not None and bool(torch.isfinite(p.grad).all()), f"{name} under autocast: gradient {p.grad}"
 
 
 def law_meta(config: SmidgenConfig, kind: str) -> None:

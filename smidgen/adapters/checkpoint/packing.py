@@ -24,6 +24,12 @@ def is_packed(key: str) -> bool:
     return "." not in key and key.startswith(_PREFIXES)
 
 
+def plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file with packed names as they are, where transformers put ``base_model.model.`` before them."""
+    short = {key: key.removeprefix("base_model.model.") for key in tensors}
+    return {short[key] if is_packed(short[key]) else key: value for key, value in tensors.items()}
+
+
 def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """target -> name -> tensor, laid end to end: name -> one flat tensor.
 

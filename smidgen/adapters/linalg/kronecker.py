@@ -31,7 +31,9 @@ def kronecker_apply(factors: Sequence[Tensor], x: Tensor) -> Tensor:
         True
     """
     left, right = _halves(factors)
-    y: Tensor = _Rotated.apply(x.reshape(-1, x.shape[-1]), left, right)
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
+    with torch.autocast(kind, enabled=False):  # which would round I + E to 16 bits, and break the backward pass
+        y: Tensor = _Rotated.apply(x.reshape(-1, x.shape[-1]), left, right)
     return y.view(x.shape)
 
 

@@ -182,6 +182,8 @@ class SmidgenModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
         layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
+        if peft_config.base_lock and peft_config.inference_mode:
+            layer.smidgen_slots[adapter_name].await_file()
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.smidgen_slots[adapter_name].float()
         if adapter_name not in self.active_adapters:
@@ -208,6 +210,7 @@ class SmidgenModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):  # type: ignore[no-untyped-def]
+        state_dict = packing.plain_keys(state_dict)
         packed = {k: v for k, v in state_dict.items() if packing.is_packed(k)}
         rest = {k: v for k, v in state_dict.items() if k not in packed}
         layers = adapted_layers(model, adapter_name)

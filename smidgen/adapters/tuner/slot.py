@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.member import Factors, Member, Residual, Tensors, Transform
+from smidgen.errors import AdapterFileError
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -69,7 +70,7 @@ class Slot(nn.Module):
         for name, (shape, dtype) in self._pinned().items():
             self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
         self.pinned = False
-        self.held_by: str | None = None
+        self.awaits_file = False
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """(prefix, member) of the members that are there."""
@@ -104,8 +105,13 @@ class Slot(nn.Module):
             setattr(self, name, value if isinstance(value, nn.Parameter) else value.to(old.dtype).clone())
         self.mark_loaded()
 
+    def await_file(self) -> None:
+        """The numbers are in a file that is about to be read: until they arrive the adapter refuses to run."""
+        self.awaits_file, self.ready = True, False
+
     def mark_loaded(self) -> None:
-        """Pins came from a file: factors are rebuilt from them when next needed."""
+        """Numbers came from a file: factors are rebuilt, from its pins, when next needed."""
+        self.awaits_file, self.ready = False, True
         if self.residual is not None and self.residual.decomposes:
             self.pinned = True
             self.ready = self.store_factors
@@ -117,6 +123,12 @@ class Slot(nn.Module):
         """Makes the frozen factors, from the pins if a file brought them, else from the base weight alone."""
         if self.ready:
             return
+        if self.awaits_file:
+            raise AdapterFileError(
+                "This adapter was set up from a file's config but its numbers never arrived, so it would do nothing "
+                "(transformers' model.load_adapter cannot read them); use smidgen.load(model, path) or "
+                "peft.PeftModel.from_pretrained. For a fresh adapter set config.base_lock = None."
+            )
         weight = weight_matrix()
         assert self.residual is not None
         if weight.is_meta:  # shapes only; factors are made once the weight is there
@@ -136,7 +148,8 @@ class Slot(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if any(f"{prefix}residual_{name}" in state_dict for name in self._pinned()):
+        pins = any(f"{prefix}residual_{name}" in state_dict for name in self._pinned())
+        if pins or (self.awaits_file and any(f"{prefix}{name}" in state_dict for name in self.trained())):
             self.mark_loaded()
 
     # ---- maths over given tensors (the engine passes its own, or rows of a bank) -----------------------------------
