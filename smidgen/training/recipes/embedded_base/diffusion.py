@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -75,11 +76,17 @@ def _weights(snr: Tensor, size: int) -> Tensor:
 
 
 def train(config: Config, folder: Path) -> Run:
-    """Train on the frozen encoder's latents; resumes from ``diffusion.safetensors``."""
+    """Train on the frozen encoder's latents; resumes from ``diffusion.safetensors``.
+
+    A ``diffusion_start.safetensors`` of the same shapes, where there is one, gives the first weights.
+    """
     torch.manual_seed(config.seed + 20)
     words = text.tokenizer(folder / "tokenizer")
     model = Denoiser(config, words)
-    run = Run(folder / "diffusion.safetensors", model, config.diffusion, ema=0.9995)
+    start = folder / "diffusion_start.safetensors"
+    if start.exists():
+        model.load_state_dict(load_file(start))
+    run = Run(folder / "diffusion.safetensors", model, config.diffusion)
     codes = draw.load(folder, "train")[1]
     latents = np.load(folder / "latents.npy", mmap_mode="r")
     alphas = scheduler().alphas_cumprod
