@@ -29,7 +29,7 @@ TARGETS = {"background": 0.95, "clothes_color": 0.9, "glasses": 0.9, "mouth": 0.
 
 def load() -> StableDiffusionPipeline:
     """The shipped pipeline in fp32 on the CPU."""
-    pipe = StableDiffusionPipeline.from_pretrained(embedded_base(), torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(embedded_base())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -52,7 +52,7 @@ def interval(values: np.ndarray, rng: np.random.Generator, draws: int = 2000) ->
     return [round(float(q), 4) for q in np.quantile(means, [0.025, 0.975])]
 
 
-def shares(scenes: list[world.Scene], images: list, prefix: str, rng: np.random.Generator) -> dict:
+def shares(scenes: list[world.Scene], images: list | torch.Tensor, prefix: str, rng: np.random.Generator) -> dict:
     """Per attribute, the share of pictures read as asked, its interval and the count; hidden eyes are not counted."""
     words = load_judge().read(images)
     figures: dict = {}
@@ -67,18 +67,22 @@ def shares(scenes: list[world.Scene], images: list, prefix: str, rng: np.random.
 
 
 @torch.no_grad()
-def autoencoder_figures(pipe: StableDiffusionPipeline, drawings: list, rng: np.random.Generator) -> dict:
-    """Mean PSNR per picture of encode-decode, peak 255, and its interval."""
+def autoencoder_figures(
+    pipe: StableDiffusionPipeline, drawings: list, scenes: list[world.Scene], rng: np.random.Generator
+) -> dict:
+    """Mean PSNR per picture of encode-decode, peak 255, its interval, and how well the judge reads what was decoded."""
     pictures = torch.from_numpy(np.stack([np.asarray(d) for d in drawings])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    values = []
+    values, decodings = [], []
     for target in pictures.split(50):
         decoded = pipe.vae.decode(pipe.vae.encode(target).latent_dist.mode()).sample.clamp(-1, 1)
+        decodings.append((decoded + 1) / 2)
         values.append(-10 * torch.log10(((decoded - target) / 2).square().mean((1, 2, 3))))
     decibels = torch.cat(values).numpy()
     return {
         "autoencoder_psnr_db": round(float(decibels.mean()), 3),
         "autoencoder_psnr_db_interval": interval(decibels, rng),
         "autoencoder_psnr_db_worst_percent": round(float(np.quantile(decibels, 0.01)), 3),
+        **shares(scenes, torch.cat(decodings), "decoded", rng),
     }
 
 
@@ -111,7 +115,7 @@ def measure(pictures: int, seed: int, steps: int, guidance: float, sheet_path: P
     captions = [world.caption(s, rng, omit=0) for s in scenes]
     drawn = [world.render(world.sample_identity(rng, "test"), s) for s in scenes]
     figures = {"pictures": pictures, "seed": seed, "steps": steps, "guidance": guidance}
-    figures |= autoencoder_figures(pipe, drawn, rng)
+    figures |= autoencoder_figures(pipe, drawn, scenes, rng)
     figures |= shares(scenes, drawn, "judge", rng)
     images = generate(pipe, captions, seed, steps, guidance)
     figures |= shares(scenes, images, "read_back", rng)

@@ -56,6 +56,8 @@ def export(config: Config, folder: Path, out: Path) -> None:
     )  # else it alone loads in fp16
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(folder / "tokenizer" / name, temporary / "tokenizer" / name)
+    for path in temporary.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():

@@ -68,6 +68,7 @@ def _save(path: Path, module: nn.Module, numbers: dict[str, float]) -> None:
     tensors = {n: t.half() if t.is_floating_point() else t for n, t in module.state_dict().items()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors, temporary, {n: repr(v) for n, v in numbers.items()})
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 
