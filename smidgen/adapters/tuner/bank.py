@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.tuner.config import SmidgenConfig
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, make_slot
+from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, make_slot, stored_tensors
+from smidgen.adapters.tuner.slot import Slot
 from smidgen.errors import SmidgenError, did_you_mean
 
 
@@ -51,24 +52,29 @@ class Bank:
         """Copies an adapter that sits in ``model`` into the bank's row ``name``.
 
         Raises:
-            SmidgenError: the adapter's tensors do not fit the bank's.
+            SmidgenError: the adapter is of another config than the bank; the row stays as it was.
         """
-        row = self.index(name)
-        sources = adapted_layers(model, adapter_name)
+        row, sources = self.index(name), adapted_layers(model, adapter_name)
+        found: dict[str, dict[str, Tensor]] = {}
         for target, layer in self.layers.items():
-            bank = self._slot(layer)
-            source = sources[target].smidgen_slots[adapter_name].trained() if target in sources else {}  # type: ignore[operator]
-            with torch.no_grad():
+            reason = "it has none there"
+            if target in sources:
+                found[target] = stored_tensors(sources[target], adapter_name)
+                reason = _misfit(self._slot(layer), sources[target].smidgen_slots[adapter_name])
+            if reason:
+                raise SmidgenError(
+                    f"Adapter {adapter_name!r} does not fit the bank at {target!r}: {reason}. A bank holds adapters of "
+                    "one config."
+                )
+        if extra := sorted(sources.keys() - self.layers.keys()):
+            raise SmidgenError(f"Adapter {adapter_name!r} does not fit the bank: it is also on {extra[0]!r}.")
+        with torch.no_grad():
+            for target, layer in self.layers.items():
+                bank = self._slot(layer)
                 for tensor, value in bank.trained().items():
-                    if tensor not in source or source[tensor].shape != value.shape[1:]:
-                        found = tuple(source[tensor].shape) if tensor in source else "nothing"
-                        raise SmidgenError(
-                            f"Adapter {adapter_name!r} does not fit the bank at {target!r}: tensor {tensor!r} is {found}, "
-                            f"the bank holds {tuple(value.shape[1:])}. A bank holds adapters of one config."
-                        )
-                    value[row] = source[tensor].to(value)
-            if not bank.ready and target in sources:
-                self._share_factors(bank, sources[target].slot(adapter_name))
+                    value[row] = found[target][tensor].to(value)
+                if not bank.ready:
+                    self._share_factors(bank, sources[target].slot(adapter_name))
 
     def get(self, name: str) -> dict[str, dict[str, Tensor]]:
         """Trained tensors of one member: target -> tensor name -> tensor."""
@@ -104,7 +110,7 @@ class Bank:
                 layer.bank_rows = before[name]
 
     @staticmethod
-    def _slot(layer: AdaptedLayer):  # type: ignore[no-untyped-def]
+    def _slot(layer: AdaptedLayer) -> Slot:
         assert layer.bank is not None
         return layer.bank
 
@@ -116,3 +122,20 @@ class Bank:
             else:
                 bank.register_buffer(name, value, persistent=False)
         bank.ready = bank.pinned = True
+
+
+def _misfit(bank: Slot, source: Slot) -> str:
+    """Why an adapter cannot share a bank's options and frozen tensors; "" if it can."""
+    for kind in ("transform", "residual"):
+        theirs, ours = getattr(source, kind), getattr(bank, kind)
+        if type(theirs) is not type(ours):
+            return f"its {kind} is {getattr(theirs, 'name', None)!r}, the bank's {getattr(ours, 'name', None)!r}"
+        for option, value in vars(ours).items() if ours is not None else ():
+            if vars(theirs)[option] != value:
+                return f"its {kind} has {option}={vars(theirs)[option]!r}, the bank's {value!r}"
+    fixed = [f"{p}_{n}" for p, m in bank.members() for n in m.constants(f"{bank.seed}/{p}")]
+    fixed += [f"residual_{n}" for n in bank.residual.pins()] if bank.residual is not None and bank.ready else []
+    for name in fixed:
+        if not torch.equal(getattr(source, name).cpu(), getattr(bank, name).cpu()):
+            return f"its {name!r} differs (another seed, or pivots of another base)"
+    return ""

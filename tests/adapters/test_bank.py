@@ -1,0 +1,142 @@
+"""The bank: thousands of adapters in one batch, training side by side, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import smidgen
+from smidgen import testing
+from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.errors import SmidgenError
+
+from .helpers import Net, inputs, trained
+
+
+def zoo(method: str, names: list[str]) -> tuple[torch.nn.Module, dict[str, torch.Tensor], smidgen.Bank]:
+    """A model with a bank of adapters, and each adapter's own output."""
+    carrier = smidgen.adapt(Net(), method, target_modules=["q_proj", "v_proj"])
+    bank = smidgen.Bank(carrier, carrier.peft_config["default"], names)
+    outputs = {}
+    for seed, name in enumerate(names):
+        one = trained(method, seed=seed)
+        outputs[name] = one(inputs()).detach()
+        bank.put(name, one)
+    return carrier, outputs, bank
+
+
+@pytest.mark.parametrize("method", ["tlora(2,2)", "tlora_star", "svfit", "loldu", "lora", "oft"])
+def test_a_bank_filled_from_other_models(method: str) -> None:
+    model, outputs, bank = zoo(method, ["a", "b", "c"])
+    rows = ["c", None, "a", "a"]
+    with bank.rows(rows):
+        found = model(inputs())
+    plain = Net()(inputs())
+    for i, name in enumerate(rows):
+        testing.close(found[i], plain[i] if name is None else outputs[name][i], f"row {i}, {name}")
+    testing.same(model(inputs()).detach(), plain.detach(), "outside of the block")
+
+
+def test_a_batch_of_several_halves_repeats_the_names() -> None:
+    model, outputs, bank = zoo("svfit", ["a", "b"])
+    x = inputs(rows=2)
+    with bank.rows(["b", "a"]):
+        found = model(torch.cat([x, x]))
+    wanted = torch.stack([outputs["b"][0], outputs["a"][1]])
+    testing.close(found, torch.cat([wanted, wanted]), "two halves")
+    with bank.rows(["a", "b", "a"]), pytest.raises(SmidgenError, match="do not divide a batch of 4"):
+        model(inputs(rows=4))
+
+
+def test_blocks_nest_and_end_with_an_error() -> None:
+    model, outputs, bank = zoo("lora", ["a", "b"])
+    plain = Net()(inputs()).detach()
+    with bank.rows(["a"]):
+        with bank.rows(["b"]):
+            testing.close(model(inputs()), outputs["b"], "inner block")
+        testing.close(model(inputs()), outputs["a"], "outer block")
+        with smidgen.disabled(model):
+            testing.same(model(inputs()).detach(), plain, "disabled within a block")
+    with pytest.raises(RuntimeError, match="stop"), bank.rows(["a"]):
+        raise RuntimeError("stop")
+    testing.same(model(inputs()).detach(), plain, "after an error")
+
+
+def test_training_two_adapters_in_one_batch_is_training_each_alone() -> None:
+    def targets(seed: int) -> torch.Tensor:
+        return torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))
+
+    alone = {}
+    for i, name in enumerate(("a", "b")):
+        net = smidgen.adapt(Net(), "svfit", r=4, target_modules=["q_proj"])
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (net(inputs()) - targets(i)).square().sum(-1).mean().backward()
+            optimizer.step()
+        alone[name] = {t: la.smidgen_slots["default"].trained() for t, la in adapted_layers(net).items()}
+    net = smidgen.adapt(Net(), "svfit", r=4, target_modules=["q_proj"])
+    bank = smidgen.Bank(net, net.peft_config["default"], ["a", "b"])
+    optimizer = torch.optim.SGD(bank.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with bank.rows(["a"] * 4 + ["b"] * 4):
+            y = net(torch.cat([inputs(), inputs()]))
+        ((y - torch.cat([targets(0), targets(1)])).square().sum(-1).sum() / 4).backward()
+        optimizer.step()
+    for name, wanted in alone.items():
+        for target, tensors in bank.get(name).items():
+            for key, value in tensors.items():
+                testing.close(value, wanted[target][key].detach(), f"{name} {target} {key}", factor=5)
+
+
+def test_what_a_bank_refuses() -> None:
+    model, _, bank = zoo("lora", ["ann", "bob"])
+    with pytest.raises(SmidgenError, match="no adapter 'anne'. Did you mean 'ann'"), bank.rows(["anne"]):
+        pass
+    for other, reason in (
+        (trained("lora", r=2), "r=2, the bank's 8"),
+        (trained("lora", alpha=4.0), "scale=0.5, the bank's 1.0"),
+        (trained("svfit"), "residual is 'spectral', the bank's 'low_rank'"),
+        (trained("lora", target_modules=["v_proj"]), "has none there"),
+        (trained("lora", target_modules=["q_proj", "v_proj", "head"]), "also on 'head'"),
+    ):
+        with pytest.raises(SmidgenError, match=f"does not fit the bank.*{reason}"):
+            bank.put("ann", other)
+    with pytest.raises(SmidgenError, match="distinct names"):
+        smidgen.Bank(model, model.peft_config["default"], ["a", "a"])
+    with pytest.raises(SmidgenError, match="no adapted layer"):
+        smidgen.Bank(Net(), model.peft_config["default"], ["a"])
+
+
+def test_frozen_tensors_of_a_bank_are_shared_by_its_adapters_or_refused() -> None:
+    _, _, bank = zoo("tlora(2,2)", ["a"])
+    with pytest.raises(SmidgenError, match="'transform_start0' differs"):
+        bank.put("a", smidgen.adapt(Net(), "tlora(2,2)", target_modules=["q_proj", "v_proj"], seed=9))
+    _, _, bank = zoo("loldu", ["a"])
+    other = trained("loldu")
+    pivots = other.layers[0].q_proj.smidgen_slots["default"].residual_pivots
+    pivots.copy_(pivots.int().flip(0).to(pivots.dtype))
+    with pytest.raises(SmidgenError, match="'residual_pivots' differs"):
+        bank.put("a", other)
+
+
+def test_a_refused_adapter_leaves_its_row_as_it_was() -> None:
+    _, _, bank = zoo("lora", ["ann"])
+    before = {t: {k: v.clone() for k, v in own.items()} for t, own in bank.get("ann").items()}
+    other = trained("lora", target_modules=["q_proj"])
+    with pytest.raises(SmidgenError, match="does not fit"):
+        bank.put("ann", other)
+    for target, own in bank.get("ann").items():
+        for key, value in own.items():
+            testing.same(value, before[target][key], f"{target} {key}")
+
+
+def test_a_bank_does_not_reach_the_file(tmp_path: Path) -> None:
+    model, _, _ = zoo("loldu", ["a", "b"])
+    testing.perturb(model, 8, adapter_name="default")
+    wanted = model(inputs()).detach()
+    smidgen.save(model, tmp_path)
+    testing.close(smidgen.load(Net(), tmp_path)(inputs()), wanted, "the adapter beside a bank")
