@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,9 @@ def measure(pictures: int, seed: int, steps: int, guidance: float, sheet_path: P
     figures |= shares(scenes, drawn, "judge", rng)
     images = generate(pipe, captions, seed, steps, guidance)
     figures |= shares(scenes, images, "read_back", rng)
+    judge = load_judge()
+    likeness = [judge.identity_score([a], [b]).item() for a, b in pairwise(images)]
+    figures["identity_score_between_pictures"] = round(float(np.mean(likeness)), 4)
     if sheet_path:
         sheet(images[:60], 10, sheet_path)
     figures["seconds_per_picture"] = round(seconds_per_picture(pipe, captions[0], steps, guidance), 4)

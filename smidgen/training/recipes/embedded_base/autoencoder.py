@@ -8,12 +8,13 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from smidgen.training.recipes.embedded_base import draw
 from smidgen.training.recipes.embedded_base.config import Config
@@ -173,7 +174,7 @@ def fine_tune_decoder(config: Config, folder: Path) -> None:
 
 
 @torch.no_grad()
-def psnr(model: nn.Module, folder: Path, n: int = 512) -> float:
+def psnr(model: Any, folder: Path, n: int = 512) -> float:
     """Mean PSNR per picture (dB, peak 255) of encode-decode over `n` held-out pictures, drawn values clipped."""
     pictures, _ = draw.load(folder, "test")
     values = []

@@ -61,6 +61,11 @@ def _table(figures: dict) -> str:
         )
     rows.append("")
     rows.append(
+        "Different pictures show different people: the judge's identity score between two of them (1 the same person, 0 "
+        f"unrelated people) averages {figures['identity_score_between_pictures']:.2f}."
+    )
+    rows.append("")
+    rows.append(
         f"Autoencoder: {figures['autoencoder_psnr_db']:.2f} dB on held-out drawings. One picture takes "
         f"{figures['seconds_per_picture']:.2f} s ({figures['steps']} steps, guidance {figures['guidance']})."
     )

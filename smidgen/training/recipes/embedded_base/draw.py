@@ -43,14 +43,16 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def render(config: Config, folder: Path) -> None:
     """Draw both splits; a split whose files exist in the right size is left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    for split, n in (("test", config.test_pictures), ("train", config.train_pictures)):
+    sizes_of: dict[world.Split, int] = {"test": config.test_pictures, "train": config.train_pictures}
+    for split, n in sizes_of.items():
         picture_path, code_path = _paths(folder, split)
         if picture_path.exists() and code_path.exists() and len(np.load(code_path)) == n:
             continue
         log.info("drawing %d %s pictures", n, split)
         starts = list(range(0, n, CHUNK))
         sizes = [min(CHUNK, n - s) for s in starts]
-        columns = ([split] * len(starts), [config.seed] * len(starts), starts, sizes)
+        splits: list[world.Split] = [split] * len(starts)
+        columns = (splits, [config.seed] * len(starts), starts, sizes)
         if config.workers > 1:
             with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
                 parts = list(pool.map(draw_chunk, *columns))

@@ -70,11 +70,12 @@ def export(config: Config, folder: Path, out: Path) -> None:
 
 
 def training_facts(config: Config, folder: Path) -> dict[str, float]:
-    """Steps and minutes of each training so far, from the checkpoints' headers."""
+    """Steps and minutes of each training so far, from the checkpoints' headers (`diffusion_first`: one before a restart
+    from its weights, if there was one)."""
     from safetensors import safe_open
 
-    facts = {}
-    for name in ("autoencoder", "decoder", "diffusion", "judge_reader", "judge_identity"):
+    facts: dict[str, float] = {}
+    for name in ("autoencoder", "decoder", "diffusion_first", "diffusion", "judge_reader", "judge_identity"):
         path = folder / f"{name}.safetensors"
         if path.exists():
             with safe_open(path, "pt") as file:
