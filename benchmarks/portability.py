@@ -2,7 +2,8 @@
 
 python -m benchmarks.portability       (seconds; on the embedded base and, if installed, on real MiniLM attention)
 
-An adapter with random trained numbers is saved on the fp32 base and loaded on the base cast to fp16, bf16 and int8 (per row).
+An adapter with random trained numbers is saved on the fp32 base and loaded on the base cast to fp16, bf16 and int8 per
+row.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def recast(model: nn.Module, cast: Callable[[Tensor], Tensor]) -> nn.Module:
     return other
 
 
-def errors(model: nn.Module, cast: Callable[[Tensor], Tensor], method: str, r: int | str, targets: list[str]) -> list[float]:
+def errors(
+    model: nn.Module, cast: Callable[[Tensor], Tensor], method: str, r: int | str, targets: list[str]
+) -> list[float]:
     """Relative error of each layer's update after the reload."""
     adapted = smidgen.adapt(copy.deepcopy(model), method, r=r, target_modules=targets)
     generator = torch.Generator().manual_seed(0)

@@ -3,8 +3,8 @@
 A message states the rule, the offending value and what would work.
 """
 
-from difflib import get_close_matches
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class SmidgenError(ValueError):

@@ -82,7 +82,7 @@ class Transform(Member):
 
 
 class Factors(NamedTuple):
-    """A residual as a product: D = up @ diag(diagonal) @ down, with up [rows, k], diagonal [k] or None, down [k, cols]."""
+    """A residual as a product: D = up @ diag(diagonal) @ down; up [rows, k], diagonal [k] or None, down [k, cols]."""
 
     up: Tensor
     diagonal: Tensor | None

@@ -139,7 +139,7 @@ def _holds(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> bool:
 def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: VerifyReport) -> None:
     layers = adapted_layers(model, name)
     report.layers = report.targets = len(layers)
-    matrices = base_matrices({n: layer for n, layer in layers.items()})
+    matrices = base_matrices(dict(layers))
     if own.base_lock:
         report.targets = len(own.base_lock["targets"])
         lock = base_lock.check_lock(own.base_lock, matrices)

@@ -2,8 +2,8 @@
 
 For each target its shape, norm and ``PROBES`` bilinear sketches u^T W v with fixed random signs are kept (fp32). The
 difference of two sketches estimates |W - W'| without bias, so one number, the relative difference of the weights, is
-measured: below ``SAME`` the base is the same, below ``CAST`` it is the same base in another number format (tolerated and
-reported), above it is another base (an error).
+measured: below ``SAME`` the base is the same, below ``CAST`` it is the same base in another number format (tolerated
+and reported), above it is another base (an error).
 """
 
 from __future__ import annotations

@@ -162,8 +162,8 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
     """Config of an adapter: a method by name, or any transform with any residual.
 
     Args:
-        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``oft`` (see ``smidgen methods``), the papers'
-            notation such as ``"tlora(2,6)"``, or None when ``transform`` and ``residual`` are named.
+        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``oft`` (see ``smidgen methods``), the
+            papers' notation such as ``"tlora(2,6)"``, or None when ``transform`` and ``residual`` are named.
         **options: ``r`` (residual rank; also ``residual_rank``), ``transform_rank``, ``alpha``, ``transform``,
             ``residual``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
             :class:`SmidgenConfig`, and the members' own options (``atoms``, ``std``, ``blocks``, ...).

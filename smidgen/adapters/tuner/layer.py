@@ -183,7 +183,7 @@ class ShiftLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> tuple[Tensor, float]:
-        """(base weight plus the named deltas in the weight's dtype, relative error of the update after that rounding)."""
+        """(base weight plus the named deltas in the weight's dtype, relative error of the update after rounding)."""
         original = self._original()
         delta = sum(self.delta_weight(name) for name in names)
         assert isinstance(delta, Tensor)
