@@ -117,8 +117,8 @@ def member_options(kind: str, name: str) -> dict[str, inspect.Parameter]:
         raise ConfigError(
             f"Unknown {kind} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}."
         )
-    geometry = {"self", "width", "rows", "cols"}
-    return {k: p for k, p in inspect.signature(registry[name].__init__).parameters.items() if k not in geometry}
+    geometry = {"width", "rows", "cols"}
+    return {k: p for k, p in inspect.signature(registry[name]).parameters.items() if k not in geometry}
 
 
 def split_options(

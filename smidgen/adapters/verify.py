@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +172,8 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
 
 def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     """(relative error of the layer's output shift on a fixed probe against x @ delta^T, what its dtype allows)."""
-    base, weight = layer.base_layer, layer._original()
+    base: Any = layer.base_layer
+    weight = layer._original()
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x = probe(layer).to(weight.device, dtype)
     delta = layer.delta_matrix(name).float()
@@ -201,6 +203,7 @@ def probe(layer: AdaptedLayer) -> Tensor:
     signs = base_lock._signs(width, 2)
     if not isinstance(layer.kind, Conv2dKind):
         return signs.T.contiguous()
-    size = 2 + max(k * d for k, d in zip(layer.base_layer.kernel_size, layer.base_layer.dilation, strict=True))
+    base: Any = layer.base_layer
+    size = 2 + max(k * d for k, d in zip(base.kernel_size, base.dilation, strict=True))
     columns = signs.T.reshape(1, base_lock.PROBES, width).permute(0, 2, 1)
     return columns.repeat(1, 1, size * size // base_lock.PROBES + 1)[..., : size * size].reshape(1, width, size, size)

@@ -50,7 +50,7 @@ class TensorRingResidual(Residual):
         self.in_modes = factorize(smooth_width(cols, order), order)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        out = {f"b{d}": (self.r, self.r, n) for d, n in enumerate(self.out_modes)}
+        out: dict[str, tuple[int, ...]] = {f"b{d}": (self.r, self.r, n) for d, n in enumerate(self.out_modes)}
         return out | {f"c{d}": (self.r, self.r, n) for d, n in enumerate(self.in_modes)}
 
     def start(self, seed: str) -> dict[str, Tensor]:

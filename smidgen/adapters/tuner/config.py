@@ -100,7 +100,7 @@ def _whole(value: Any) -> bool:
 
 
 def _all(value: Any, kinds: type | tuple[type, ...], fits: Callable[[Any], bool]) -> bool:
-    return isinstance(value, kinds) and all(fits(v) for v in value)
+    return isinstance(value, kinds) and all(fits(v) for v in value)  # type: ignore[attr-defined]
 
 
 def _text(value: Any) -> bool:

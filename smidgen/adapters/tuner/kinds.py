@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from smidgen.adapters.member import Factors
 
 Map = Callable[[Tensor], Tensor]
+Layer = Any  # an nn.Module, whose every attribute torch types as Tensor | Module
 
 
 def laid_like(x: Tensor, y: Tensor) -> Tensor:
@@ -28,32 +30,32 @@ class LinearKind:
 
     name = "linear"
 
-    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
+    def geometry(self, layer: Layer) -> tuple[int, int, int, int]:
         """(width of the transform, rows, cols, groups) of the layer."""
-        return layer.in_features, layer.out_features, layer.in_features, 1  # type: ignore[return-value]
+        return layer.in_features, layer.out_features, layer.in_features, 1
 
-    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+    def matrix(self, weight: Tensor, layer: Layer) -> Tensor:
         """The weight as [rows, cols]."""
         return weight
 
-    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+    def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
         """Inverse of :meth:`matrix`."""
         return matrix
 
-    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: nn.Module) -> Tensor:
+    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
         """W (T - I) as [rows, cols], given T - I."""
         return matrix @ excess
 
-    def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
+    def transform(self, apply: Map, x: Tensor, layer: Layer) -> Tensor:
         """T x: the transform applied over the feature axis of the activations."""
         return laid_like(x, apply(x))
 
-    def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+    def output_shift(self, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         """D x from its factors; computed in the dtype of x."""
         hidden = self._hidden(factors, x)
         return F.linear(hidden, factors.up.to(hidden.dtype))
 
-    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         """y + D x, in one pass over y."""
         hidden = self._hidden(factors, x)
         if y.dtype != hidden.dtype or not y.is_contiguous():
@@ -72,14 +74,14 @@ class Conv1DKind(LinearKind):
 
     name = "conv1d"
 
-    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
-        width, rows = layer.weight.shape  # type: ignore[misc]
+    def geometry(self, layer: Layer) -> tuple[int, int, int, int]:
+        width, rows = layer.weight.shape
         return width, rows, width, 1
 
-    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+    def matrix(self, weight: Tensor, layer: Layer) -> Tensor:
         return weight.T
 
-    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
+    def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
         return matrix.T
 
 
@@ -92,46 +94,46 @@ class Conv2dKind:
 
     name = "conv2d"
 
-    def geometry(self, layer: nn.Module) -> tuple[int, int, int, int]:
-        return layer.in_channels // layer.groups, layer.out_channels, prod(layer.weight.shape[1:]), layer.groups  # type: ignore[operator,union-attr,index,return-value]
+    def geometry(self, layer: Layer) -> tuple[int, int, int, int]:
+        return layer.in_channels // layer.groups, layer.out_channels, prod(layer.weight.shape[1:]), layer.groups
 
-    def matrix(self, weight: Tensor, layer: nn.Module) -> Tensor:
+    def matrix(self, weight: Tensor, layer: Layer) -> Tensor:
         return weight.flatten(1)
 
-    def unmatrix(self, matrix: Tensor, layer: nn.Module) -> Tensor:
-        return matrix.reshape(layer.weight.shape)  # type: ignore[union-attr,arg-type]
+    def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
+        return matrix.reshape(layer.weight.shape)
 
-    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: nn.Module) -> Tensor:
+    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
         groups = layer.groups
         if groups == 1:
             excess = excess[None]
-        w = matrix.reshape(groups, matrix.shape[0] // groups, excess.shape[-1], -1)  # type: ignore[operator]
+        w = matrix.reshape(groups, matrix.shape[0] // groups, excess.shape[-1], -1)
         return torch.einsum("goik,gij->gojk", w, excess).reshape(matrix.shape)
 
-    def transform(self, apply: Map, x: Tensor, layer: nn.Module) -> Tensor:
+    def transform(self, apply: Map, x: Tensor, layer: Layer) -> Tensor:
         channels_last = x.movedim(-3, -1)
         if layer.groups == 1:
             return laid_like(x, apply(channels_last).movedim(-1, -3))
-        pieces = channels_last.unflatten(-1, (layer.groups, -1))  # type: ignore[arg-type]
+        pieces = channels_last.unflatten(-1, (layer.groups, -1))
         return laid_like(x, apply(pieces).flatten(-2).movedim(-1, -3))
 
-    def output_shift(self, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
-        groups, (kh, kw) = layer.groups, layer.kernel_size  # type: ignore[misc]
+    def output_shift(self, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
+        groups, (kh, kw) = layer.groups, layer.kernel_size
         kernel = factors.down.to(x.dtype).reshape(factors.down.shape[0], -1, kh, kw)
         padding = layer.padding
         if layer.padding_mode != "zeros":
-            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0  # type: ignore[arg-type]
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
         batched = x if x.dim() == 4 else x[None]
-        pieces = batched.unflatten(1, (groups, -1)).flatten(0, 1)  # type: ignore[arg-type]
-        hidden = F.conv2d(pieces, kernel, None, layer.stride, padding, layer.dilation)  # type: ignore[arg-type]
+        pieces = batched.unflatten(1, (groups, -1)).flatten(0, 1)
+        hidden = F.conv2d(pieces, kernel, None, layer.stride, padding, layer.dilation)
         if factors.diagonal is not None:
             hidden = hidden * factors.diagonal.to(hidden.dtype)[:, None, None]
-        up = factors.up.to(hidden.dtype).unflatten(0, (groups, -1))  # type: ignore[arg-type]
-        hidden = hidden.unflatten(0, (-1, groups))  # type: ignore[arg-type]
+        up = factors.up.to(hidden.dtype).unflatten(0, (groups, -1))
+        hidden = hidden.unflatten(0, (-1, groups))
         y = torch.einsum("ngkhw,gok->ngohw", hidden, up).flatten(1, 2)
         return y if x.dim() == 4 else y[0]
 
-    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: nn.Module) -> Tensor:
+    def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         return y + self.output_shift(factors, x, layer).to(y.dtype)
 
 
