@@ -56,9 +56,8 @@ def _table(figures: dict) -> str:
     for name in world.SCENE_ATTRIBUTES:
         low, high = figures[f"read_back_{name}_interval"]
         own = figures[f"judge_{name}"]
-        rows.append(
-            f"| {name.replace('_', ' ')} | {figures[f'read_back_{name}']:.3f} ({low:.3f} to {high:.3f}) | {own:.3f} |"
-        )
+        share = f"{figures[f'read_back_{name}']:.3f} ({low:.3f} to {high:.3f})"
+        rows.append(f"| {name.replace('_', ' ')} | {share} | {own:.3f} |")
     rows.append("")
     rows.append(
         "Different pictures show different people: the judge's identity score between two of them (1 the same person, 0 "
