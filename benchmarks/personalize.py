@@ -37,13 +37,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft LoRA": ("peft.LoraConfig", {"r": 4, "lora_alpha": 4}),
     "peft OFT": ("peft.OFTConfig", {"oft_block_size": 16, "r": 0}),
 }
-GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of about 3 apart, around where each one learns
-    "tlora": (3e-3, 1e-2, 3e-2),
-    "svfit": (2e-2, 6e-2, 2e-1),
-    "loldu": (2e-2, 6e-2, 2e-1),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "peft LoRA": (1e-3, 3e-3, 1e-2),
-    "peft OFT": (1e-3, 3e-3, 1e-2),
+GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 to 3 apart, around where each one learns
+    "tlora": (1e-2, 3e-2, 1e-1),
+    "svfit": (1e-1, 2e-1, 5e-1),
+    "loldu": (1e-1, 2e-1, 5e-1),
+    "lora": (3e-3, 1e-2, 3e-2),
+    "peft LoRA": (3e-3, 1e-2, 3e-2),
+    "peft OFT": (3e-3, 1e-2, 3e-2),
 }
 
 

@@ -276,6 +276,8 @@ def _accelerator(config: LoopConfig, folder: Path):
         )
         if trackers:
             accelerator.init_trackers("smidgen")
+        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("fp16 has no arithmetic on a CPU")
     except (ImportError, ValueError) as error:
         if trackers:
             raise MissingExtraError(

@@ -80,6 +80,8 @@ def load_base(name: str | Path, mixed_precision: str = "no", device: torch.devic
     diffusers = _diffusers()
     folder = _locate(name)
     cls = _pipeline_class(folder, str(name))
+    if mixed_precision == "fp16" and torch.device(device).type == "cpu":
+        raise ConfigError("fp16 has no arithmetic on a CPU; use --mixed-precision bf16 or no.")
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     extras = {} if "XL" in cls else {"safety_checker": None, "requires_safety_checker": False}
     word = "dtype" if hasattr(diffusers.utils.deprecation_utils, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype"
@@ -114,7 +116,8 @@ def encode_prompts(base: Base, prompts: Sequence[str], batch: int = 16) -> Promp
 
 def warn_of_cut_prompts(base: Base, prompts: Sequence[str]) -> None:
     tokenizer = base.pipe.tokenizer
-    lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in dict.fromkeys(prompts)}
+    with _quiet():
+        lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in dict.fromkeys(prompts)}
     cut = [prompt for prompt, length in lengths.items() if length > tokenizer.model_max_length]
     if cut:
         limit = tokenizer.model_max_length
@@ -241,7 +244,8 @@ def _locate(name: str | Path) -> str:
 
 def _pipeline_class(folder: str, name: str) -> str:
     try:
-        cls = _diffusers().DiffusionPipeline.load_config(folder)["_class_name"]
+        with _quiet():
+            cls = _diffusers().DiffusionPipeline.load_config(folder)["_class_name"]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ConfigError(

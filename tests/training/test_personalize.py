@@ -153,6 +153,11 @@ def test_refusals_come_before_any_training(sd, pictures, tmp_path, change, error
     assert not (tmp_path / "out").exists()
 
 
+def test_fp16_on_a_cpu_is_refused(sd, tmp_path):
+    with pytest.raises(ConfigError, match="use --mixed-precision bf16 or no"):
+        pipelines.load_base(str(sd), "fp16")
+
+
 def test_a_folder_that_is_no_pipeline(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r"model_index\.json"):
         pipelines.load_base(pictures)

@@ -15,13 +15,13 @@ Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
 
 # Tuned on the embedded base (docs/personalize.md says how), and where to start on full-size bases: the papers' values.
 EMBEDDED_RATES = {
-    "tlora": Rates(1e-2, 3e-3),
-    "tlora_star": Rates(5e-3, 2e-3),
-    "svfit": Rates(5e-2, 5e-2),
-    "loldu": Rates(5e-2, 5e-2),
-    "lora": Rates(3e-3, 3e-3),
-    "oft": Rates(3e-3, 3e-3),
-    PEFT_LORA: Rates(3e-3, 3e-3),
+    "tlora": Rates(3e-2, 1e-2),
+    "tlora_star": Rates(1e-2, 5e-3),
+    "svfit": Rates(2e-1, 2e-1),
+    "loldu": Rates(2e-1, 2e-1),
+    "lora": Rates(1e-2, 1e-2),
+    "oft": Rates(1e-2, 1e-2),
+    PEFT_LORA: Rates(1e-2, 1e-2),
 }
 RATES = {
     "tlora": Rates(2e-4, 1e-4),
