@@ -99,7 +99,7 @@ def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
         model.add_adapter(adapter_name, own)
         model.set_adapter(adapter_name)
     elif hasattr(model, "add_adapter") and hasattr(model, "set_adapter"):
-        model.add_adapter(own, adapter_name=adapter_name)
+        model.add_adapter(own, adapter_name=adapter_name)  # type: ignore[operator]
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
@@ -229,7 +229,8 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
     kind = data.get("peft_type")
     if kind != PEFT_TYPE_NAME:
         raise AdapterFileError(
-            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; load it with peft.PeftModel.from_pretrained."
+            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; "
+            "load it with peft.PeftModel.from_pretrained."
         )
     known = set(SmidgenConfig.__dataclass_fields__)
     unknown = sorted(set(data) - known)
@@ -342,9 +343,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def parameter_groups(
     model: nn.Module, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: residuals, transforms (0.3 x lr unless given; TLoRA sheet, section 6.5) and the rest that trains.
+    """Optimizer groups: residuals, transforms (0.3 x lr unless given; TLoRA sheet, section 6.5) and all else that trains.
 
-    Decay is safe on every member: all trained numbers are differences from the start, except LoRA's and the ring's cores.
+    Decay is safe on every member: trained numbers are differences from the start, except LoRA's and the ring's cores.
     """
     groups: dict[str, list[nn.Parameter]] = {"residual": [], "transform": [], "other": []}
     for name, p in model.named_parameters():
@@ -369,6 +370,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
     for name, layer in layers.items():
         wanted = [n for n in (adapter_names or layer.active_adapters) if n in layer.smidgen_slots]
         if wanted:
+            layer.check_mergeable()
             merged, error = layer.merged_weight(wanted)
             if error > 0.5 or not bool(torch.isfinite(merged).all()):
                 raise SmidgenError(

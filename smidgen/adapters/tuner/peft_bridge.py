@@ -1,6 +1,6 @@
 """Sitting on peft: the one file that touches peft's private names.
 
-Holds for peft 0.21.0 to 0.21.2 (``TESTED_PEFT``; tests/adapters/test_peft_bridge.py names the private names used). peft has
+Holds for peft 0.21.0 to 0.21.2 (``TESTED_PEFT``; tests/adapters/test_peft_bridge.py names the private names). peft has
 no registry for tuners from outside, so the type is written into its mappings as a namespaced ``str``; adapters then
 work through get_peft_model, PeftModel, transformers' add_adapter and diffusers' add_adapter alike.
 """
@@ -52,7 +52,10 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         if kind is None:
             targets.check_layer(type(inner).__name__, inner)
         assert kind is not None
-        self.quantization_backend = resolve_quantization_backend(inner)
+        try:
+            self.quantization_backend = resolve_quantization_backend(inner)
+        except ValueError:  # quantised by hand: peft knows no way to write its weight, and nothing here needs one
+            self.quantization_backend = None
         self.in_features, self.out_features = kind.geometry(inner)[0], kind.geometry(inner)[1]
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -63,7 +66,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
     def _read(self) -> Tensor:
         """The base weight, dequantised if it is quantised."""
         weight = self.get_base_weight()
-        if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+        if not _plain(weight):
             dequantise = getattr(weight, "dequantize", None)
             if dequantise is None:
                 raise SmidgenError(f"Cannot read the {weight.dtype} weight of a {type(self.base_layer).__name__}.")
@@ -106,6 +109,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.smidgen_slots]
         if not names:
             return
+        self.check_mergeable()
         merged, error = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not bool(torch.isfinite(merged).all()):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -121,6 +125,20 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
+    def check_mergeable(self) -> None:
+        """Refuses a quantised weight, whose rounding swallows small updates.
+
+        Raises:
+            SmidgenError: before anything is changed.
+        """
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if not _plain(weight):
+            raise SmidgenError(
+                f"Merging into a quantised weight ({type(weight).__name__} of a {type(self.get_base_layer()).__name__}) "
+                "would lose most of a small update to rounding; keep the adapter unmerged, or merge it into the base in "
+                "16 or 32 bits."
+            )
+
     def unmerge(self) -> None:
         """Puts the original bits of the base weight back."""
         self.restore()
@@ -131,7 +149,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         return self.delta_weight(adapter)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        slot = self.smidgen_slots[adapter_name] if adapter_name in self.smidgen_slots else None
+        slot = dict(self.smidgen_slots.items()).get(adapter_name)
         return isinstance(slot, Slot) and slot.transform is None and isinstance(self.get_base_layer(), nn.Linear)
 
     # ---- strengths, as diffusers calls them ------------------------------------------------------------------------
@@ -162,7 +180,7 @@ class SmidgenModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = AdaptedLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
     # ---- injection -------------------------------------------------------------------------------------------------
 
@@ -177,7 +195,7 @@ class SmidgenModel(BaseTuner):
         if _all_linear(peft_config):
             peft_config.target_modules = set(chosen)
 
-    def _create_and_replace(  # type: ignore[no-untyped-def]
+    def _create_and_replace(  # type: ignore[no-untyped-def,override]
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
@@ -185,7 +203,7 @@ class SmidgenModel(BaseTuner):
         if peft_config.base_lock and peft_config.inference_mode:
             layer.smidgen_slots[adapter_name].await_file()
         layer._move_adapter_to_device_of_base_layer(adapter_name)
-        layer.smidgen_slots[adapter_name].float()
+        layer.smidgen_slots[adapter_name].float()  # type: ignore[operator]
         if adapter_name not in self.active_adapters:
             layer.smidgen_slots[adapter_name].requires_grad_(False)
         if layer is target:
@@ -273,6 +291,11 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
             )
 
 
+def _plain(weight: Any) -> bool:
+    """Whether a weight is an ordinary floating-point tensor, not a quantised one."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
 def _all_linear(config: SmidgenConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
@@ -307,7 +330,7 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> tuple[Tr
     width, rows, cols, groups = kind.geometry(layer)
     options = dict(config.residual_options)
     ranks = config.rank_pattern
-    r = ranks[target] if target in ranks else ranks.get(get_pattern_key(ranks.keys(), target), config.r)
+    r = ranks[target] if target in ranks else ranks.get(get_pattern_key(ranks.keys(), target), config.r)  # type: ignore[arg-type]
     if r is not None and config.residual:
         options["r"] = r
     try:
@@ -339,7 +362,7 @@ def base_matrices(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdaptedLayer]:
-    """Adapted layers of a model by target name (peft's wrapping removed), those that carry ``adapter_name`` if given."""
+    """Adapted layers of a model by target name (without peft's wrapping), those that carry ``adapter_name`` if given."""
     return {
         name.removeprefix(_WRAP): layer
         for name, layer in model.named_modules()
@@ -427,7 +450,7 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             if not configs and not isinstance(module, BaseTuner):
                 del module.peft_config
     if not any(isinstance(m, BaseTunerLayer) for m in model.modules()) and hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _mixed_batch_hooks(tuner: nn.Module, adapter_names: Sequence[str] | None):  # type: ignore[no-untyped-def]
