@@ -250,7 +250,10 @@ def methods() -> None:
     print(markdown_table(head, rows, left=len(head)))
 
 
-Architecture = Literal["sd15", "sdxl", "roberta-base", "roberta-large", "vit-base", "vit-large", "llama2-7b"]
+Architecture = Literal[
+    "sd15", "sdxl", "roberta-base", "roberta-large", "vit-base", "vit-large", "llama2-7b",
+    "deberta-v3-base", "gemma-2b", "gemma-7b", "llama3-8b",
+]  # fmt: skip
 
 
 def count(
