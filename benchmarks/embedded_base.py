@@ -125,8 +125,12 @@ def measure(pictures: int, seed: int, steps: int, guidance: float, sheet_path: P
     figures["identity_score_between_pictures"] = round(float(np.mean(likeness)), 4)
     if sheet_path:
         sheet(images[:60], 10, sheet_path)
-    figures["seconds_per_picture"] = round(seconds_per_picture(pipe, captions[0], steps, guidance), 4)
     figures["threads"] = torch.get_num_threads()
+    figures["seconds_per_picture_all_threads"] = round(seconds_per_picture(pipe, captions[0], steps, guidance), 4)
+    torch.set_num_threads(1)  # operations this small gain nothing from a second thread, and lose on a busy machine
+    figures["seconds_per_picture"] = round(seconds_per_picture(pipe, captions[0], steps, guidance), 4)
+    torch.set_num_threads(figures["threads"])
+    figures["load_average"] = round(os.getloadavg()[0], 2)
     figures["folder_bytes"] = sum(f.stat().st_size for f in embedded_base().rglob("*") if f.is_file())
     for name, target in TARGETS.items():
         figures[f"target_{name}"] = target

@@ -66,7 +66,9 @@ def _table(figures: dict) -> str:
     rows.append("")
     rows.append(
         f"Autoencoder: {figures['autoencoder_psnr_db']:.2f} dB on held-out drawings. One picture takes "
-        f"{figures['seconds_per_picture']:.2f} s ({figures['steps']} steps, guidance {figures['guidance']})."
+        f"{figures['seconds_per_picture']:.2f} s on one thread, {figures['seconds_per_picture_all_threads']:.2f} s on "
+        f"{figures['threads']} ({figures['steps']} steps, guidance {figures['guidance']}, on a machine under a load of "
+        f"{figures['load_average']})."
     )
     return "\n".join(rows)
 

@@ -34,7 +34,7 @@ class Config:
     judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
-    diffusion: Budget = Budget(minutes=29, batch=32, lr=1.5e-3)
+    diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)
