@@ -70,6 +70,8 @@ class Run:
         stop: int | None = None,
     ) -> None:
         """Step until the budget is spent (or step `stop`), saving every minute; `report` adds a line to the log."""
+        if self.done:
+            return
         began = logged = saved = reported = time.monotonic()
         before, losses = self.seconds, []
         self.model.train()
