@@ -94,7 +94,7 @@ def test_training_two_adapters_in_one_batch_is_training_each_alone() -> None:
 
 def test_what_a_bank_refuses() -> None:
     model, _, bank = zoo("lora", ["ann", "bob"])
-    with pytest.raises(SmidgenError, match="no adapter 'anne'. Did you mean 'ann'"), bank.rows(["anne"]):
+    with pytest.raises(SmidgenError, match=r"no adapter 'anne'. Did you mean 'ann'"), bank.rows(["anne"]):
         pass
     for other, reason in (
         (trained("lora", r=2), "r=2, the bank's 8"),

@@ -191,7 +191,7 @@ def ldu_by_loops(w: Tensor, r: int, pivots: list[int] | None = None) -> tuple[Te
 @pytest.mark.parametrize("given", [None, [3, 0, 5, 1]])
 def test_triangular_is_the_paper_form(given: list[int] | None) -> None:
     w, delta = noise(7, 6, seed=8), noise(4, seed=2)
-    lower, diagonal, upper, used = ldu_by_loops(w, 4, given)
+    lower, _, upper, used = ldu_by_loops(w, 4, given)
     pins = None if given is None else {"pivots": torch.tensor(given, dtype=torch.uint16)}
     for atoms in ("raw", "unit"):
         d = Triangular(7, 6, r=4, atoms=atoms)

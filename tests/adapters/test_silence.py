@@ -137,7 +137,7 @@ def test_names_of_adapters() -> None:
     net = trained()
     for call in (smidgen.set_active, smidgen.set_strength, lambda m, n: smidgen.merge(m, [n])):
         name: Any = {"defualt": 1.0} if call is smidgen.set_strength else "defualt"
-        with pytest.raises(SmidgenError, match="no adapter 'defualt'. Did you mean 'default'"):
+        with pytest.raises(SmidgenError, match=r"no adapter 'defualt'. Did you mean 'default'"):
             call(net, name)
     with pytest.raises(SmidgenError, match="already carries"):
         smidgen.adapt(net, "svfit", target_modules=["q_proj"])

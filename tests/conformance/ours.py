@@ -88,7 +88,7 @@ MULTIPLE_ACTIVE = [
         fields | {"target_modules": ["lin0"], "init_weights": False},
         other | {"target_modules": second, "init_weights": False},
     )
-    for (method, fields), other in zip(_METHODS.items(), [*_METHODS.values()][1:] + [_METHODS["tlora"]], strict=True)
+    for (method, fields), other in zip(_METHODS.items(), [*[*_METHODS.values()][1:], _METHODS["tlora"]], strict=True)
     for kind, second, other in (
         ("same", ["lin0"], fields),
         ("different", ["lin1"], fields),

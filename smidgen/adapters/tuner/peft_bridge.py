@@ -201,7 +201,7 @@ class SmidgenModel(BaseTuner):
         layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
         layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
         if peft_config.base_lock and peft_config.inference_mode:
-            layer.smidgen_slots[adapter_name].await_file()
+            layer.smidgen_slots[adapter_name].await_file()  # type: ignore[operator]
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.smidgen_slots[adapter_name].float()  # type: ignore[operator]
         if adapter_name not in self.active_adapters:
