@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,15 +171,24 @@ def chosen_rates() -> dict[str, float]:
     return {m: max(GRIDS[m], key=lambda rate: np.mean(scores[m, rate])) for m in METHODS}
 
 
-def table(read: Callable[[Path], dict] = lambda path: json.loads(path.read_text())) -> dict[str, dict[str, np.ndarray]]:
-    """method -> figure -> [person], seeds averaged."""
+def finished_seeds() -> list[int]:
+    """Seeds of which every cell is done; a report may be made before the last one is."""
+    cells = plan("run")
+    return [seed for seed in range(SEEDS) if all(path_of("run", c).exists() for c in cells if c[3] == seed)]
+
+
+def table() -> dict[str, dict[str, np.ndarray]]:
+    """method -> figure -> [person], averaged over the finished seeds."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    for cell in plan("run"):
-        for name, value in read(path_of("run", cell)).items():
-            found.setdefault(cell[0], {}).setdefault(name, {}).setdefault(cell[2], []).append(value)
+    seeds = finished_seeds()
+    for method, rate, person, seed in plan("run"):
+        if seed in seeds:
+            figures = json.loads(path_of("run", (method, rate, person, seed)).read_text())
+            for name, value in figures.items():
+                found.setdefault(method, {}).setdefault(name, {}).setdefault(person, []).append(value)
     return {
-        m: {name: np.array([np.mean(people[p]) for p in sorted(people)]) for name, people in figures.items()}
-        for m, figures in found.items()
+        method: {name: np.array([np.mean(people[p]) for p in sorted(people)]) for name, people in figures.items()}
+        for method, figures in found.items()
     }
 
 
@@ -195,7 +203,7 @@ def report(command: str) -> None:
     from benchmarks._harness import write_result
 
     found, rates = table(), chosen_rates()
-    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": SEEDS, "steps": STEPS, "batch": BATCH}
+    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": len(finished_seeds()), "steps": STEPS, "batch": BATCH}
     for method, values in found.items():
         key = method.replace(" ", "_").lower()
         for score in ("identity", "caption", "traits"):
@@ -230,7 +238,7 @@ def _page(figures: dict[str, Any], methods: list[str]) -> str:
     head = ["method", "trained numbers", "bytes on disk", "identity", "traits", "captions", "learning rate"]
     return f"""# Personalisation on the embedded base, by method and bytes
 
-{SUBJECTS} people the base has never seen, {SEEDS} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
+{SUBJECTS} people the base has never seen, {figures["seeds"]} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
 Every method saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people.
 Scores by the embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of
 hair, hair colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 %
@@ -266,12 +274,15 @@ def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=("tune", "run"), default="run")
+    parser.add_argument("--stage", choices=("tune", "run", "report"), default="run")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         work(options.stage, options.worker, options.workers)
+        return 0
+    if options.stage == "report":
+        report("python -m benchmarks.personalize")
         return 0
     if options.stage == "run" and not all(path_of("tune", cell).exists() for cell in plan("tune")):
         run_workers("tune", options.workers)

@@ -219,8 +219,8 @@ def verify(adapter: Path, /, base: str = "embedded") -> None:
     """
     from smidgen.training.drawing import verify as run
 
-    ok, lines = run(adapter, base)
-    print("\n".join(lines))
+    ok, text = run(adapter, base)
+    print(text)
     if not ok:
         raise SmidgenError(f"{adapter} does not verify on {base}.")
 

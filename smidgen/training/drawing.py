@@ -8,6 +8,7 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.errors import ConfigError
 from smidgen.training import engine
 from smidgen.training.contact_sheet import save_image
@@ -63,16 +64,15 @@ def generate(
     return [save_image(image, out / name) for name, image in zip(names, images, strict=True)]
 
 
-def verify(adapter: Path, base: str) -> tuple[bool, list[str]]:
-    """Load ``adapter`` into ``base`` and verify it; the lines say what was found."""
-    read_config(adapter)
+def verify(adapter: Path, base: str) -> tuple[bool, str]:
+    """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
+    kind = read_config(adapter).get("peft_type")
     loaded = load_base(base, "no", default_device())
-    config = engine.load(loaded.unet, adapter)
-    if not engine.is_ours(config):
-        return True, [f"{adapter} is peft's own {config.peft_type}; it loads, and peft keeps nothing to verify it by."]
+    if kind != PEFT_TYPE_NAME:
+        engine.load(loaded.unet, adapter)
+        return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."
     found = smidgen.verify(loaded.unet, adapter)
-    verdict = f"{adapter} {'is on and belongs to' if found.ok else 'does NOT verify on'} {base}."
-    return bool(found.ok), [*_lines(found), verdict]
+    return bool(found.ok), str(found)
 
 
 def inspect(adapter: Path) -> str:
@@ -119,10 +119,6 @@ def _lock_words(lock: Any) -> str:
         return "none; the adapter does not know its base"
     layers = lock.get("layers", lock) if isinstance(lock, dict) else lock
     return f"{len(layers)} layers' shapes and sketches"
-
-
-def _lines(found: Any) -> list[str]:
-    return [f"  {line}" for line in getattr(found, "lines", []) or [str(reason) for reason in found.reasons]]
 
 
 def _set_strength(base: Base, ours: bool, strength: float) -> None:

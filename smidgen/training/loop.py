@@ -7,6 +7,7 @@ and resumed ends with the same bits as one that was not.
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -124,9 +125,9 @@ class _Run:
         self.base_rates = [float(group["lr"]) for group in groups]
         self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW([dict(g) for g in groups]))
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
-        self.good: Checkpoint = self._snapshot(0)
         self.losses: list[float] = []
         self.seconds_before, self.started = 0.0, time.perf_counter()
+        self.good: Checkpoint = self._snapshot(0)
 
     def go(self, resume: str | None, progress: bool) -> TrainResult:
         config = self.config
@@ -177,8 +178,7 @@ class _Run:
         return total
 
     def _after_step(self, done: int, stopping: bool) -> None:
-        config = self.config
-        accelerator = self.accelerator
+        config, accelerator = self.config, self.accelerator
         accelerator.log({"loss": self.losses[-1], "lr": self.optimizer.param_groups[0]["lr"]}, step=done)
         if done % config.checkpointing_steps == 0 or done == config.max_train_steps or stopping:
             self.good = self._snapshot(done)
@@ -211,9 +211,8 @@ class _Run:
         }
         trained = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        losses = list(getattr(self, "losses", []))
         seconds = self._seconds() if step else 0.0
-        return Checkpoint(step, trained, moments, self.identity, losses, seconds, scaler)
+        return Checkpoint(step, trained, moments, self.identity, list(self.losses), seconds, scaler)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.step > self.config.max_train_steps:
@@ -251,7 +250,9 @@ class _Run:
 
         hidden = not (progress and self.accelerator.is_main_process)
         total = self.config.max_train_steps
-        return tqdm(total=total, initial=start, disable=hidden, desc="train", unit="step", dynamic_ncols=True)
+        often = 0.3 if sys.stderr.isatty() else 10.0  # seconds; a log file needs no animation
+        options = {"desc": "train", "unit": "step", "dynamic_ncols": True, "mininterval": often}
+        return tqdm(total=total, initial=start, disable=hidden, **options)
 
     def _show(self, bar, step: int) -> None:
         recent = self.losses[-20:]
@@ -280,12 +281,8 @@ def _accelerator(config: LoopConfig, folder: Path):
             raise ValueError("fp16 has no arithmetic on a CPU")
     except (ImportError, ValueError) as error:
         if trackers:
-            raise MissingExtraError(
-                f"--report-to {trackers} needs that package: pip install {trackers} ({error})"
-            ) from error
-        raise ConfigError(
-            f"--mixed-precision {config.mixed_precision} cannot be used on this machine: {error}"
-        ) from error
+            raise MissingExtraError(f"--report-to {trackers} needs it: pip install {trackers} ({error})") from error
+        raise ConfigError(f"--mixed-precision {config.mixed_precision} cannot be used here: {error}") from error
     return accelerator
 
 

@@ -1,0 +1,47 @@
+"""Personalisation on the embedded base, judged: the short way in every test run, the real one among the slow tests."""
+
+from dataclasses import replace
+
+import numpy
+import pytest
+
+from smidgen.training.drawing import draw_subject
+from smidgen.training.recipes.personalize import personalize
+from smidgen.training.recipes.personalize_settings import PRESETS, Adapter, Data, Show
+
+pytest.importorskip("resvg_py")
+
+
+def test_the_judge_scores_and_peft_is_compared(tmp_path):
+    draw_subject(tmp_path / "pictures", seed=7, num_pictures=3)
+    made = replace(PRESETS["debug"], data=Data(tmp_path / "pictures"), out=tmp_path / "out", adapter=Adapter("svfit"))
+    report = personalize(made, progress=False)
+    assert [entry.name for entry in report.entries] == ["base model", "svfit", "peft's LoRA"]
+    for entry in report.entries:
+        assert -1 <= entry.identity <= 1.2 and 0 <= entry.caption <= 1
+        assert {"traits", "hair", "skin", "background"} <= set(entry.details)
+    assert "Scored by the embedded base's attribute classifiers." in report.notes
+    assert "smidgen.embedded_base()" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_subjects_are_held_out_and_repeatable(tmp_path):
+    from smidgen.models.embedded import world
+
+    draw_subject(tmp_path / "a", seed=3, num_pictures=2)
+    draw_subject(tmp_path / "b", seed=3, num_pictures=2)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["000.png", "001.png", "metadata.jsonl"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+    identity = world.sample_identity(numpy.random.default_rng(3), "test")
+    assert world.split_of(identity) == "test"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tlora", "svfit", "loldu"])
+def test_the_defaults_bring_the_subject_and_follow_the_captions(tmp_path, method):
+    draw_subject(tmp_path / "pictures", seed=11, num_pictures=6)
+    made = replace(PRESETS["default"], data=Data(tmp_path / "pictures"), out=tmp_path / "out", adapter=Adapter(method))
+    report = personalize(replace(made, show=Show(compare_lora=False)), progress=False)
+    base, adapter = report.entries
+    assert base.identity < 0.3 and adapter.identity > 0.7
+    assert adapter.caption > base.caption - 0.15
