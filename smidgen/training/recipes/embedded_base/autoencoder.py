@@ -90,8 +90,7 @@ def _batch(pictures: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
 def standardise(model: AutoencoderKL, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
     """Fold a partial whitening of the latents into the two 1x1 convolutions around them; returns (matrix, mean) of it.
 
-    An autoencoder's channels are strongly correlated: a few directions hold nearly all variance, and what lies in the
-    others (here: all greens and purples) drowns in the noise of most time steps, so a denoiser learns it last. New
+    An autoencoder's channels are strongly correlated, and a denoiser's loss hardly sees the small directions. New
     latents are `matrix @ (old - mean)`, uncorrelated over `pictures`, a direction of variance e keeping e ** WHITENING,
     mean variance 1; `scaling_factor` is 1. Drawings are unchanged. The posterior's variance becomes a constant.
     """
