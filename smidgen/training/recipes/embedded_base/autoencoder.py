@@ -108,7 +108,6 @@ def standardise(model: AutoencoderKL, pictures: np.ndarray) -> tuple[Tensor, Ten
     quant.bias[channels:] = variance.log()
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight.copy_(torch.einsum("ijab,jk->ikab", post.weight, inverse))
-    model.register_to_config(scaling_factor=1.0)
     return matrix, mean
 
 
