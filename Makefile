@@ -30,7 +30,7 @@ test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix
 	$(ENV) $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready  ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check smidgen tests benchmarks
 
 types: $(VENV)/.ready  ## mypy
 	$(BIN)/mypy
