@@ -158,7 +158,7 @@ def _value_of(words: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def subject(folder: Path, /, seed: int = 0, num_pictures: int = 6) -> None:
+def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
     """Draw a person the embedded base has never seen into FOLDER: pictures and captions to personalize with.
 
     Args:
