@@ -288,6 +288,8 @@ def law_dtype(config: SmidgenConfig, kind: str) -> None:
         y = half(x)
         assert y.dtype == dtype, f"{dtype} in, {y.dtype} out"
         close(y, full(x.float()), f"{dtype} against float32", dtype)
+        whole = copy.deepcopy(full).to(dtype)
+        close(whole(x), full(x.float()), f"base and adapter cast to {dtype}", dtype, factor=2)
     with torch.autocast("cpu", torch.bfloat16):
         found = full(x.float())
     close(found, full(x.float()), "autocast against float32", torch.bfloat16)

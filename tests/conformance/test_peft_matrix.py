@@ -19,6 +19,12 @@ import pytest
 from smidgen.adapters.tuner.peft_bridge import TESTED_PEFT
 
 ROOT = Path(__file__).parents[2]
+# What peft grants methods of its own: merging a convolution may round by 1e-3, as it may for LoRA; methods that multiply
+# train at a smaller rate, since inputs up to 89 make three steps at 0.5 diverge.
+LENIENCE = [
+    ("(config_cls, (IA3Config, LoraConfig", "(config_cls, (SmidgenConfig, IA3Config, LoraConfig"),
+    ("(VBLoRAConfig, RandLoraConfig, UniLoraConfig,", "(SmidgenConfig, VBLoRAConfig, RandLoraConfig, UniLoraConfig,"),
+]
 IMPORT = "from ours import SmidgenConfig\n"
 CLASSES = ("TestPeftCustomModel", "TestMultipleActiveAdapters")
 INSERT = """
@@ -54,11 +60,11 @@ def prepare(version: str, folder: Path) -> None:
     head, mark, rest = file.read_text().partition("class MLP(nn.Module):")
     assert mark, f"peft {version} has no MLP in its test_custom_models.py any more"
     file.write_text(head + INSERT + mark + rest)
-    for file in tests.glob("test*.py"):  # merging a convolution rounds: 1e-3 is what peft allows its own LoRA there
+    for file in tests.glob("test*.py"):
         text = file.read_text()
-        file.write_text(
-            text.replace("(config_cls, (IA3Config, LoraConfig", "(config_cls, (SmidgenConfig, IA3Config, LoraConfig")
-        )
+        for old, new in LENIENCE:
+            text = text.replace(old, new)
+        file.write_text(text)
     common = tests / "testing_common.py"
     common.write_text(common.read_text().replace("import pytest\n", f"import pytest\n{IMPORT}", 1))
 

@@ -49,7 +49,7 @@ class Rotation(Transform):
 
     def excess(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """R - I, [blocks, b, b]: exactly zero at the start. Solved in fp32 or better."""
-        q = tensors["q"]
+        q = tensors["q"].to(torch.promote_types(tensors["q"].dtype, torch.float32))
         rows, cols = torch.tril_indices(self.block, self.block, offset=-1, device=q.device)
         flat = q.new_zeros(*q.shape[:-1], self.block * self.block)
         lower = flat.index_copy(-1, rows * self.block + cols, q).unflatten(-1, (self.block, self.block))
