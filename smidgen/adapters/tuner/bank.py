@@ -60,7 +60,7 @@ class Bank:
             reason = "it has none there"
             if target in sources:
                 found[target] = stored_tensors(sources[target], adapter_name)
-                reason = _misfit(self._slot(layer), sources[target].smidgen_slots[adapter_name])
+                reason = _misfit(self._slot(layer), sources[target].smidgen_slots[adapter_name])  # type: ignore[arg-type]
             if reason:
                 raise SmidgenError(
                     f"Adapter {adapter_name!r} does not fit the bank at {target!r}: {reason}. A bank holds adapters of "
