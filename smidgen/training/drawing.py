@@ -114,11 +114,10 @@ def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 
 
-def _lock_words(lock: Any) -> str:
+def _lock_words(lock: dict[str, Any] | None) -> str:
     if not lock:
         return "none; the adapter does not know its base"
-    layers = lock.get("layers", lock) if isinstance(lock, dict) else lock
-    return f"{len(layers)} layers' shapes and sketches"
+    return f"{len(lock.get('targets', ()))} weights in {lock.get('dtype')}, their shapes and sketches"
 
 
 def _set_strength(base: Base, ours: bool, strength: float) -> None:

@@ -43,7 +43,7 @@ class Task(Protocol):
 class LoopConfig:
     """How long, how fast and how safely to train. Steps are optimizer steps."""
 
-    max_train_steps: int = 200  # optimizer steps
+    max_train_steps: int = 250  # optimizer steps
     lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine"
     lr_warmup_steps: int = 10
     max_grad_norm: float = 1.0  # longer gradients are cut to this

@@ -74,6 +74,7 @@ def model_card(report: Report, prompts: Sequence[str], subject: str) -> str:
     """README.md of an adapter folder. ``subject`` is the words that call the subject up."""
     base, entry = public_name(report.base), report.entry
     load_base = "smidgen.embedded_base()" if base == "embedded" else repr(base)
+    sampling = ", num_inference_steps=20, guidance_scale=3" if base == "embedded" else ""
     pipeline = "DiffusionPipeline.from_pretrained(" + load_base + ")"
     examples = "\n".join(f"- `{prompt}`" for prompt in prompts[:4])
     return f"""---
@@ -103,7 +104,8 @@ from diffusers import DiffusionPipeline
 
 pipe = {pipeline}
 smidgen.load(pipe.unet, "path/of/this/folder")
-pipe({(prompts[0] if prompts else subject)!r}).images[0]
+prompt = {(prompts[0] if prompts else subject)!r}
+pipe(prompt{sampling}).images[0]
 ```
 
 `smidgen verify FOLDER --base BASE` proves that it is on. The files are ordinary peft (`adapter_config.json`,

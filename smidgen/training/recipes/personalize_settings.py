@@ -15,12 +15,12 @@ Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
 
 # Tuned on the embedded base (docs/personalize.md says how), and where to start on full-size bases: the papers' values.
 EMBEDDED_RATES = {
-    "tlora": Rates(3e-2, 1e-2),
+    "tlora": Rates(6e-2, 2e-2),
     "tlora_star": Rates(1e-2, 5e-3),
-    "svfit": Rates(2e-1, 2e-1),
+    "svfit": Rates(1.5e-1, 1.5e-1),
     "loldu": Rates(2e-1, 2e-1),
     "lora": Rates(1e-2, 1e-2),
-    "oft": Rates(1e-2, 1e-2),
+    "oft": Rates(5e-3, 5e-3),
     PEFT_LORA: Rates(1e-2, 1e-2),
 }
 RATES = {
