@@ -21,7 +21,13 @@ def test_the_judge_scores_and_peft_is_compared(tmp_path):
         assert -1 <= entry.identity <= 1.2 and 0 <= entry.caption <= 1
         assert {"traits", "hair", "skin", "background"} <= set(entry.details)
     assert "Scored by the embedded base's attribute classifiers." in report.notes
-    assert "smidgen.embedded_base()" in (tmp_path / "out" / "README.md").read_text()
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(
+        code.replace("path/of/this/folder", str(tmp_path / "out")).replace("inference_steps=20", "inference_steps=1"),
+        names,
+    )
+    assert names["pipe"].unet.peft_config.keys() == {"default"}
 
 
 def test_subjects_are_held_out_and_repeatable(tmp_path):

@@ -13,7 +13,8 @@ PEFT_LORA = "peft's LoRA"
 Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
 
 
-# Tuned on the embedded base (benchmarks/personalize.py --stage tune), and where to start on full-size bases: the papers' values.
+# Tuned on the embedded base (benchmarks/personalize.py --stage tune); below, where to start on full-size bases: the
+# papers' values.
 EMBEDDED_RATES = {
     "tlora": Rates(6e-2, 2e-2),
     "tlora_star": Rates(1e-2, 5e-3),
