@@ -104,7 +104,9 @@ class ShiftLayer(nn.Module):
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.decomposes
-        if not diagonal or weight.requires_grad or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        if not diagonal or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return False
+        if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
             return False
         return compose.worth(x.numel() // max(x.shape[-1], 1), *shape, self.r_of(slot))
 
