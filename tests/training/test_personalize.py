@@ -70,6 +70,7 @@ def test_what_is_left_behind_can_be_read(sd, pictures, tmp_path):
     made = config(sd, pictures, out)
     report = run(replace(made, data=replace(made.data, placeholder_token="sks")))
     saved = json.loads((out / "report.json").read_text())
+    assert saved["verified"] is True
     assert saved["method"] == "svfit" and saved["base"] == "sd" and len(saved["entries"]) == 2
     assert str(tmp_path) not in (out / "report.json").read_text() + (out / "README.md").read_text()
     card = (out / "README.md").read_text()

@@ -62,7 +62,8 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     save_image(shown.sheet, out / "contact_sheet.png")
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
     notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
-    report = Report(config.adapter.method, config.base, out, shown.entries, found.warnings, notes, settings=identity)
+    proved = bool(shown.proof)
+    report = Report(config.adapter.method, config.base, out, shown.entries, found.warnings, notes, proved, identity)
     write_report(out, report, model_card(report, scenes.bound, _subject_words(config.data)))
     return report
 
