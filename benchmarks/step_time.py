@@ -1,6 +1,6 @@
 """Training step of one adapted layer, as ratios against the frozen layer and peft's LoRA r=8, in one run.
 
-python -m benchmarks.step_time        (about 6 minutes on 2 cores; medians of interleaved rounds)
+python -m benchmarks.step_time        (about 3 minutes, one thread; medians of interleaved rounds)
 """
 
 from __future__ import annotations
@@ -146,10 +146,11 @@ def saved_bytes(module: nn.Module, tokens: int, width: int) -> int:
 def main() -> None:
     """Runs everything and writes benchmarks/results/step_time.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # two threads on two shared cores measure the neighbours
     figures: dict[str, float] = {}
     for width in WIDTHS:
         modules = {name: make() for name, make in contenders(width).items()}
