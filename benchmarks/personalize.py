@@ -246,8 +246,22 @@ bootstrap intervals over people. `make bench NAME=personalize` redoes it.
 
 {markdown_table(head, rows)}
 
+{_reading(figures)}
+
 ![identity and captions by bytes](personalize.png)
 """
+
+
+def _reading(figures: dict[str, Any]) -> str:
+    """The table against peft's LoRA in sentences."""
+    lines = []
+    for key in ("svfit", "loldu", "tlora"):
+        share = figures[f"{key}_bytes"] / figures["peft_lora_bytes"]
+        behind = figures["peft_lora_identity"] - figures[f"{key}_identity"]
+        verdict = f"{behind:.2f} less identity than" if behind > 0 else f"{-behind:.2f} more identity than"
+        drift = figures[f"{key}_caption"] - figures["peft_lora_caption"]
+        lines.append(f"- {key}: {verdict} peft's LoRA with {share:.0%} of its bytes; captions {drift:+.3f}.")
+    return "\n".join(lines) + "\n\nBytes count both files; the config with its base lock is about 12 kB of each."
 
 
 def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:

@@ -16,7 +16,7 @@ Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
 # Tuned on the embedded base (benchmarks/personalize.py --stage tune); below, where to start on full-size bases: the
 # papers' values.
 EMBEDDED_RATES = {
-    "tlora": Rates(6e-2, 2e-2),
+    "tlora": Rates(4e-2, 1.2e-2),
     "tlora_star": Rates(1e-2, 5e-3),
     "svfit": Rates(1.5e-1, 1.5e-1),
     "loldu": Rates(2e-1, 2e-1),
