@@ -180,6 +180,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         finally:
             own.inference_mode = inference
         save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / SAFETENSORS_WEIGHTS_NAME)
+        (scratch / SAFETENSORS_WEIGHTS_NAME).chmod((scratch / CONFIG_NAME).stat().st_mode)  # safetensors writes 0600
         for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
             os.replace(scratch / name, folder / name)
     finally:
