@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
+from smidgen.adapters.tuner.layer import MERGE_REFUSE
 from smidgen.adapters.tuner.peft_bridge import (
     adapted_layers,
     base_heads,
@@ -373,7 +374,7 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
         if wanted:
             layer.check_mergeable()
             merged, error = layer.merged_weight(wanted)
-            if error > 0.5 or not bool(torch.isfinite(merged).all()):
+            if error > MERGE_REFUSE or not bool(torch.isfinite(merged).all()):
                 raise SmidgenError(
                     f"Merging {wanted} at {name!r} would lose {error:.0%} of the update to rounding in {merged.dtype}; "
                     "cast the base to float32 first, or keep the adapter unmerged."

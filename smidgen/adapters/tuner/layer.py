@@ -54,7 +54,7 @@ class ShiftLayer(nn.Module):
         """Adds (or replaces) the adapter ``name``."""
         self.smidgen_slots[name] = slot
         self.scaling[name] = 1.0
-        self.r[name] = getattr(slot.residual, "r", 0) if slot.residual is not None else 0
+        self.r[name] = self.r_of(slot)
 
     def slot(self, name: str) -> Slot:
         """The slot of an adapter with its factors at hand."""
