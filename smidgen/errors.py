@@ -31,6 +31,10 @@ class DataError(SmidgenError):
     """Training data cannot be read or has nothing to learn from."""
 
 
+class FetchError(SmidgenError):
+    """A pinned package is not here and cannot be downloaded, or is not what was pinned."""
+
+
 class TrainingError(SmidgenError):
     """Training cannot go on: a loss or gradient that is not finite, or a run that was told to stop."""
 
