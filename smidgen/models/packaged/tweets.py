@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
         for row in csv.DictReader(io.StringIO(text))
         if float(row["confidence"] or 0) >= CONFIDENCE
     ]
-    write_table(folder, draw_splits(distinct(rows), None, SIZES))
+    write_table(folder, draw_splits(distinct(rows), SIZES))
 
 
 def distinct(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
