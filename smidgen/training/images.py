@@ -29,6 +29,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 SMALLEST = 16  # pixels on the shorter side
 LARGEST = 100_000_000  # pixels in all
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a broken picture makes Pillow say
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _open_all(files: Sequence[Path], captions: dict[Path, str], prompt: str | No
     for path in files:
         try:
             size, digest = _check(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             broken.append(f"{path.relative_to(folder)} ({error})")
             continue
         pictures.append(Picture(path, captions.get(path) or str(prompt), size, digest))
