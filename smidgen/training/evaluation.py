@@ -54,7 +54,7 @@ def criterion(task: Any) -> Criterion:
     return Criterion(task.metric, bool(task.greater_is_better))
 
 
-def measured(metrics: Mapping[str, Any], judge: Criterion, step: int) -> Evaluation:
+def measured(metrics: Mapping[str, float], judge: Criterion, step: int) -> Evaluation:
     """The evaluation of ``step`` from what a task measured.
 
     ConfigError when the judged metric is missing, TrainingError when it is not finite.
@@ -66,10 +66,9 @@ def measured(metrics: Mapping[str, Any], judge: Criterion, step: int) -> Evaluat
         )
     if "step" in metrics:
         raise ConfigError("A metric cannot be called 'step': that is what the history calls the step itself.")
-    values = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(values[judge.metric]):
+    if not math.isfinite(metrics[judge.metric]):
         raise TrainingError(
-            f"The evaluation of step {step} measured {judge.metric} = {values[judge.metric]}; the best step cannot be "
+            f"The evaluation of step {step} measured {judge.metric} = {metrics[judge.metric]}; the best step cannot be "
             "told by that. A lower learning rate, or mixed_precision no, usually helps."
         )
-    return {"step": step, **values}
+    return {"step": step, **metrics}

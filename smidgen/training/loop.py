@@ -23,8 +23,9 @@ from smidgen.errors import ConfigError, TrainingError
 from smidgen.training.checkpoints import Checkpoint, CheckpointStore, read_checkpoint, resolve
 from smidgen.training.evaluation import Evaluation, criterion, measured
 from smidgen.training.interrupts import Interrupts
-from smidgen.training.processes import from_main, gathered, make_accelerator
+from smidgen.training.processes import from_main, make_accelerator, prepare
 from smidgen.training.randomness import derive
+from smidgen.training.step import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Task(Protocol):
 
     A task that can be evaluated also has ``metric: str``, ``greater_is_better: bool`` and
     ``evaluate(model) -> dict[str, float]`` that holds at least ``metric``; the model is then in eval mode and under
-    no_grad. ``loss`` may only call ``model``: with several processes it is wrapped, and its attributes are hidden.
+    no_grad.
     """
 
     def batch(self, index: int) -> Mapping[str, Any]:
@@ -150,8 +151,9 @@ class _Run:
         self.identity = identity | {"num_processes": self.accelerator.num_processes}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._check_groups(groups)
-        self.base_rates = [float(group["lr"]) for group in groups]
-        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW([dict(g) for g in groups]))
+        self.model = prepare(self.accelerator, model, list(self.trained.values()))
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups]))
+        self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
         self.losses: list[float] = []
         self.evaluations: list[Evaluation] = []
@@ -162,9 +164,10 @@ class _Run:
         config = self.config
         found = resolve(self.folder, resume, config.checkpoints_total_limit, self.identity)
         if found is not None:
-            self._restore(found, resume)
+            self._restore(found)
             logger.info("Resumed from step %d.", found.step)
         self.accelerator.wait_for_everyone()  # nobody writes before all have read
+        self._find_best(found, resume)
         self.started = time.perf_counter()
         done = found.step if found else 0
         was_training = self.model.training
@@ -193,44 +196,18 @@ class _Run:
         return TrainResult(done, self.losses, self._seconds(), resumed_from, self.evaluations, best)
 
     def _step(self, step: int, stop: Interrupts) -> tuple[float, int]:
-        """One optimizer step. Its loss, the weighted mean over micro-batches and processes, and the signal that any
-        process got, or 0."""
-        accelerator, parts = self.accelerator, self.config.gradient_accumulation_steps
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * learning_rate_factor(self.config, step)
-        first = step * parts * accelerator.num_processes + accelerator.process_index
-        indices = range(first, first + parts * accelerator.num_processes, accelerator.num_processes)
-        batches = [self._draw(index) for index in indices]
-        weights = [_weight(batch) for batch in batches]
-        total = sum(sum(row) for row in gathered(accelerator, weights))
-        if not total > 0:
-            raise TrainingError(f"The batches of step {step + 1} weigh {total} together: there is nothing to learn.")
-        mean, bad = 0.0, []
-        for index, batch, weight in zip(indices, batches, weights, strict=True):
-            share = weight / total
-            torch.manual_seed(derive(self.config.seed, "model", index))  # dropout and the like
-            with accelerator.accumulate(self.model):  # gradients cross processes in the last part only
-                with accelerator.autocast():
-                    loss = self.task.loss(self.model, _to(batch, accelerator.device))
-                value = float(loss.detach())
-                bad += [] if math.isfinite(value) else batch.get("names", ["unnamed examples"])
-                # accelerate divides by the parts, and gradients are averaged over processes
-                accelerator.backward(loss * (share * parts * accelerator.num_processes))
-            mean += value * share
-        rows = gathered(accelerator, [mean, stop.received or 0])
-        mean, signum = sum(row[0] for row in rows), int(max(row[1] for row in rows))
-        self._check_finite(mean, "loss", step, bad)
-        norm = accelerator.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
-        if accelerator.scaler is None:  # fp16's scaler skips such a step by itself and lowers its scale
-            names = [name for batch in batches for name in batch.get("names", ["unnamed examples"])]
-            self._check_finite(float(norm), "gradient norm", step, names)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return mean, signum
-
-    def _draw(self, index: int) -> Mapping[str, Any]:
-        torch.manual_seed(derive(self.config.seed, "model", index))
-        return self.task.batch(index)
+        """The loss of one optimizer step, and the signal that any process got (0: none)."""
+        config, factor = self.config, learning_rate_factor(self.config, step)
+        try:
+            return self.stepper(step, factor, config.max_grad_norm, config.seed, lambda: stop.received or 0)
+        except NotFinite as found:
+            self._put(self.good.trained)
+            where = self.store.path(self.good.step) if self.good.step else "the untrained adapter"
+            raise TrainingError(
+                f"The {found.what} of step {step + 1} is {found.value}. Nothing of this step was kept: the model holds "
+                f"{where}. The batch came from {', '.join(found.names)}. "
+                "A lower --learning-rate, or --mixed-precision no, usually helps."
+            ) from None
 
     def _after_step(self, done: int, stopping: bool) -> None:
         config, accelerator = self.config, self.accelerator
@@ -246,16 +223,17 @@ class _Run:
                 self.task.preview(accelerator.unwrap_model(self.model), done, self.folder)
 
     def _evaluate(self, step: int) -> None:
-        """Every process evaluates, as a sharded model needs all of them; the main process's figures count."""
+        """Every process evaluates, which takes no longer than waiting; the main process's figures count."""
         torch.manual_seed(derive(self.config.seed, "evaluate"))  # the same draws each time
         self.model.eval()
         try:
             with torch.no_grad(), self.accelerator.autocast():
-                metrics = dict(self.task.evaluate(self.accelerator.unwrap_model(self.model)))
+                found = self.task.evaluate(self.accelerator.unwrap_model(self.model))
         finally:
             self.model.train()
+        metrics = from_main(self.accelerator, {name: float(value) for name, value in found.items()})
         try:
-            self.evaluations.append(measured(from_main(self.accelerator, metrics), self.judge, step))
+            self.evaluations.append(measured(metrics, self.judge, step))
         except TrainingError:
             self._put(self.good.trained)
             raise
@@ -273,20 +251,6 @@ class _Run:
             left = sorted({*self.store.steps(), step})[-self.store.keep :]
             self.store.write(self.good, self.judge.needed(self.evaluations, left) if self.judge else ())
         self.accelerator.wait_for_everyone()
-
-    def _check_finite(self, value: float, what: str, step: int, names: Sequence[str]) -> None:
-        """Every process sees the same ``value`` and so comes to the same end."""
-        if math.isfinite(value):
-            return
-        good = self.good
-        self._put(good.trained)
-        self.optimizer.zero_grad()
-        where = self.store.path(good.step) if good.step else "the untrained adapter"
-        raise TrainingError(
-            f"The {what} of step {step + 1} is {value}. Nothing of this step was kept: the model holds {where}. The "
-            f"batch came from {', '.join(map(str, names)) or 'another process'}. "
-            "A lower --learning-rate, or --mixed-precision no, usually helps."
-        )
 
     def _put(self, numbers: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -306,7 +270,7 @@ class _Run:
         history = list(self.losses), seconds, scaler, list(self.evaluations)
         return Checkpoint(step, trained, moments, self.identity, *history)
 
-    def _restore(self, checkpoint: Checkpoint, resume: str) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.step > self.config.max_train_steps:
             raise ConfigError(
                 f"The checkpoint is at step {checkpoint.step}, past --max-train-steps {self.config.max_train_steps}."
@@ -324,18 +288,17 @@ class _Run:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.losses, self.evaluations = list(checkpoint.losses), list(checkpoint.evaluations)
         self.seconds_before, self.good = checkpoint.seconds, checkpoint
-        self._find_best(checkpoint.step, resume)
 
-    def _find_best(self, step: int, resume: str) -> None:
+    def _find_best(self, found: Checkpoint | None, resume: str | None) -> None:
         """What ends the run must be there when it begins; a checkpoint of another folder brings its best one along."""
         best = self.judge.best_step(self.evaluations) if self.judge else None
-        if best is None or best == step or not self.config.load_best:
+        if best is None or found is None or resume is None or best == found.step or not self.config.load_best:
             return
         elsewhere = Path(resume).resolve().parent
         if Path(resume).is_dir() and elsewhere != self.folder.resolve():
-            found = read_checkpoint(elsewhere / f"checkpoint-{best}")
+            brought = read_checkpoint(elsewhere / f"checkpoint-{best}")
             if self.accelerator.is_main_process:
-                self.store.write(found, {best})
+                self.store.write(brought, {best})
         else:
             self.store.read(best)
 
@@ -374,14 +337,3 @@ def _own_random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _weight(batch: Mapping[str, Any]) -> float:
-    weight = float(batch.get("weight", 1.0))
-    if not 0 <= weight < math.inf:
-        raise TrainingError(f"A batch weighs {weight}; its weight is how many items its loss is the mean over.")
-    return weight

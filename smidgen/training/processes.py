@@ -1,11 +1,12 @@
 """accelerate, set up for one run, and what its processes must agree on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from smidgen.errors import ConfigError, MissingExtraError
 
@@ -20,7 +21,7 @@ def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: s
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+        from accelerate.utils import GradientAccumulationPlugin
     except ImportError as error:
         raise MissingExtraError("Training needs accelerate: pip install 'smidgen[diffusion]'") from error
     _check_tracker(tracker)
@@ -29,7 +30,7 @@ def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: s
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # frozen factors are buffers
+            cpu=not torch.accelerator.is_available(),  # else accelerate starts no process group on a CPU
             log_with=None if tracker == "none" else tracker,
             project_dir=str(folder),
         )
@@ -40,6 +41,48 @@ def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: s
     if tracker != "none":
         accelerator.init_trackers("smidgen")
     return accelerator
+
+
+def prepare(accelerator: Any, model: nn.Module, trained: Sequence[nn.Parameter]) -> nn.Module:
+    """``model`` on the accelerator's device and in its precision, with the main process's ``trained`` numbers.
+
+    It is not wrapped: an adapter is so small that its gradients are summed at the end of a step (``sum_gradients``),
+    and the task sees the model itself.
+    """
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    if accelerator.num_processes > 1:
+        for parameter in trained:
+            torch.distributed.broadcast(parameter.data, src=0)
+    return model
+
+
+def sum_gradients(accelerator: Any, trained: Sequence[nn.Parameter]) -> None:
+    """Sum each gradient over the processes. A parameter that had none anywhere has none afterwards."""
+    if accelerator.num_processes == 1:
+        return
+    flags = gathered(accelerator, [float(parameter.grad is not None) for parameter in trained])
+    used = [parameter for parameter, *column in zip(trained, *flags, strict=True) if any(column)]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for chunk in _chunks(used):
+        gradients = [parameter.grad for parameter in chunk if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _chunks(parameters: Sequence[nn.Parameter], most: int = 2**24) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype with about ``most`` numbers together."""
+    chunk: list[nn.Parameter] = []
+    for parameter in parameters:
+        if chunk and (chunk[0].dtype != parameter.dtype or sum(p.numel() for p in chunk) + parameter.numel() > most):
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    if chunk:
+        yield chunk
 
 
 def is_main() -> bool:
