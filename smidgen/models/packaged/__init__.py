@@ -7,13 +7,25 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from smidgen.errors import ConfigError, did_you_mean
-from smidgen.models.packaged import chatterbot, emoji, minilm, quiz, smollm2, tweets, vit_s14, wordnet
+from smidgen.models.packaged import (
+    chatterbot,
+    emoji,
+    foods,
+    minilm,
+    mnist,
+    quiz,
+    smollm2,
+    spam,
+    tweets,
+    vit_s14,
+    wordnet,
+)
 from smidgen.models.packaged.entry import Packaged
 from smidgen.models.packaged.folders import finished_folder
 
-MODELS: Mapping[str, Packaged] = {entry.name: entry for entry in (minilm.ENTRY, vit_s14.ENTRY, smollm2.ENTRY)}
+MODELS: Mapping[str, Packaged] = {module.ENTRY.name: module.ENTRY for module in (minilm, vit_s14, smollm2)}
 DATASETS: Mapping[str, Packaged] = {
-    entry.name: entry for entry in (tweets.ENTRY, emoji.ENTRY, wordnet.ENTRY, quiz.ENTRY, chatterbot.ENTRY)
+    module.ENTRY.name: module.ENTRY for module in (tweets, foods, spam, emoji, mnist, wordnet, quiz, chatterbot)
 }
 
 
