@@ -6,6 +6,7 @@ object lies: four bytes of length, then its serialisation as a zlib stream, or a
 
 import gzip
 import lzma
+import re
 import warnings
 import zlib
 from pathlib import Path
@@ -25,6 +26,7 @@ SOURCE = debian(
 )
 SIZES = {"train": 3400, "validation": 500}
 _DATA = "usr/lib/R/site-library/modeldata/data/Rdata"
+_BREAK = re.compile(r"(<br />)+")
 _SAME = 120
 """Letters two reviews must share from their start to be the same."""
 
@@ -55,7 +57,9 @@ def read_reviews() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     for name in ("training_data", "testing_data"):
         start, length = (int(number) for number in index[name])
         table = convert(_unpacked(files[f"{_DATA}.rdb"][start + 4 : start + length]))
-        tables.append([(str(text), str(label)) for text, label in zip(table["review"], table["score"], strict=True)])
+        tables.append(
+            [(_BREAK.sub(" ", text), str(label)) for text, label in zip(table["review"], table["score"], strict=True)]
+        )
     return tables[0], tables[1]
 
 
