@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from smidgen.models.packaged.entry import Kind, Packaged
 from smidgen.models.packaged.folders import finished_folder, write_dialogues, write_pictures, write_table
@@ -151,4 +152,9 @@ def _save(kind: Any, config: Any, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind(config)
-    model.save_pretrained(folder)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in getattr(model, "all_tied_weights_keys", None) or ():
+        del state[name]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config.architectures = [kind.__name__]
+    config.save_pretrained(folder)

@@ -155,22 +155,22 @@ class InstructionConfig(FinetuneConfig):
 
 def rates(adapter: Adapter, family: Family) -> Rates:
     """The learning rates of this run: the flags where given, else the table's."""
-    table = RATES[family]
+    table, head = RATES[family], adapter.head_learning_rate
     if adapter.method == PROBE:
-        return Rates(adapter.head_learning_rate, adapter.head_learning_rate)
-    named = adapter.method.removeprefix("peft:").replace("-", "_").partition("(")[0].replace("*", "_star")
-    known = table.get(RESIDUAL_OF.get(adapter.residual or "", named)) or (
-        table["lora"] if "peft:" in adapter.method else None
-    )
-    if known is None and adapter.learning_rate is None:
-        raise ConfigError(f"No learning rate is known for {adapter.method!r}; give --learning-rate.")
-    known = known or Rates(1.0, 1.0)
+        return Rates(head, head, head)
+    method = adapter.method.replace("-", "_").partition("(")[0].replace("*", "_star")
+    named = "lora" if method.startswith("peft:") else method
+    known = table.get(RESIDUAL_OF.get(adapter.residual or "", named))
+    if known is None:
+        if adapter.learning_rate is None:
+            raise ConfigError(f"No learning rate is known for {adapter.method!r}; give --learning-rate.")
+        known = Rates(adapter.learning_rate, adapter.learning_rate)
     start = table.get(TRANSFORM_OF.get(adapter.transform or "", ""), known).transform
     residual = adapter.learning_rate or known.residual
-    return Rates(residual, adapter.transform_learning_rate or start * (residual / known.residual))
+    return Rates(residual, adapter.transform_learning_rate or start * (residual / known.residual), head)
 
 
-def setup(adapter: Adapter, heads: tuple[str, ...], targets: Any, seed: int) -> Any:
+def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
     """The config that ``engine`` adapts by: smidgen's, peft's, or one of the two controls."""
     import smidgen
     from smidgen.training import engine

@@ -7,7 +7,8 @@ from smidgen.training.bases import Head, Loaded, image_statistics, load_classifi
 from smidgen.training.data.pictures import count_labels, read_pictures
 from smidgen.training.loop import LoopConfig
 from smidgen.training.metrics import metric
-from smidgen.training.recipes.finetune import Prepared
+from smidgen.training.recipes.finetune import Prepared, finetune
+from smidgen.training.recipes.finetune_report import FinetuneReport
 from smidgen.training.recipes.finetune_settings import Adapter, ImageClassificationConfig, PictureData
 from smidgen.training.tasks.image_classification import (
     ImageClassificationTask,
@@ -21,7 +22,7 @@ PRESETS = {
     "debug": ImageClassificationConfig(
         data=PictureData("debug-image", train_batch_size=8, eval_batch_size=8, random_flip=True, random_crop=True),
         adapter=Adapter(rank=4),
-        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2, eval_steps=2),
+        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2, eval_steps=2, load_best=False),
         model="debug-image",
     ),
     "thorough": ImageClassificationConfig(
@@ -29,6 +30,11 @@ PRESETS = {
         train=LoopConfig(max_train_steps=3000, lr_warmup_steps=150, eval_steps=250, early_stopping_patience=4),
     ),
 }
+
+
+def image_classification(config: ImageClassificationConfig, progress: bool = True) -> FinetuneReport | None:
+    """Train, save, prove and score one adapter in ``config.out``. Raises SmidgenError for every refusal."""
+    return finetune("image-classification", config, prepare(config), progress)
 
 
 def prepare(config: ImageClassificationConfig) -> Prepared:

@@ -11,7 +11,8 @@ from smidgen.training.data.glue import GLUE
 from smidgen.training.data.text import Columns, count_labels, read_texts
 from smidgen.training.loop import LoopConfig
 from smidgen.training.metrics import metric
-from smidgen.training.recipes.finetune import Prepared
+from smidgen.training.recipes.finetune import Prepared, finetune
+from smidgen.training.recipes.finetune_report import FinetuneReport
 from smidgen.training.recipes.finetune_settings import Adapter, TextClassificationConfig, TextData
 from smidgen.training.tasks.text_classification import (
     TextClassificationTask,
@@ -25,7 +26,7 @@ PRESETS = {
     "debug": TextClassificationConfig(
         data=TextData("debug-text", max_length=16, train_batch_size=8, eval_batch_size=8),
         adapter=Adapter(rank=4),
-        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2, eval_steps=2),
+        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2, eval_steps=2, load_best=False),
         model="debug-text",
     ),
     "thorough": TextClassificationConfig(
@@ -33,6 +34,11 @@ PRESETS = {
         train=LoopConfig(max_train_steps=3000, lr_warmup_steps=150, eval_steps=250, early_stopping_patience=4),
     ),
 }
+
+
+def text_classification(config: TextClassificationConfig, progress: bool = True) -> FinetuneReport | None:
+    """Train, save, prove and score one adapter in ``config.out``. Raises SmidgenError for every refusal."""
+    return finetune("text-classification", config, prepare(config), progress)
 
 
 def prepare(config: TextClassificationConfig) -> Prepared:

@@ -63,8 +63,12 @@ class ImageClassificationTask:
 
     def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
         """The same on any split."""
+        return self.scores(self.predict(model, split), split)
+
+    def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
+        """The scores of what :meth:`predict` gave."""
         labels = torch.tensor([picture.label for picture in self.splits[split]])
-        return label_scores(self.metric, self.predict(model, split), labels, regression=False)
+        return label_scores(self.metric, predicted, labels, regression=False)
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
         """Logits [picture, class] of a split, on the CPU."""

@@ -65,7 +65,11 @@ class TextClassificationTask:
 
     def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
         """The same on any split."""
-        return label_scores(self.metric, self.predict(model, split), self.splits[split].labels, self.regression)
+        return self.scores(self.predict(model, split), split)
+
+    def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
+        """The scores of what :meth:`predict` gave."""
+        return label_scores(self.metric, predicted, self.splits[split].labels, self.regression)
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
         """Logits [example, class] of a split, on the CPU."""
