@@ -43,6 +43,10 @@ class CheckpointError(SmidgenError):
     """A training checkpoint cannot be written, is damaged, or belongs to another run."""
 
 
+class HubError(SmidgenError):
+    """The Hugging Face Hub cannot be reached, or refuses an upload."""
+
+
 class MissingExtraError(SmidgenError):
     """An optional dependency is needed; the message names the extra to install."""
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import ConfigError, TrainingError
 from smidgen.training.checkpoints import Checkpoint, CheckpointStore, read_checkpoint, resolve
-from smidgen.training.evaluation import Evaluation, criterion, measured
+from smidgen.training.evaluation import Criterion, Evaluation, criterion, measured
 from smidgen.training.interrupts import Interrupts
 from smidgen.training.processes import from_main, make_accelerator, prepare
 from smidgen.training.randomness import derive
@@ -175,7 +175,7 @@ class _Run:
         try:
             with _own_random_state(), Interrupts() as stop, self._bar(done, progress) as bar:
                 if self.judge and done == 0 and not self.evaluations:
-                    self._evaluate(0)
+                    self._evaluate(0, self.judge)
                     self._keep(0)
                 while not self._finished(done):
                     loss, signum = self._step(done, stop)
@@ -214,7 +214,7 @@ class _Run:
         accelerator.log({"loss": self.losses[-1], "lr": self.optimizer.param_groups[0]["lr"]}, step=done)
         better = False
         if self.judge and (done % config.eval_steps == 0 or done == config.max_train_steps):
-            self._evaluate(done)
+            self._evaluate(done, self.judge)
             better = self.judge.best_step(self.evaluations) == done
         if done % config.checkpointing_steps == 0 or better or stopping or self._finished(done):
             self._keep(done)
@@ -222,7 +222,7 @@ class _Run:
             with torch.no_grad():
                 self.task.preview(accelerator.unwrap_model(self.model), done, self.folder)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, judge: Criterion) -> None:
         """Every process evaluates, which takes no longer than waiting; the main process's figures count."""
         torch.manual_seed(derive(self.config.seed, "evaluate"))  # the same draws each time
         self.model.eval()
@@ -233,7 +233,7 @@ class _Run:
             self.model.train()
         metrics = from_main(self.accelerator, {name: float(value) for name, value in found.items()})
         try:
-            self.evaluations.append(measured(metrics, self.judge, step))
+            self.evaluations.append(measured(metrics, judge, step))
         except TrainingError:
             self._put(self.good.trained)
             raise

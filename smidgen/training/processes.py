@@ -10,13 +10,15 @@ from torch import nn
 
 from smidgen.errors import ConfigError, MissingExtraError
 
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # set by accelerate launch
 TRACKERS = {"tensorboard": "smidgen[track]", "trackio": "smidgen[track]", "wandb": "wandb", "comet_ml": "comet_ml"}
 
 
 def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: str) -> Any:
     """An Accelerator in ``precision`` whose ``tracker`` (or ``none``) writes below ``folder``.
 
-    Raises MissingExtraError for a package that is not there, ConfigError for a precision this machine has not.
+    Raises MissingExtraError for a package that is not there, ConfigError for a precision this machine has not and
+    for a launch that shards the model.
     """
     try:
         from accelerate import Accelerator
@@ -25,6 +27,7 @@ def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: s
     except ImportError as error:
         raise MissingExtraError("Training needs accelerate: pip install 'smidgen[diffusion]'") from error
     _check_tracker(tracker)
+    _check_whole()
     AcceleratorState._reset_state()  # a second run in one process may choose another precision
     try:
         accelerator = Accelerator(
@@ -113,3 +116,15 @@ def _check_tracker(tracker: str) -> None:
 
     if tracker != "none" and tracker not in {str(found) for found in get_available_trackers()}:
         raise MissingExtraError(f"--report-to {tracker} needs it: pip install '{TRACKERS[tracker]}'")
+
+
+def _check_whole() -> None:
+    """Sharded trained numbers could be neither saved nor resumed here, and a run must not find that out at its end."""
+    for name in SHARDING:
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            kind = name.removeprefix("ACCELERATE_USE_")
+            raise ConfigError(
+                f"This process was launched with {kind}, which shards what is trained. Smidgen's loop keeps the whole model "
+                "on each device and sums gradients over processes: launch with docs/accelerate/multi_gpu.yaml instead. "
+                "docs/multi_gpu.md says what to do with a base that does not fit."
+            )
