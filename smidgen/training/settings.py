@@ -89,11 +89,12 @@ def _hint(name: str, kind: type) -> str:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, f"{name}.")
+    section = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
+    if section is not None and (section is hint or isinstance(value, Mapping)):
+        return from_dict(typing.cast(type, section), value, f"{name}.")
     if _holds_sections(hint) and isinstance(value, list | tuple):
         return tuple(_value(typing.get_args(hint)[0], item, f"{name}[{number}]") for number, item in enumerate(value))
-    for accepted in typing.get_args(hint) if _is_union(hint) else (hint,):
+    for accepted in _parts(hint):
         fitted = _fit(accepted, value)
         if fitted is not _NO:
             return fitted
@@ -129,6 +130,11 @@ def _fit(hint: Any, value: Any) -> Any:
     return value if isinstance(hint, type) and isinstance(value, hint) else _NO
 
 
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a hint that is none alone."""
+    return typing.get_args(hint) if _is_union(hint) else (hint,)
+
+
 def _holds_sections(hint: Any) -> bool:
     """Is ``hint`` a tuple of dataclasses?"""
     return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0])
@@ -143,6 +149,8 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(part) for part in typing.get_args(hint))
     if hint is type(None):
         return "null"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping of names to values"
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) is dict:
@@ -153,8 +161,9 @@ def _words(hint: Any) -> str:
 
 
 def _choices(hint: Any, value: Any) -> str:
-    parts = typing.get_args(hint) if _is_union(hint) else (hint,)
-    known = [str(c) for part in parts if typing.get_origin(part) is typing.Literal for c in typing.get_args(part)]
+    known = [
+        str(c) for part in _parts(hint) if typing.get_origin(part) is typing.Literal for c in typing.get_args(part)
+    ]
     return did_you_mean(str(value), known)
 
 
