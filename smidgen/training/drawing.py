@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
+from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.errors import ConfigError
@@ -117,7 +118,7 @@ def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
 def _lock_words(lock: dict[str, Any] | None) -> str:
     if not lock:
         return "none; the adapter does not know its base"
-    return f"{len(lock.get('targets', ()))} weights in {lock.get('dtype')}, their shapes and sketches"
+    return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
 
 
 def _set_strength(base: Base, ours: bool, strength: float) -> None:

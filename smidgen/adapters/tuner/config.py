@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from smidgen import errors
 from smidgen.adapters import methods
+from smidgen.adapters.checkpoint.files import CONFIG_NAME
 
 PEFT_TYPE_NAME = "SMIDGEN"
 
@@ -87,12 +91,30 @@ class SmidgenConfig(PeftConfig):
                 except re.error as error:
                     raise errors.ConfigError(f"{name}: {pattern!r} is no regular expression ({error}).") from error
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes ``adapter_config.json`` without white space and without the fields that have their default value.
+
+        peft's own form costs a kilobyte for nothing; what is left out comes back as its default at load.
+        """
+        mapping = kwargs.pop("auto_mapping_dict", None)
+        data = self.to_dict() | ({"auto_mapping": mapping} if mapping is not None else {})
+        kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
         parts = [self.method or f"{self.transform or 'none'}+{self.residual or 'none'}"]
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
+
+
+_DEFAULTS = {
+    f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SmidgenConfig)
+}
 
 
 def _whole(value: Any) -> bool:
