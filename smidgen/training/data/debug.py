@@ -19,8 +19,8 @@ GOOD, BAD = ("good", "lovely", "bright", "warm", "kind"), ("bad", "ugly", "dull"
 THINGS = ("film", "book", "song", "day", "meal", "house", "road", "game")
 WORDS = (*GOOD, *BAD, *THINGS, "the", "was", "a", "and", "what", "plus", "is", "?", ".", *map(str, range(20)))
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\\n' + message['content'] }}<|im_end|>\\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 

@@ -50,6 +50,7 @@ class Prepared:
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     data_digest: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)  # further files of the adapter's folder, by name
 
 
 def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bool = True) -> FinetuneReport | None:
@@ -66,7 +67,8 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     identity = _identity(config, prepared, rate)
     out = open_folder(config)
     if is_main():
-        replace_file(out / "config.yaml", dump_yaml(config))
+        for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
+            replace_file(out / name, content)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}

@@ -130,27 +130,27 @@ def loading_code(report: FinetuneReport) -> str:
     """Python that loads the base and what was trained, and asks it once."""
     from smidgen.models import packaged
 
-    auto, base = AUTO[report.kind], public_name(report.base)
-    lines = ["import smidgen", f"from transformers import {auto}{_reader(report.kind)}", ""]
-    if report.method == FULL:
-        lines[0:1], where = [], '"path/of/this/folder"'
-    else:
-        where = repr(base)
+    auto, base, folder = AUTO[report.kind], public_name(report.base), '"path/of/this/folder"'
+    lines = [f"from transformers import {auto}{_reader(report.kind)}"]
+    where = repr(base)
     if base in packaged.MODELS:
-        lines.insert(1, "from smidgen.models.packaged import model_folder")
-        where = f"model_folder({base!r})" if report.method != FULL else where
+        lines.insert(0, "from smidgen.models.packaged import model_folder")
+        where = f"model_folder({base!r})"
     names = dict(enumerate(report.labels))
     labels = f", id2label={names}" if names else ", num_labels=1" if report.kind == "text-classification" else ""
-    lines += [f"base = {where}", f"model = {auto}.from_pretrained(base{labels})"]
-    if report.method == PROBE:
-        lines += ["from smidgen.training import engine", "from pathlib import Path"]
-        lines += ['engine.load(model, Path("path/of/this/folder"))']
+    load = [f"model = {auto}.from_pretrained(base{labels})"]
+    if report.method == FULL:
+        load = [f"model = {auto}.from_pretrained({folder})"]
+    elif report.method == PROBE:
+        lines = ["from pathlib import Path", "from smidgen.training import engine", *lines]
+        load.append(f"engine.load(model, Path({folder}))")
     elif report.method.startswith("peft:"):
-        lines[0] = "import peft"
-        lines += ['model = peft.PeftModel.from_pretrained(model, "path/of/this/folder")']
-    elif report.method != FULL:
-        lines += ['smidgen.load(model, "path/of/this/folder")']
-    return "\n".join([*lines, "model.eval()", *_asking(report)])
+        lines.insert(0, "import peft")
+        load.append(f"model = peft.PeftModel.from_pretrained(model, {folder})")
+    else:
+        lines.insert(0, "import smidgen")
+        load.append(f"smidgen.load(model, {folder})")
+    return "\n".join([*lines, "", f"base = {where}", *load, "model.eval()", *_asking(report)])
 
 
 def _reader(kind: str) -> str:
