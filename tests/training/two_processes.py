@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import smidgen
 from smidgen.errors import TrainingError
@@ -106,19 +109,26 @@ def fit_adapter(folder, method: str, size: int) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
-def wrapped_gradients(method: str, accelerator, size: int) -> dict[str, torch.Tensor]:
-    """Gradients of one batch with the adapted model wrapped by accelerate, as a loop of one's own would."""
-    torch.manual_seed(5)
+def gradients(method: str, wrap, index: int, size: int) -> dict[str, torch.Tensor]:
+    """Gradients of batch ``index`` for an adapted BERT that went through ``wrap``, as a loop of one's own would."""
     model = adapted(method)
+    torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
-    ready = accelerator.prepare_model(model)
-    assert isinstance(ready, nn.parallel.DistributedDataParallel) == (accelerator.num_processes > 1)
-    task = Words(size)
-    accelerator.backward(task.loss(ready, task.batch(accelerator.process_index)))
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    ready, task = wrap(model), Words(size)
+    task.loss(ready, task.batch(index)).backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """``model`` with every parameter sharded over the processes by torch's FSDP2."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def _refused(work) -> dict:
@@ -147,7 +157,8 @@ def main(folder: Path) -> None:
     found["poisoned"] = _refused(lambda: fit(folder / "bad", Masked(4, poison=frozenset({2 * 5 + 1}))))
     for method in METHODS:
         numbers = fit_adapter(folder, method, 4)
-        numbers |= {f"grad.{name}": grad for name, grad in wrapped_gradients(method, accelerator, 4).items()}
+        for kind, wrap in (("ddp", accelerator.prepare_model), ("fsdp", sharded)):
+            numbers |= {f"{kind}.{name}": grad for name, grad in gradients(method, wrap, rank, 4).items()}
         if is_main():
             save_file(numbers, folder / f"{method}.safetensors")
     replace_file(folder / f"found-{rank}.json", json.dumps(found))
