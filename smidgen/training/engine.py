@@ -118,7 +118,7 @@ def groups(
     head = head_parameters(model, heads)
     known = {id(parameter) for parameter in head}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = [{"name": "trained", "params": trained, "lr": rate, "weight_decay": decay}]
+    found: list[dict[str, Any]] = [{"name": "trained", "params": trained, "lr": rate, "weight_decay": decay}]
     if is_ours(config):
         found = smidgen.parameter_groups(model, lr=rate, transform_lr=transform_rate, weight_decay=decay)
     for group in found:

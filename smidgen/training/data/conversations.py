@@ -57,7 +57,8 @@ def read_conversations(path: Path, held_out: float, most: int | None = None) -> 
 
 def _usable(rows: Sequence[Row], split: str, warnings: list[str]) -> list[Conversation]:
     layout = _layout(rows)
-    kept, silent = [], []
+    kept: list[Conversation] = []
+    silent: list[Conversation] = []
     for row in rows:
         conversation = _conversation(row, layout)
         answers = [m for m in conversation.messages if m["role"] == "assistant" and m["content"].strip()]

@@ -28,9 +28,13 @@ logger = logging.getLogger(__name__)
 
 SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
 OTHERS = 2e-2
-_WHERE = ("path", "eval_batch_size", "memory_mb", "report_to", "preview_steps", "checkpointing_steps")
-_WHERE += ("checkpoints_total_limit", "out", "resume_from_checkpoint", "overwrite", "gradient_checkpointing")
-_WHERE += ("push_to_hub", "hub_private", "model", "chat_template")
+# Settings that do not decide the trained numbers: where things lie, what is shown, how much is held in memory. Data,
+# template and model are known by their content instead.
+_ASIDE = {
+    "path", "chat_template", "model", "out", "eval_batch_size", "memory_mb", "report_to", "preview_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite", "gradient_checkpointing",
+    "push_to_hub", "hub_private",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,6 @@ def _report(
 
 def _identity(config: FinetuneConfig, prepared: Prepared, rate: Rates) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _WHERE}
+    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
     kept |= {"rate": rate.residual, "transform_rate": rate.transform, "head_rate": rate.head}
     return kept | {"data": prepared.data_digest, "base_weights": fingerprint(prepared.model)}

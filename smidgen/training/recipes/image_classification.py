@@ -3,6 +3,8 @@
 report = image_classification(ImageClassificationConfig(data=PictureData("emoji"), out=Path("emoji")))
 """
 
+from typing import Any
+
 from smidgen.training.bases import Head, Loaded, image_statistics, load_classifier, load_config, locate_data
 from smidgen.training.data.pictures import count_labels, read_pictures
 from smidgen.training.loop import LoopConfig
@@ -44,7 +46,7 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
     """
     data = config.data
     resolution = choose_resolution(data.resolution, load_config(config.model))
-    options = {"most": data.max_train_examples, "memory": data.memory_mb << 20}
+    options: dict[str, Any] = {"most": data.max_train_examples, "memory": data.memory_mb << 20}
     pictures = read_pictures(locate_data(data.path), data.label_column, resolution, data.held_out_share, **options)
     name = data.metric or "accuracy"
     metric(name, False, len(pictures.labels))

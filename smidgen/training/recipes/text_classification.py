@@ -4,6 +4,7 @@ report = text_classification(TextClassificationConfig(data=TextData("tweets"), o
 """
 
 from dataclasses import replace
+from typing import Any
 
 from smidgen.errors import ConfigError
 from smidgen.training.bases import Head, Loaded, load_classifier, load_tokenizer, locate_data
@@ -92,7 +93,7 @@ def resolved(data: TextData) -> TextData:
     if data.glue_task is None:
         return data
     task = GLUE[data.glue_task]
-    wanted = {"text_column": task.text, "text_pair_column": task.pair, "regression": task.regression}
+    wanted: dict[str, Any] = {"text_column": task.text, "text_pair_column": task.pair, "regression": task.regression}
     given = {name for name in wanted if getattr(data, name) != getattr(TextData(), name)}
     clash = [name for name in given if getattr(data, name) != wanted[name]]
     if clash:
