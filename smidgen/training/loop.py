@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.errors import ConfigError, TrainingError
+from smidgen.training import snapshots
 from smidgen.training.checkpoints import Checkpoint, CheckpointStore, read_checkpoint, resolve
 from smidgen.training.evaluation import Criterion, Evaluation, criterion, measured
 from smidgen.training.interrupts import Interrupts
@@ -150,7 +151,7 @@ class _Run:
         self.accelerator = make_accelerator(folder, config.mixed_precision, parts, config.report_to)
         self.identity = identity | {"num_processes": self.accelerator.num_processes}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._check_groups(groups)
+        snapshots.check_groups(self.trained, groups)
         self.model = prepare(self.accelerator, model, list(self.trained.values()))
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups]))
         self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
@@ -187,7 +188,7 @@ class _Run:
                         raise stop.error(done, self.store.path(done), signum)
             best = self.judge.best_step(self.evaluations) if self.judge else None
             if config.load_best and best not in (None, done):
-                self._put(self.store.read(best).trained)
+                snapshots.put(self.trained, self.store.read(best).trained)
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).train(was_training)
             for tracker in self.accelerator.trackers:
@@ -201,7 +202,7 @@ class _Run:
         try:
             return self.stepper(step, factor, config.max_grad_norm, config.seed, lambda: stop.received or 0)
         except NotFinite as found:
-            self._put(self.good.trained)
+            snapshots.put(self.trained, self.good.trained)
             where = self.store.path(self.good.step) if self.good.step else "the untrained adapter"
             raise TrainingError(
                 f"The {found.what} of step {step + 1} is {found.value}. Nothing of this step was kept: the model holds "
@@ -235,7 +236,7 @@ class _Run:
         try:
             self.evaluations.append(measured(metrics, judge, step))
         except TrainingError:
-            self._put(self.good.trained)
+            snapshots.put(self.trained, self.good.trained)
             raise
         self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
 
@@ -252,38 +253,19 @@ class _Run:
             self.store.write(self.good, self.judge.needed(self.evaluations, left) if self.judge else ())
         self.accelerator.wait_for_everyone()
 
-    def _put(self, numbers: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(numbers[name])
-
     def _snapshot(self, step: int) -> Checkpoint:
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        moments = {
-            f"{names[id(parameter)]}::{key}": value.detach().cpu().clone()
-            for parameter, state in self.optimizer.optimizer.state.items()
-            for key, value in state.items()
-        }
-        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+        state = snapshots.numbers(self.trained), snapshots.moments(self.trained, self.optimizer.optimizer)
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         seconds = self._seconds() if step else 0.0
-        history = list(self.losses), seconds, scaler, list(self.evaluations)
-        return Checkpoint(step, trained, moments, self.identity, *history)
+        return Checkpoint(step, *state, self.identity, list(self.losses), seconds, scaler, list(self.evaluations))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.step > self.config.max_train_steps:
             raise ConfigError(
                 f"The checkpoint is at step {checkpoint.step}, past --max-train-steps {self.config.max_train_steps}."
             )
-        missing = set(self.trained) ^ set(checkpoint.trained)
-        if missing:
-            raise ConfigError(f"The checkpoint trains other parameters than this run, for example {min(missing)!r}.")
-        self._put(checkpoint.trained)
-        for key, value in checkpoint.optimizer.items():
-            name, _, slot = key.rpartition("::")
-            parameter = self.trained[name]
-            # Adam keeps its step counter on the CPU, its moments beside the parameter
-            self.optimizer.optimizer.state[parameter][slot] = value if value.ndim == 0 else value.to(parameter.device)
+        snapshots.put(self.trained, checkpoint.trained)
+        snapshots.put_moments(self.trained, self.optimizer.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
         self.losses, self.evaluations = list(checkpoint.losses), list(checkpoint.evaluations)
@@ -304,14 +286,6 @@ class _Run:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
-
-    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        known = {id(p) for p in self.trained.values()}
-        grouped = [id(p) for group in groups for p in group["params"]]
-        if not grouped:
-            raise ConfigError("There is nothing to train: no parameter of the model requires a gradient.")
-        if set(grouped) != known or len(set(grouped)) != len(grouped):
-            raise ConfigError("The optimizer groups must hold every parameter that requires a gradient exactly once.")
 
     def _bar(self, start: int, progress: bool):
         from tqdm.auto import tqdm

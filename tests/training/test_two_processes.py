@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smidgen.errors import CheckpointError
 from smidgen.training.checkpoints import CheckpointStore
 from smidgen.training.loop import LoopConfig
 from smidgen.training.randomness import examples
@@ -77,6 +78,11 @@ def test_two_processes_equal_one_with_twice_the_batch(found, tmp_path):
 
 def test_both_processes_hold_the_same(found):
     assert found[0]["whole"] == found[1]["whole"]
+
+
+def test_another_number_of_processes_cannot_go_on(found, folder):
+    with pytest.raises(CheckpointError, match="num_processes: 2 then, 1 now"):
+        two_processes.fit(folder / "whole", two_processes.Masked(8), resume="latest")
 
 
 def test_accumulation_in_two_processes_equals_one_large_batch(found, tmp_path):
