@@ -6,6 +6,7 @@ counts is held against a SHA-256 in the source code. ``HF_HUB_OFFLINE`` speaks o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import importlib.metadata
@@ -139,8 +140,8 @@ def _by_client(source: Source, path: Path) -> bool:
 def _by_https(source: Source, path: Path) -> None:
     """Download beside the final name and move there when the hash is right; a cut download goes on where it stopped."""
     part = path.with_name(path.name + ".part")
-    if not _download(source, part) or _sha256(part) != source.sha256:
-        got = _sha256(part)
+    _download(source, part)
+    if (got := _sha256(part)) != source.sha256:
         part.unlink()
         raise FetchError(
             f"{source.url} is not the pinned {source}: its SHA-256 is {got}, not {source.sha256}. Nothing was kept."
@@ -148,19 +149,17 @@ def _by_https(source: Source, path: Path) -> None:
     os.replace(part, path)
 
 
-def _download(source: Source, part: Path) -> bool:
-    """Whether all bytes are there. A server that ignores the range starts the file again."""
+def _download(source: Source, part: Path) -> None:
+    """All bytes, after those that are there already; a server that ignores the range starts the file again."""
     start = part.stat().st_size if part.exists() else 0
-    if start >= source.size:
-        return start == source.size
-    request = urllib.request.Request(source.url, headers={"Range": f"bytes={start}-", "User-Agent": "smidgen"})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, open(part, _mode(answer.status)) as file:
-        shutil.copyfileobj(answer, file, _CHUNK)
-    return part.stat().st_size == source.size
-
-
-def _mode(status: int) -> str:
-    return "ab" if status == 206 else "wb"
+    if start < source.size:
+        request = urllib.request.Request(source.url, headers={"Range": f"bytes={start}-", "User-Agent": "smidgen"})
+        with contextlib.ExitStack() as stack:
+            answer = stack.enter_context(urllib.request.urlopen(request, timeout=_TIMEOUT))
+            file = stack.enter_context(open(part, "ab" if answer.status == 206 else "wb"))
+            shutil.copyfileobj(answer, file, _CHUNK)
+    if part.stat().st_size < source.size:
+        raise OSError(f"only {part.stat().st_size:,} of {source.size:,} bytes came; they are kept, try again")
 
 
 def _no_way(source: Source, path: Path, error: Exception) -> str:
