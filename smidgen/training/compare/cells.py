@@ -56,8 +56,9 @@ class Cell:
 
 def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float, seed: int, steps: int) -> Cell:
     """The cell of ``experiment`` with these coordinates."""
+    length = None if stage == "run" else steps
     decides: Record = {"format": FORMAT, "stage": stage, "recipe": experiment.recipe, "rate": rate}
-    decides |= {"settings": to_dict(experiment.config(seed, steps)), "kind": method.kind, "options": method.options}
+    decides |= {"settings": to_dict(experiment.config(seed, length)), "kind": method.kind, "options": method.options}
     decides |= {"targets": experiment.targets(method), "evaluation": to_dict(experiment.evaluation)}
     if stage == "run":
         decides["forgetting"] = to_dict(experiment.forgetting) if experiment.forgetting else None

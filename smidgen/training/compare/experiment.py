@@ -44,12 +44,13 @@ class Method:
 class Search:
     """The search for a learning rate, the same for every method: each rate of its grid for ``steps`` steps on ``seed``.
 
-    When the best rate lies at an edge of its grid, the grid grows there by its own factor, at most ``extensions`` times.
+    The best is told by the task's metric on validation or, less noisily, by the loss there. When the best rate lies at an edge of its grid, the grid grows there by its own factor, at most ``extensions`` times.
     """
 
     seed: int = 100
     steps: int = 100
     extensions: int = 1
+    by: Literal["metric", "loss"] = "metric"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.extensions < 0:

@@ -63,14 +63,14 @@ class TextForgetting:
     """Measures a language model by the likelihood of unrelated text."""
 
     def __init__(self, experiment: Experiment, prepared: Any):
-        from smidgen.training.bases import locate_data
+        from smidgen.training.bases import load_tokenizer, locate_data
         from smidgen.training.data.text import Columns, read_texts
 
         wanted = experiment.forgetting
         assert wanted is not None
         texts = read_texts(locate_data(wanted.data), Columns(), held_out=0.1).splits["test"]
         chosen = [text.text for text in texts if len(text.text.split()) >= 8][: wanted.examples]
-        tokenizer = prepared.task.tokenizer
+        tokenizer = load_tokenizer(experiment.config().model)
         self.batches = [
             tokenizer(
                 chosen[at : at + TEXTS_AT_ONCE],

@@ -31,8 +31,10 @@ HARNESS_SETS = {  # what differs from cell to cell, or has no meaning here
 }
 
 
-def recipe_config(recipe: str, settings: Mapping[str, Any], seed: int, steps: int | None) -> Any:
-    """The recipe's config with the settings of an experiment, for one seed and number of steps.
+def recipe_config(recipe: str, settings: Mapping[str, Any], seed: int, steps: int | None = None) -> Any:
+    """The recipe's config with the settings of an experiment, for one seed.
+
+    With ``steps`` it is a training of that length that is evaluated at its end alone, as the search needs it.
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a setting that the harness itself decides.
@@ -48,10 +50,10 @@ def recipe_config(recipe: str, settings: Mapping[str, Any], seed: int, steps: in
     config = from_dict(getattr(finetune_settings, RECIPES[recipe]), settings, "settings.")
     if config.train.eval_steps < 1:
         raise ConfigError("settings: train.eval_steps must be at least 1: the best checkpoint is chosen on validation.")
-    length = steps if steps is not None else config.train.max_train_steps
-    often = min(config.train.eval_steps, length)
-    warm = min(config.train.lr_warmup_steps, length)
-    train = replace(config.train, seed=seed, max_train_steps=length, eval_steps=often, lr_warmup_steps=warm)
+    train = replace(config.train, seed=seed)
+    if steps is not None:
+        warm = min(train.lr_warmup_steps, steps)
+        train = replace(train, max_train_steps=steps, eval_steps=0, early_stopping_patience=0, lr_warmup_steps=warm)
     return replace(config, train=train)
 
 

@@ -32,7 +32,7 @@ DEFINITIONS = """* **Scores** are those of the checkpoint with the best validati
 * **Forgetting** is the loss on unrelated data with the adapter on minus off, in nats: less is better.
 * **Memory** is the peak resident memory of a fresh process that loads base and data, adapts and trains some steps.
   **Step** is the CPU time of a training step over that of a step of the head alone on the frozen base, the two timed
-  in turn in one process; the median of several.
+  in turn in one process; the median of several. A model without a head of its own is compared by its forward pass.
 * **Rate** was chosen on validation on a seed of its own, with the same number of rates for every method. `^` marks a
   best rate at the edge of its grid, extensions included."""
 
@@ -111,7 +111,8 @@ def _setting(results: Results) -> str:
     return (
         f"`{config.model}` on `{config.data.path}`, {experiment.recipe}: {config.train.max_train_steps} steps of "
         f"{config.data.train_batch_size}, seeds {', '.join(map(str, experiment.seeds))}. Learning rates: "
-        f"{len(experiment.methods[0].rates)} for each method{grown}, {search.steps} steps each on seed {search.seed}. "
+        f"{len(experiment.methods[0].rates)} for each method{grown}, {search.steps} steps each on seed {search.seed}, chosen by validation "
+        f"{'loss' if search.by == 'loss' else 'score'}. "
         f"The head is trained with every method, at its own rate of {config.adapter.head_learning_rate:g} (the linear "
         "probe searches it)."
     )

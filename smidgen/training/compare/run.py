@@ -1,8 +1,7 @@
 """Run an experiment: search, trainings, measurements, report. Every stage can be stopped and taken up again."""
 
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from smidgen.errors import TrainingError
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.compare.cells import Cell, Cells
 from smidgen.training.compare.experiment import Experiment
-from smidgen.training.compare.fresh import experiment_here, one_thread, start_fresh
+from smidgen.training.compare.fresh import one_thread, start_fresh
 from smidgen.training.compare.search import search_cells
 from smidgen.training.compare.table import cost_cells, gather, run_cells
 from smidgen.training.settings import dump_yaml
@@ -68,7 +67,7 @@ def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work
         before = len(missing)
         if work is not None or workers <= 1:
             with _single_thread():
-                _work(stage, experiment, cells, work)
+                work_on(stage, experiment, cells, work)
         else:
             _in_processes(stage, experiment, folder, workers)
         after = cells.missing(missing)
@@ -76,7 +75,8 @@ def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work
             raise TrainingError(f"{after[0].label} is being done by another process; run the same command again later.")
 
 
-def _work(stage: str, experiment: Experiment, cells: Cells, work: Work | None) -> None:
+def work_on(stage: str, experiment: Experiment, cells: Cells, work: Work | None = None) -> None:
+    """Do what nobody else is doing of one stage, in this process."""
     if work is None:
         from smidgen.training.compare.trainer import Trainer
 
@@ -94,7 +94,7 @@ def _work(stage: str, experiment: Experiment, cells: Cells, work: Work | None) -
 def _in_processes(stage: str, experiment: Experiment, folder: Path, workers: int) -> None:
     """The stage's cells by several processes, which share them by locks."""
     words = [stage, str(folder)]
-    running = [start_fresh("smidgen.training.compare.run", experiment, words) for _ in range(workers)]
+    running = [start_fresh("smidgen.training.compare.worker", experiment, words) for _ in range(workers)]
     try:
         failed = [status for status in [process.wait() for process in running] if status != 0]
     except BaseException:
@@ -120,16 +120,3 @@ def _single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _main(words: Sequence[str]) -> None:
-    """A worker: does what nobody else is doing of one stage."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("smidgen.training.compare").setLevel(logging.INFO)
-    stage, folder = words
-    one_thread()
-    _work(stage, experiment_here(), Cells(Path(folder)), None)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

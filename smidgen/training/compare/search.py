@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from smidgen.errors import ConfigError
-from smidgen.training.compare.cells import Cell, Cells, make_cell
+from smidgen.training.compare.cells import Cell, Cells, Record, make_cell
 from smidgen.training.compare.experiment import Experiment, Method
 
 
@@ -66,17 +66,19 @@ def _grid(experiment: Experiment, method: Method, cells: Cells) -> list[float]:
 
 def _scores(experiment: Experiment, method: Method, rates: list[float], cells: Cells) -> dict[float, float | None]:
     """Validation score of each rate, larger is better; minus infinity where it failed, None where it is not done."""
-    return {rate: _score(cells, _cell(experiment, method, rate)) for rate in rates}
+    return {rate: _score(experiment, cells.read(_cell(experiment, method, rate))) for rate in rates}
 
 
 def _cell(experiment: Experiment, method: Method, rate: float) -> Cell:
     return make_cell(experiment, "search", method, rate, experiment.search.seed, experiment.search.steps)
 
 
-def _score(cells: Cells, cell: Cell) -> float | None:
-    record = cells.read(cell)
+def _score(experiment: Experiment, record: Record | None) -> float | None:
     if record is None:
         return None
     if record["status"] != "done":
         return -math.inf
-    return float(record["scores"]["validation"]) * (1 if record["greater_is_better"] else -1)
+    found = record["validation"]
+    if experiment.search.by == "loss" and "loss" in found:
+        return -float(found["loss"])
+    return float(found[record["metric"]]) * (1 if record["greater_is_better"] else -1)

@@ -51,7 +51,7 @@ class Trainer:
 
     def _train(self, cell: Cell) -> Record:
         experiment, prepared, task = self.experiment, self._prepared, self._task
-        config = experiment.config(cell.seed, cell.steps)
+        config = experiment.config(cell.seed, None if cell.stage == "run" else cell.steps)
         setup = make_setup(experiment, cell.method, cell.seed)
         rates = make_rates(cell.method, cell.rate, config.adapter.head_learning_rate)
         loop = replace(config.train, checkpointing_steps=cell.steps, checkpoints_total_limit=1)
@@ -63,12 +63,12 @@ class Trainer:
             fitted = fit(cell.method.name, model, task, setup, rates, loop, folder, progress=False, **options)
             seconds = time.process_time() - cpu
             size = disk_bytes(folder, prepared.heads)
-        sign = 1 if task.greater_is_better else -1
-        best = max(fitted.evaluations, key=lambda entry: sign * entry[task.metric])
+        best = _best(fitted.evaluations, task) if fitted.evaluations else task.evaluate(model)
         found: Record = {
             "metric": task.metric,
             "greater_is_better": task.greater_is_better,
             "scores": {"validation": best[task.metric]},
+            "validation": {name: value for name, value in best.items() if name != "step"},
             "evaluations": fitted.evaluations,
             "best_step": fitted.best_step,
             "train_loss": fmean(fitted.losses[-max(1, len(fitted.losses) // 10) :]),
@@ -90,6 +90,12 @@ class Trainer:
             "train_tokens": sum(_tokens(self._task.batch(index)) for index in range(cell.steps)),
             "peft_config": _plain(setup.to_dict()) if hasattr(setup, "to_dict") else None,
         }
+
+
+def _best(evaluations: list[Record], task: Any) -> Record:
+    """The evaluation whose checkpoint the model now holds: the first of the best."""
+    sign = 1 if task.greater_is_better else -1
+    return max(evaluations, key=lambda entry: sign * entry[task.metric])
 
 
 def _tokens(batch: Any) -> int:
