@@ -5,6 +5,7 @@ silently.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,9 +123,8 @@ def _label(value: Any) -> str:
     """A label's name; "" when there is none. 1 and 1.0 are one label."""
     if value is None or _is_nan(value):
         return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
+    text = str(value).strip()
+    return text[: text.index(".")] if re.fullmatch(r"-?\d+\.0+", text) else text
 
 
 def _classes(rows: Sequence[Row], name: str) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def _classes(rows: Sequence[Row], name: str) -> tuple[str, ...]:
     found = Counter(_label(row.values[name]) for row in rows)
     if len(found) < 2:
         raise DataError(f"Every row of train has the label {min(found)!r} in {name!r}: there is nothing to learn.")
-    fractions = [label for label in found if _as_float(label) is not None and not _is_whole(label)]
+    fractions = [label for label in found if not _is_whole(label)]
     if fractions and all(_as_float(label) is not None for label in found):
         raise DataError(
             f"The labels in {name!r} are numbers such as {fractions[0]}, not classes. Train on them as numbers with "
