@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from smidgen.errors import CheckpointError, SmidgenError
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.compare.experiment import Experiment, Method
 from smidgen.training.interrupts import TrainingInterrupted
-from smidgen.training.settings import to_dict
+from smidgen.training.settings import flat, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,24 @@ class Cell:
 def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float, seed: int, steps: int) -> Cell:
     """The cell of ``experiment`` with these coordinates."""
     length = None if stage == "run" else steps
-    decides: Record = {"format": FORMAT, "stage": stage, "recipe": experiment.recipe, "rate": rate}
-    decides |= {"settings": to_dict(experiment.config(seed, length)), "kind": method.kind, "options": method.options}
+    decides: Record = {
+        "format": FORMAT,
+        "version": version("smidgen"),
+        "stage": stage,
+        "recipe": experiment.recipe,
+        "rate": rate,
+    }
+    decides |= {"settings": _given(experiment.config(seed, length)), "kind": method.kind, "options": method.options}
     decides |= {"targets": experiment.targets(method), "evaluation": to_dict(experiment.evaluation)}
     if stage == "run":
         decides["forgetting"] = to_dict(experiment.forgetting) if experiment.forgetting else None
     return Cell(stage, method, rate, seed, steps, json.dumps(decides, sort_keys=True, default=str))
+
+
+def _given(config: Any) -> Record:
+    """The settings that are not the recipe's defaults: a setting that a later version adds makes no other cell."""
+    usual = flat(type(config)())
+    return {name: value for name, value in flat(config).items() if value != usual[name]}
 
 
 class Cells:
