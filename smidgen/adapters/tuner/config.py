@@ -14,6 +14,7 @@ from peft import PeftConfig
 
 from smidgen import errors
 from smidgen.adapters import methods
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME
 
 PEFT_TYPE_NAME = "SMIDGEN"
@@ -33,6 +34,7 @@ class SmidgenConfig(PeftConfig):
         target_modules: names or ends of names, one regular expression, or "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
         store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
+        store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
         base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
         canary: fingerprint of the adapter's effect, written at save; re-checked by :func:`smidgen.verify`.
     """
@@ -51,6 +53,7 @@ class SmidgenConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     store_factors: bool = False
+    store_dtype: str = "float32"
     base_lock: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
     bias: str = "none"
@@ -112,9 +115,7 @@ class SmidgenConfig(PeftConfig):
         return " ".join(parts)
 
 
-_DEFAULTS = {
-    f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SmidgenConfig)
-}
+_DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SmidgenConfig)}
 
 
 def _whole(value: Any) -> bool:
@@ -151,6 +152,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (lambda v: v is None or _all(v, _LISTS, _text), "a list of names"),
     "layers_to_transform": (lambda v: v is None or _whole(v) or _all(v, _LISTS, _whole), "layer numbers"),
     "store_factors": (lambda v: isinstance(v, bool), "true or false"),
+    "store_dtype": (lambda v: v in packing.STORED, f"one of {', '.join(packing.STORED)}"),
     "base_lock": _RECORD,
     "canary": _RECORD,
 }
@@ -173,6 +175,7 @@ _FIELDS = (
     "layers_pattern",
     "rank_pattern",
     "store_factors",
+    "store_dtype",
     "seed",
     "task_type",
     "inference_mode",
