@@ -94,6 +94,17 @@ def adapt(model: nn.Module, config: Config, heads: Sequence[str] = ()) -> nn.Mod
         raise ConfigError(f"peft refuses its own {type(config).__name__}: {error}") from error
 
 
+def hold_statistics(model: nn.Module) -> None:
+    """Keep batch norms at the base's running statistics while training: they are in no adapter's file."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_rest)
+
+
+def _rest(module: nn.Module, _inputs: Any) -> None:
+    module.eval()
+
+
 def trained_numbers(model: nn.Module) -> int:
     """Numbers of the model that are trained, heads included."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

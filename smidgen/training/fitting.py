@@ -11,6 +11,7 @@ from torch import nn
 from smidgen.errors import AdapterFileError
 from smidgen.training import engine
 from smidgen.training.loop import LoopConfig, Task, train
+from smidgen.training.processes import is_main
 from smidgen.training.randomness import derive
 
 
@@ -63,11 +64,12 @@ def fit(
 
     ``peft_config`` is smidgen's, peft's or one of ``engine``'s controls; the modules ``heads`` are trained and saved
     besides. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint must share
-    to be resumed. Raises what ``train`` raises.
+    to be resumed. Under ``accelerate launch`` the main process alone saves. Raises what ``train`` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
         engine.adapt(model, peft_config, heads)
+    engine.hold_statistics(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # trained numbers stay fp32 whatever the base's precision
             parameter.data = parameter.data.float()
@@ -76,7 +78,7 @@ def fit(
     numbers = engine.trained_numbers(model) - head_numbers
     groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay, heads, rates.head)
     result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
-    size = engine.save(model, peft_config, folder, heads)
+    size = engine.save(model, peft_config, folder, heads) if is_main() else 0
     return Fitted(
         name,
         folder,

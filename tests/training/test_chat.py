@@ -77,7 +77,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 
 def test_a_template_that_refuses_a_conversation():
-    with pytest.raises(DataError, match="row 1: the chat template refuses it: roles must alternate"):
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses it: roles must alternate"):
         learnt("{{ raise_exception('roles must alternate') }}")
 
 
@@ -103,13 +103,13 @@ def test_what_is_cut_or_lost_is_counted():
 
 def test_a_tokenizer_without_a_template_says_what_to_do(tmp_path):
     tokenizer = word_tokenizer()
-    with pytest.raises(DataError, match="no chat template.*--chat-template"):
+    with pytest.raises(DataError, match=r"no chat template.*--chat-template"):
         encode_conversations(tokenizer, {"train": [conversation()]}, 64)
     raw = conversation([("user", "the day was "), ("assistant", "good .")], raw=True)
     assert encode_conversations(tokenizer, {"train": [raw]}, 64)[0]["train"][0].targets == 2
     (tmp_path / "t.jinja").write_text(CHATML)
     assert read_template(tmp_path / "t.jinja") == CHATML
-    with pytest.raises(DataError, match="chat template .*nothing.* cannot be read"):
+    with pytest.raises(DataError, match=r"chat template .*nothing.* cannot be read"):
         read_template(tmp_path / "nothing")
 
 
@@ -153,7 +153,7 @@ def test_rows_without_an_answer_are_counted(tmp_path):
     rows = [{"instruction": f"q{n}", "output": "a" if n else " "} for n in range(9)]
     (warning,) = read(tmp_path, rows).warnings
     assert warning == "1 train row without an assistant turn or an answer, left out: a.jsonl row 1."
-    with pytest.raises(DataError, match="No row of train holds an assistant turn"):
+    with pytest.raises(DataError, match=r"No row of train holds an assistant turn"):
         read(tmp_path, [{"messages": [{"role": "user", "content": "q"}]}])
 
 

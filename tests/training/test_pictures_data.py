@@ -72,10 +72,10 @@ def test_metadata(tmp_path, suffix):
     found = read(tmp_path, "kind")
     assert found.labels == ("0", "1", "2") and sum(sizes(found)) == 12
     assert "1 row of metadata" in found.warnings[0] and "without a label, left out" in found.warnings[0]
-    with pytest.raises(DataError, match="no column 'label'.* Its columns are file_name, kind"):
+    with pytest.raises(DataError, match=r"no column 'label'.* Its columns are file_name, kind"):
         read(tmp_path)
     (tmp_path / "images" / "3.png").unlink()
-    with pytest.raises(DataError, match="1 picture named in metadata.* but not in the folder: images/3.png"):
+    with pytest.raises(DataError, match=r"1 picture named in metadata.* but not in the folder: images/3.png"):
         read(tmp_path, "kind")
 
 
@@ -160,5 +160,5 @@ def test_resolutions():
         image_size, patch_size = 32, 8
 
     assert choose_resolution(None, Config) == 32 and choose_resolution(48, Config) == 48
-    with pytest.raises(ConfigError, match="multiple of the model's patch of 8 pixels, not 50; 48"):
+    with pytest.raises(ConfigError, match=r"multiple of the model's patch of 8 pixels, not 50; 48"):
         choose_resolution(50, Config)

@@ -84,7 +84,7 @@ def test_fewer_train_examples_are_a_part_of_all(tmp_path):
     whole, part = read(table(tmp_path / "a.csv")), read(tmp_path / "a.csv", most=5)
     assert len(part.splits["train"]) == 5 and part.splits["test"] == whole.splits["test"]
     assert {e.text for e in part.splits["train"]} < {e.text for e in whole.splits["train"]}
-    with pytest.raises(ConfigError, match="max_train_examples must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match=r"max_train_examples must be at least 1, not 0"):
         read(tmp_path / "a.csv", most=0)
 
 
@@ -140,9 +140,9 @@ def test_numbers_as_labels(tmp_path):
     rows = [(f"t{at}", at / 4) for at in range(20)]
     found = read(table(tmp_path / "a.csv", rows), regression=True)
     assert found.labels == () and {e.label for e in found.splits["train"]} <= {at / 4 for at in range(20)}
-    with pytest.raises(DataError, match="are numbers such as 0.25, not classes.*--regression"):
+    with pytest.raises(DataError, match=r"are numbers such as 0.25, not classes.*--regression"):
         read(tmp_path / "a.csv")
-    with pytest.raises(DataError, match="a.csv row 21 has 'much' in 'label', which is no number"):
+    with pytest.raises(DataError, match=r"a.csv row 21 has 'much' in 'label', which is no number"):
         read(table(tmp_path / "a.csv", [*rows, ("x", "much")]), regression=True)
 
 
@@ -195,11 +195,11 @@ def test_folders_without_tables_or_without_train(tmp_path):
         read(tmp_path)
     table(tmp_path / "validation.csv")
     table(tmp_path / "other.csv")
-    with pytest.raises(DataError, match="no file whose name begins with train; it holds other.csv, validation.csv"):
+    with pytest.raises(DataError, match=r"no file whose name begins with train; it holds other.csv, validation.csv"):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, -1.0])
 def test_shares_without_meaning(tmp_path, share):
-    with pytest.raises(ConfigError, match="held_out_share must lie between 0 and 0.5"):
+    with pytest.raises(ConfigError, match=r"held_out_share must lie between 0 and 0.5"):
         read(table(tmp_path / "a.csv"), held_out=share)
