@@ -13,6 +13,7 @@ SUMMARY = {
     "train": "train an adapter of kilobytes on texts, pictures or conversations: train TASK DATA",
     "personalize": "train an adapter of kilobytes on a folder of pictures",
     "subject": "draw pictures of an invented person for the embedded base",
+    "pairs": "draw portraits with control pictures for the embedded base: train control on them",
     "generate": "draw pictures with an adapter",
     "verify": "prove that an adapter is on and belongs to its base",
     "inspect": "say what an adapter folder holds",
@@ -22,6 +23,7 @@ SUMMARY = {
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "subject": using.subject,
+    "pairs": using.pairs,
     "generate": using.generate,
     "verify": using.verify,
     "inspect": using.inspect,

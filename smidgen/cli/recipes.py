@@ -49,6 +49,21 @@ RECIPES: dict[str, Recipe] = {
             data="folder",
             kind=Path,
         ),
+        Recipe(
+            "control",
+            "make a text-to-image base follow control pictures: edges, parts, landmarks",
+            """Train a hint encoder and an adapter that make a text-to-image base follow control pictures.
+
+        The folder is an imagefolder whose metadata.jsonl has file_name, control_file_name and text; for --control canny
+        pictures with captions are enough. Draw with it: smidgen generate OUT --control PICTURE --prompt TEXT.""",
+            "control",
+            "control",
+            "control_settings",
+            "ControlConfig",
+            "control_settings",
+            data="folder",
+            kind=Path,
+        ),
         _finetune(
             "text-classification",
             "TextClassificationConfig",

@@ -18,9 +18,12 @@ def generate(
     guidance: float | None = None,
     strength: float = 1.0,
     negative_prompt: str = "",
+    control: Path | None = None,
+    edges_of: Path | None = None,
+    control_scale: float = 1.0,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
 ) -> None:
-    """Draw pictures with ADAPTER, the folder that personalize wrote.
+    """Draw pictures with ADAPTER, the folder that personalize or train control wrote.
 
     Args:
         adapter: the adapter's folder.
@@ -33,6 +36,9 @@ def generate(
         guidance: classifier-free guidance (default: as the base needs).
         strength: 0 is the base, 1 the adapter, more exaggerates.
         negative_prompt: what to keep away from.
+        control: the control picture to follow, for an adapter that was trained with one.
+        edges_of: a picture whose edges are the control picture, for a canny adapter.
+        control_scale: 0 leaves the control out, more than 1 exaggerates.
         mixed_precision: precision of the base's weights.
     """
     from smidgen.training.drawing import generate as run
@@ -66,6 +72,26 @@ def inspect(adapter: Path, /) -> None:
     from smidgen.training.drawing import inspect as run
 
     print(run(adapter))
+
+
+def pairs(
+    folder: Path,
+    /,
+    control: Literal["canny", "segmentation", "landmarks"] = "segmentation",
+    seed: int = 0,
+    num_pictures: int = 1000,
+) -> None:
+    """Draw people of the embedded base's world in many poses into FOLDER, with control pictures, to train control with.
+
+    Args:
+        folder: where the pictures, the folder control and metadata.jsonl go.
+        control: what the control pictures show.
+        seed: which people, scenes and poses.
+        num_pictures: how many; the last tenth are people the base has never seen.
+    """
+    from smidgen.training.control.pairs import write_pairs as run
+
+    print(run(folder, control, num_pictures, seed))
 
 
 def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
