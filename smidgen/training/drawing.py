@@ -81,6 +81,9 @@ def verify(adapter: Path, base: str) -> tuple[bool, str]:
     """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
     kind = read_config(adapter).get("peft_type")
     loaded = load_base(base, "no", default_device())
+    made = hint.read_config(adapter)
+    if made is not None:
+        hint.attach(loaded.unet, made)
     if kind != PEFT_TYPE_NAME:
         engine.load(loaded.unet, adapter)
         return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."

@@ -43,7 +43,7 @@ class ControlReport:
 
     def as_json(self) -> str:
         """Everything but local paths."""
-        values = {"method": self.method, "base": public_name(self.base), "control": self.control}
+        values: dict[str, Any] = {"method": self.method, "base": public_name(self.base), "control": self.control}
         values |= {"lines": [asdict(line) for line in self.lines], "warnings": list(self.warnings)}
         return json.dumps(values | {"notes": list(self.notes), "settings": dict(self.settings)}, indent=1) + "\n"
 

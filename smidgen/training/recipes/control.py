@@ -49,8 +49,10 @@ from smidgen.training.tasks.personalize import encode_examples
 logger = logging.getLogger(__name__)
 
 # Settings that do not decide the trained numbers.
-_ASIDE = ("folder", "report_to", "preview_steps", "checkpoints_total_limit", "checkpointing_steps", "out", "overwrite")
-_ASIDE += ("resume_from_checkpoint", "gradient_checkpointing", "inference_steps", "guidance_scale", "num_columns")
+_ASIDE = {
+    "folder", "out", "overwrite", "resume_from_checkpoint", "gradient_checkpointing", "report_to", "preview_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "inference_steps", "guidance_scale", "num_columns",
+}  # fmt: skip
 
 
 def control(config: ControlConfig, progress: bool = True) -> ControlReport:
