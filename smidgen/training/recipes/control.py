@@ -25,7 +25,7 @@ from smidgen.training.control import hint
 from smidgen.training.control.pairs import ControlPairs, as_controls, read_pairs
 from smidgen.training.control.report import ControlReport, Line, model_card
 from smidgen.training.control.sampling import can_score, draw_controlled, scores, wanted
-from smidgen.training.fitting import Fitted, fit, prove
+from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.gallery import SAMPLING, answer
 from smidgen.training.pipelines import (
     EMBEDDED,
@@ -71,13 +71,13 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport:
     for warning in pairs.warnings:
         logger.warning("%s", warning)
     seen, held_out = pairs.split(data.num_held_out)
+    made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
 
     out = open_folder(config)  # type: ignore[arg-type]
-    made = hint.config_for(base, data.control, config.adapter.hint_width)
     replace_file(out / "config.yaml", dump_yaml(config))
     replace_file(out / hint.FILE, hint.dump_config(made))
     identity = _identity(config, base, pairs)
-    fitted = _fit(config, base, seen, made, out, resolution, identity, progress)
+    fitted = _fit(config, base, seen, made, rate, resolution, identity, progress)
 
     fresh = load_base(config.base, config.train.mixed_precision, device)
     scenes = _scenes(config, fresh, held_out, resolution)
@@ -120,7 +120,7 @@ def _fit(
     base: Base,
     seen: ControlPairs,
     made: hint.HintConfig,
-    out: Path,
+    rate: Rates,
     resolution: int,
     identity: Mapping[str, Any],
     progress: bool,
@@ -137,7 +137,7 @@ def _fit(
     chosen_setup = setup(chosen, targets, config.train.seed)
     options = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
     options |= {"heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
-    return fit(chosen.method, base.unet, task, chosen_setup, rates(config), config.train, out, **options)
+    return fit(chosen.method, base.unet, task, chosen_setup, rate, config.train, config.out, **options)
 
 
 def _scenes(config: ControlConfig, base: Base, held_out: ControlPairs, resolution: int) -> Scenes:
