@@ -106,7 +106,8 @@ class Adapter:
     rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
-    target_modules: tuple[str, ...] | None = None  # endings of module names; None: the attention projections
+    target_modules: tuple[str, ...] | None = None  # endings of names, or all-linear; None: attention
+    budget: str | None = None  # bytes of the adapter's folder without a head, such as 20kB; decides ranks and targets
     learning_rate: float | None = None  # None: a table by method and family of models
     transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
     head_learning_rate: float = 2e-3  # of a classifier's head
