@@ -19,6 +19,7 @@ RATES: dict[Family, dict[str, Rates]] = {
         "tlora_star": Rates(5e-3, 1.5e-3),
         "svfit": Rates(1e-1, 1e-1),
         "loldu": Rates(1e-1, 1e-1),
+        "seeded": Rates(1e-1, 1e-1),
         "lora": Rates(2e-3, 2e-3),
         "oft": Rates(2e-3, 2e-3),
         FULL: Rates(5e-5, 5e-5),
@@ -26,8 +27,9 @@ RATES: dict[Family, dict[str, Rates]] = {
     "vision": {
         "tlora": Rates(2e-2, 6e-3),
         "tlora_star": Rates(5e-3, 1.5e-3),
-        "svfit": Rates(1e-1, 1e-1),
-        "loldu": Rates(1e-1, 1e-1),
+        "svfit": Rates(3e-2, 3e-2),
+        "loldu": Rates(3e-2, 3e-2),
+        "seeded": Rates(3e-2, 3e-2),
         "lora": Rates(2e-3, 2e-3),
         "oft": Rates(2e-3, 2e-3),
         FULL: Rates(5e-5, 5e-5),
@@ -37,13 +39,20 @@ RATES: dict[Family, dict[str, Rates]] = {
         "tlora_star": Rates(2e-3, 6e-4),
         "svfit": Rates(5e-2, 5e-2),
         "loldu": Rates(5e-2, 5e-2),
+        "seeded": Rates(5e-2, 5e-2),
         "lora": Rates(1e-3, 1e-3),
         "oft": Rates(1e-3, 1e-3),
         FULL: Rates(2e-5, 2e-5),
     },
 }
 TRANSFORM_OF = {"tensor_ring": "tlora", "rotation": "oft", "diagonal": "svfit"}
-RESIDUAL_OF = {"tensor_ring": "tlora", "low_rank": "lora", "spectral": "svfit", "triangular": "loldu"}
+RESIDUAL_OF = {
+    "tensor_ring": "tlora",
+    "low_rank": "lora",
+    "spectral": "svfit",
+    "triangular": "loldu",
+    "seeded": "seeded",
+}
 
 
 @dataclass(frozen=True)
