@@ -69,7 +69,9 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
     config_of_peft = (
-        budgeted(config, prepared) if chosen.budget else setup(chosen, targets(config, model), config.train.seed)
+        budgeted(config, prepared, chosen.budget)
+        if chosen.budget
+        else setup(chosen, targets(config, model), config.train.seed)
     )
     identity = _identity(config, prepared, rate)
     out = open_folder(config)
@@ -106,8 +108,8 @@ def targets(config: FinetuneConfig, model: Any) -> Any:
     return "all-linear" if named == ("all-linear",) else list(named)
 
 
-def budgeted(config: FinetuneConfig, prepared: Prepared) -> Any:
-    """The config that makes the most of ``adapter.budget`` bytes, by the gradients of the first few batches."""
+def budgeted(config: FinetuneConfig, prepared: Prepared, budget: str) -> Any:
+    """The config that makes the most of ``budget`` bytes, by the gradients of the first few batches."""
     from smidgen.adapters.budget import allocate
 
     chosen = config.adapter
@@ -121,7 +123,7 @@ def budgeted(config: FinetuneConfig, prepared: Prepared) -> Any:
     options: dict[str, Any] = {"seed": config.train.seed, "target_modules": where}
     if prepared.heads:
         options["modules_to_save"] = list(prepared.heads)
-    return allocate(prepared.model, chosen.budget, (prepared.task.loss, batches), **options)
+    return allocate(prepared.model, budget, (prepared.task.loss, batches), **options)
 
 
 def open_folder(config: FinetuneConfig) -> Path:
