@@ -1,5 +1,7 @@
 """The page, the figures and the contact sheet of ``benchmarks.control``; every finished cell is read again."""
 
+import json
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,13 @@ ROWS = ("real", "base", *bench.METHODS)
 def report(command: str) -> None:
     """results/control.json, docs/results/control.md and control_sheet.png."""
     rates, found = bench.chosen_rates(), {control: cells(control) for control in bench.CONTROLS}
-    figures: dict[str, Any] = {"pictures": bench.PICTURES, "held_out": bench.HELD_OUT, "batch": bench.BATCH}
+    figures: dict[str, Any] = {
+        "steps": bench.STEPS["segmentation"],
+        "pictures": bench.PICTURES,
+        "held_out": bench.HELD_OUT,
+        "batch": bench.BATCH,
+    }
     figures |= {f"{control}_seeds": len(next(iter(rows.values()))) for control, rows in found.items() if rows}
-    figures |= {f"{control}_steps": steps for control, steps in bench.STEPS.items()}
     for control, rows in found.items():
         for method, seeds in rows.items():
             for score in bench.SCORES[control]:
@@ -32,6 +38,8 @@ def report(command: str) -> None:
             figures[key(method, "cpu_seconds")] = float(np.mean([cell["cpu_seconds"] for cell in seeds]))
         if method in rates:
             figures[key(method, "learning_rate")] = rates[method]
+    spent = [json.loads(path.read_text())["cpu_seconds"] for path in bench.CELLS.glob("*/*.json")]
+    figures["cpu_hours"] = sum(spent) / 3600
     write_result("control", figures, command)
     folder = bench.ROOT / "docs" / "results"
     (folder / "control.md").write_text(page(figures, found))
@@ -75,36 +83,46 @@ def page(figures: dict[str, Any], found: dict[str, dict[str, list]]) -> str:
     from smidgen.models.embedded.parts_reader import load_parts_reader
 
     accuracy = load_parts_reader().accuracy
-    parts = [
-        f"""# Control on the embedded base, by method
-
-A hint encoder ({figures["lora_r4_hint_numbers"]:,} numbers, the same for every method, saved with the adapter) and an
-adapter in the UNet's attentions learn to follow control pictures: {bench.PICTURES} portraits of other people in random
-poses, batches of {bench.BATCH}, {" / ".join(str(s) for s in bench.STEPS.values())} steps for {" / ".join(bench.CONTROLS)}.
-Scored on {bench.HELD_OUT} portraits of people nobody trained on, {bench.DRAW_STEPS} sampling steps, guidance
-{bench.GUIDANCE:g}. Every method saw the same pictures, noise, timesteps and steps. Rates: two values each, by the loss
-on other people after {bench.TUNING_STEPS} steps of another seed (segmentation; used for all three controls).
-
-The ranks keep the paper's ratios of trained numbers to LoRA r=4, not its ranks: at widths of 64 to 128 TLoRA(2,6)
-has 1.7 times LoRA's numbers, on SD 1.5 half of them. "real" are the true pictures after the base's autoencoder, which
-no method can be expected to beat; "base" draws from the caption alone; "hint alone" has no adapter. Brackets: 95 %
-bootstrap over seeds and pictures. Parts and landmarks are read by a network trained on real drawings only; on held-out
-people it reaches mIoU {accuracy["miou"]:.3f}, aACC {accuracy["pixels"]:.3f}, landmarks {accuracy["landmarks"]:.2f} px.
-`make bench NAME=control` redoes it all.
-
-{_sizes(figures)}
-"""
-    ]
-    for control, rows in found.items():
-        if rows:
-            parts.append(
-                f"## {control}, {figures[f'{control}_seeds']} seed(s)\n\n{_table(figures, control, list(rows))}\n"
-            )
-    parts += [
-        _reading(figures, found),
-        "![control pictures, real pictures and what each method drew](control_sheet.png)\n",
-    ]
+    done = {control: rows for control, rows in found.items() if rows}
+    missing = [control for control in bench.CONTROLS if control not in done]
+    setting = f"""A hint encoder ({figures["lora_r4_hint_numbers"]:,} numbers, the same for every method, saved with the
+    adapter) and an adapter in the UNet's attentions learn to follow control pictures: {bench.PICTURES:,} portraits in
+    random poses, {bench.STEPS["segmentation"]} steps of {bench.BATCH}. Scored on {bench.HELD_OUT} portraits of people
+    nobody trained on, {bench.DRAW_STEPS} sampling steps, guidance {bench.GUIDANCE:g}. Every method saw the same pictures,
+    noise, timesteps and number of steps. Rates: two values each, a factor of 3 apart, by the loss on other people after
+    {bench.TUNING_STEPS} steps of another seed, chosen on segmentation and used for all controls; the hint encoder's is
+    {bench.HINT_RATE:g} everywhere. The best rate was the larger one for {_at_the_edge(figures)}, so a longer search might
+    find better ones."""
+    words = f"""The ranks keep the paper's ratios of trained numbers to LoRA r=4 (SD 1.5), not its ranks: at widths of 64 to
+    128 TLoRA(2,6) has 1.7 times LoRA's numbers, on SD 1.5 half of them. "real" are the true pictures after the base's
+    autoencoder, which no method can be expected to beat; "base" draws from the caption alone; "hint alone" trains no
+    adapter. Brackets: 95 % bootstrap over seeds and pictures. Parts and landmarks are read by a network trained on real
+    drawings only; on drawings of held-out people it reaches mIoU {accuracy["miou"]:.3f}, aACC {accuracy["pixels"]:.3f}
+    and {accuracy["landmarks"]:.2f} px."""
+    redo = f"""`make bench NAME=control` redoes it ({figures["cpu_hours"]:.1f} hours of one core for all that is here); cells
+    that are done are kept."""
+    parts = ["# Control on the embedded base, by method\n", *(_filled(text) + "\n" for text in (setting, words, redo))]
+    parts.append(_sizes(figures) + "\n")
+    for control, rows in done.items():
+        title = f"## {control}, {_counted(figures[f'{control}_seeds'])}"
+        parts.append(f"{title}\n\n{_table(figures, control, list(rows))}\n")
+    if missing:
+        parts.append(f"Not measured yet: {', '.join(missing)}; the command above does them.\n")
+    parts += [_against(done), "![control pictures, real pictures and what each method drew](control_sheet.png)\n"]
     return "\n".join(parts)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _counted(seeds: int) -> str:
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _at_the_edge(figures: dict[str, Any]) -> str:
+    edge = [m for m, grid in bench.GRIDS.items() if figures[key(m, "learning_rate")] == max(grid)]
+    return "every method" if len(edge) == len(bench.GRIDS) else ", ".join(edge) or "none"
 
 
 def _sizes(figures: dict[str, Any]) -> str:
@@ -134,23 +152,24 @@ def _table(figures: dict[str, Any], control: str, methods: list[str]) -> str:
     return markdown_table(["method", *(WORDS[score] for score in bench.SCORES[control])], rows)
 
 
-def _reading(figures: dict[str, Any], found: dict[str, dict[str, list]]) -> str:
-    """For each control, how each method stands against LoRA r=4 by paired differences."""
-    lines = ["## Against LoRA r=4\n", "Paired differences (same seeds, pictures and noise), 95 % bootstrap:\n"]
-    for control, rows in found.items():
-        if not rows:
-            continue
-        score, sign = bench.MAIN[control], -1 if control == "landmarks" else 1
-        lora = np.array([cell["each"][score] for cell in rows["LoRA r4"]])
-        told = []
-        for method in [m for m in rows if m in bench.METHODS and m != "LoRA r4"]:
-            gap = sign * (np.array([cell["each"][score] for cell in rows[method]]) - lora)
-            cell = [{score: float(gap[n].mean()), "each": {score: gap[n]}} for n in range(len(gap))]
-            low, high = interval(cell, score)
+def _against(done: dict[str, dict[str, list]]) -> str:
+    """How each method stands against LoRA r=4 on each control."""
+    from smidgen.training.report import markdown_table
+
+    rows = []
+    for method in [name for name in bench.METHODS if name != "LoRA r4"]:
+        row = [method]
+        for control, cells_of in done.items():
+            score, sign = bench.MAIN[control], -1 if control == "landmarks" else 1
+            each = [np.array([cell["each"][score] for cell in cells_of[name]]) for name in (method, "LoRA r4")]
+            gap = sign * (each[0] - each[1])
+            low, high = interval([{score: part.mean(), "each": {score: part}} for part in gap], score)
             word = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-            told.append(f"{method} {gap.mean():+.3f} [{low:+.3f}, {high:+.3f}] ({word})")
-        lines.append(f"- {control} ({WORDS[score]} picture by picture, plus is better): " + "; ".join(told) + ".")
-    return "\n".join(lines) + "\n"
+            row.append(f"{gap.mean():+.3f} [{low:+.3f}, {high:+.3f}] {word}")
+        rows.append(row)
+    head = ["method", *(f"{control}, {WORDS[bench.MAIN[control]]}" for control in done)]
+    told = "Differences picture by picture, same seed and noise, averaged; plus is better; 95 % bootstrap."
+    return f"## Against LoRA r=4\n\n{told}\n\n{markdown_table(head, rows)}\n"
 
 
 def sheet(found: dict[str, dict[str, list]]) -> Any:
@@ -171,7 +190,7 @@ def sheet(found: dict[str, dict[str, list]]) -> Any:
             cell = found[control][method][0]
             score = bench.MAIN[control]
             rows.append(Row(method, bench.unpacked(cell["pictures"])[shown], f"{WORDS[score]} {cell[score]:.3f}"))
-        parts.append(contact_sheet(f"{control}: the same caption and noise in each column", rows, cell=64))
+        parts.append(contact_sheet(f"{control}: the same caption and noise in each column", rows, cell=96))
     width, height = max(part.width for part in parts), sum(part.height for part in parts)
     whole = Image.new("RGB", (width, height), "white")
     top = 0

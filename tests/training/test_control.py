@@ -112,9 +112,10 @@ def test_a_file_without_its_hint_is_refused(sd, pairs, tmp_path):
         generate(out, ["a person"], base=str(sd), edges_of=pairs / "0.png")
 
 
-def test_bf16_base_trains_fp32_numbers(sd, pairs, tmp_path):
+def test_bf16_base_trains_fp32_numbers_and_previews(sd, pairs, tmp_path):
     made = config(sd, pairs, tmp_path / "out")
-    control(replace(made, train=replace(made.train, mixed_precision="bf16")), progress=False)
+    control(replace(made, train=replace(made.train, mixed_precision="bf16", preview_steps=2)), progress=False)
+    assert Image.open(tmp_path / "out" / "preview-2.png").size[0] > 2 * 128
     saved = load_file(tmp_path / "out" / "checkpoint-2" / "trained.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32} and any("hint" in name for name in saved)
 
