@@ -167,3 +167,14 @@ def test_shortened_splits_are_the_same_every_time():
     assert len(few[0].splits["train"]) == 5 and few[0].splits["train"].names == few[1].splits["train"].names
     assert few[0].splits["train"].rows == few[1].splits["train"].rows and len(few[0].splits["train"].labels) == 5
     assert len(shortened(first, train=10**6).splits["train"]) == whole == len(first.splits["train"])
+
+
+def test_the_command_names_what_it_does_not_know(capsys, tmp_path):
+    from smidgen.cli import main
+
+    assert main(["compare", "tweeds", "--out", str(tmp_path / "out")]) == 2
+    assert "Did you mean 'tweets'" in capsys.readouterr().err
+    assert main(["compare", "debug", "--only", "svft", "--out", str(tmp_path / "out")]) == 2
+    assert "no method 'svft'" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main(["compare", "debug", "--stage", "report", "--out", str(tmp_path / "out")]) == 2
+    assert "run the experiment first" in capsys.readouterr().err
