@@ -170,12 +170,21 @@ class _Run:
                 self._check_finite(value, "loss", step, batch)
                 accelerator.backward(loss)
             total += value / parts
-        norm = accelerator.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm)
+        norm = self._clip()
         if accelerator.scaler is None:  # fp16's scaler skips such a step by itself and lowers its scale
             self._check_finite(float(norm), "gradient norm", step, batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
+
+    def _clip(self) -> Tensor:
+        """The gradient's norm after cutting; a task that trains many adapters at once cuts each of them alone."""
+        trained, most = list(self.trained.values()), self.config.max_grad_norm
+        own = getattr(self.task, "clip_gradients", None)
+        if own is None:
+            return self.accelerator.clip_grad_norm_(trained, most)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return own(trained, most)
 
     def _after_step(self, done: int, stopping: bool) -> None:
         config, accelerator = self.config, self.accelerator
