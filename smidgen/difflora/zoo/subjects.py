@@ -8,14 +8,14 @@ Everything of one person is on one side: a split over files would put checkpoint
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from smidgen.difflora.zoo.settings import Subjects
-from smidgen.errors import DataError, MissingExtraError
+from smidgen.difflora.zoo.tables import read_parquet, to_parquet
+from smidgen.errors import DataError
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import derive
 
@@ -40,7 +40,8 @@ class Subject:
 def make_subjects(out: Path, wanted: Subjects) -> list[Subject]:
     """Writes the table (and the pictures of invented people) into ``out``; returns the people in its order."""
     found = _invented(out, wanted) if wanted.folder is None else _from_folder(wanted.folder, wanted)
-    _check(found)
+    if not any(person.split == "train" for person in found):
+        raise DataError(f"All {len(found)} people are held out; lower held_out_share or add people.")
     replace_file(out / TABLE, to_parquet(found))
     return found
 
@@ -147,67 +148,18 @@ def _from_folder(folder: Path, wanted: Subjects) -> list[Subject]:
                 licence=wanted.licence,
             )
         )
+    _check_owners(found)
     return found
 
 
-def _check(people: Sequence[Subject]) -> None:
-    """No picture under two names, which would let one face into both splits; somebody to train on."""
+def _check_owners(people: Sequence[Subject]) -> None:
+    """No picture under two names, which would let one face into both splits."""
     owner: dict[str, str] = {}
     for person in people:
         for digest, picture in zip(person.digests, person.pictures, strict=True):
             other = owner.setdefault(digest, person.id)
-            if other != person.id and not person.consent.startswith("an invented"):
+            if other != person.id:
                 raise DataError(
                     f"{picture} of {person.id!r} is byte for byte a picture of {other!r}: one person under two names "
                     "would be on both sides of the split. Merge their folders or remove the copy."
                 )
-    if not any(person.split == "train" for person in people):
-        raise DataError(f"All {len(people)} people are held out; lower held_out_share or add people.")
-
-
-def to_parquet(records: Sequence[Any]) -> bytes:
-    """Dataclass records of one kind as a parquet file; equal records give equal bytes."""
-    pa, pq = pyarrow()
-    rows = [asdict(record) for record in records]
-    columns = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        kind = pa.map_(pa.string(), pa.string()) if isinstance(values[0], dict) else None
-        if isinstance(values[0], tuple):
-            kind, values = pa.list_(pa.string()), [list(value) for value in values]
-        if isinstance(values[0], dict):
-            values = [sorted(value.items()) for value in values]
-        columns[name] = pa.array(values, type=kind or _TYPES(pa, records[0], name))
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
-def _TYPES(pa: Any, record: Any, name: str) -> Any:  # noqa: N802
-    """A column's type from the record's annotation, so that a column of None keeps it."""
-    words = str(record.__dataclass_fields__[name].type)
-    for word, kind in (("bool", pa.bool_()), ("int", pa.int64()), ("float", pa.float64())):
-        if words.startswith(word):
-            return kind
-    return pa.string()
-
-
-def read_parquet(path: Path) -> dict[str, list[Any]]:
-    """Columns of a parquet file; DataError when it is missing or damaged."""
-    pa, pq = pyarrow()
-    try:
-        return pq.read_table(path, partitioning=None).to_pydict()  # type: ignore[no-any-return]
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing.") from error
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-
-
-def pyarrow() -> tuple[Any, Any]:
-    """(pyarrow, pyarrow.parquet), or the extra to install."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError("A zoo keeps its tables in parquet: pip install 'smidgen[zoo]'") from error
-    return pa, pq
