@@ -22,7 +22,7 @@ from smidgen.difflora.zoo.queue import Queue
 from smidgen.difflora.zoo.settings import ZooConfig
 from smidgen.difflora.zoo.status import Status, status
 from smidgen.difflora.zoo.store import DESCRIPTION, Zoo
-from smidgen.difflora.zoo.subjects import TABLE, Subject, make_subjects, read_pictures, read_subjects
+from smidgen.difflora.zoo.subjects import Subject, make_subjects, read_pictures, read_subjects
 from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
 from smidgen.training.interrupts import TrainingInterrupted
 from smidgen.training.settings import from_dict, to_dict
@@ -49,7 +49,7 @@ def build(config: ZooConfig, workers: int = 1, ray: str | None = None, progress:
     zoo = open_zoo(config)
     people = read_subjects(config.out)
     todo = [group for group in range(_groups(config, people)) if not zoo.has(group)]
-    with _bar(zoo, people, config, progress) as bar:
+    with _bar(zoo, len(people), config.group.size, progress) as bar:
         try:
             if ray is not None:
                 _with_ray(zoo, config, people, todo, workers, ray, bar)
@@ -200,18 +200,18 @@ class _Bar:
         self.zoo, self.total, self.size, self.bar = zoo, total, size, bar
 
     def count(self) -> None:
-        self.bar.update(min(self.total, len(self.zoo.groups()) * self.size) - self.bar.n)
+        """Shows how many adapters are there now."""
+        self.bar.update(_there(self.zoo, self.total, self.size) - self.bar.n)
+
+
+def _there(zoo: Zoo, total: int, size: int) -> int:
+    return min(total, len(zoo.groups()) * size)
 
 
 @contextmanager
-def _bar(zoo: Zoo, people: Sequence[Subject], config: ZooConfig, progress: bool) -> Iterator[_Bar]:
+def _bar(zoo: Zoo, total: int, size: int, progress: bool) -> Iterator[_Bar]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=len(people), desc="zoo", unit="adapter", dynamic_ncols=True, disable=not progress) as bar:
-        counter = _Bar(zoo, len(people), config.group.size, bar)
-        counter.count()
-        bar.start_t, bar.initial = bar._time(), bar.n
-        yield counter
-
-
-__all__ = ["TABLE", "build", "config_of", "job_of", "open_zoo", "settings_of"]
+    options = {"desc": "zoo", "unit": "adapter", "dynamic_ncols": True, "disable": not progress}
+    with tqdm(total=total, initial=_there(zoo, total, size), **options) as bar:
+        yield _Bar(zoo, total, size, bar)
