@@ -133,10 +133,10 @@ LEARNED = {
 def test_a_learned_codec_learns_and_comes_back_from_its_file(kind, tmp_path):
     cls, options = LEARNED[kind]
     rows, others = people(LORA), people(LORA, seed=1)
-    fit = {"steps": 150, "latent_noise": 0.02, "batch": 16, "learning_rate": 4e-3}
+    fit = {"steps": 80, "latent_noise": 0.02, "batch": 12, "learning_rate": 6e-3}
     untrained = cls(LORA, fit=fit | {"steps": 1}, **options).fit(TensorRows(rows), progress=False)
     codec = cls(LORA, fit=fit, **options).fit(TensorRows(rows), progress=False)
-    assert codec.error(others) < 0.7 < untrained.error(others)
+    assert codec.error(others) < 0.9 < untrained.error(others)
     latents = codec.encode(others)
     assert latents.shape == (48, *codec.latent_shape)
     assert float(codec.encode(rows).std()) == pytest.approx(1, abs=0.05)

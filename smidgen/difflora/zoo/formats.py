@@ -97,14 +97,14 @@ def read_lora(path: Path, names: Names, ignore_text_encoder: bool = False) -> di
         AdapterFileError: not a plain LoRA, keys nobody knows, factors that do not fit the base, damage.
     """
     parts: dict[str, dict[str, Tensor]] = {}
-    alphas: Mapping[str, float] = {}
+    usual: float | None = None
     if (path / CONFIG_NAME).exists():
         config = read_config(path)
         _check_peft(config, path)
         tensors = {key.removeprefix("base_model.model."): value for key, value in read_tensors(path).items()}
     else:
         config = None
-        tensors, alphas = _read_file(path / DIFFUSERS_NAME if path.is_dir() else path)
+        tensors, usual = _read_file(path / DIFFUSERS_NAME if path.is_dir() else path)
     text = [key for key in tensors if key.startswith(TEXT)]
     if text and not ignore_text_encoder:
         raise AdapterFileError(
@@ -120,7 +120,7 @@ def read_lora(path: Path, names: Names, ignore_text_encoder: bool = False) -> di
         if not {"a", "b"} <= own.keys():
             raise AdapterFileError(f"{path}: {target!r} has only {sorted(own)}; a LoRA has two factors.")
         a, b = own["a"].float().flatten(1), own["b"].float().flatten(1)
-        alpha = float(own["alpha"]) if "alpha" in own else alphas.get(target)
+        alpha = float(own["alpha"]) if "alpha" in own else usual
         scale = _peft_scale(config, target, len(a)) if config is not None else (alpha or len(a)) / len(a)
         found[target] = Factors(b, a, scale)
         names.check(target, found[target], path)
@@ -146,32 +146,20 @@ def _peft_scale(config: Mapping[str, Any], target: str, r: int) -> float:
     return float(alpha) / (r**0.5 if config.get("use_rslora") else r)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors of a file, and alphas by target where diffusers wrote them into its header."""
+def _read_file(path: Path) -> tuple[dict[str, Tensor], float | None]:
+    """Tensors of a file, and the alpha that diffusers wrote into its header, if it did."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             described = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{path} is truncated or not a safetensors file ({error}).") from error
-    alpha = described.get("unet.lora_alpha", described.get("transformer.lora_alpha"))
-    if alpha is None:
-        return tensors, {}
-    for option in ("use_dora", "use_rslora"):
-        if described.get(f"unet.{option}"):
-            raise AdapterFileError(f"{path} was trained with {option}, which its keys do not show; save it through peft.")
-    return tensors, _Everywhere(float(alpha))
-
-
-class _Everywhere(dict):  # type: ignore[type-arg]
-    """One value for every key."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self.value
+    own = {key.removeprefix("unet.").removeprefix("transformer."): value for key, value in described.items()}
+    for option in ("use_dora", "use_rslora", "alpha_pattern"):
+        if own.get(option):
+            raise AdapterFileError(f"{path} was trained with {option}; save it through peft, whose folders say it all.")
+    alpha = own.get("lora_alpha")
+    return tensors, None if alpha is None else float(alpha)
 
 
 def _split(key: str, where: Path) -> tuple[str, str]:

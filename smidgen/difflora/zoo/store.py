@@ -130,9 +130,10 @@ class Zoo:
         if path.exists():
             there = cls(folder)
             there.layout.check_same(layout, "The adapters asked for")
-            differing = [k for k in {**there.settings, **settings} if there.settings.get(k) != settings.get(k)]
+            old, new = _flat(there.settings), _flat(settings)
+            differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
             if differing:
-                lines = "; ".join(f"{k}: {there.settings.get(k)!r} there, {settings.get(k)!r} now" for k in differing)
+                lines = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in differing)
                 raise DataError(f"{folder} holds a zoo of other settings ({lines}). Use them, or choose another --out.")
             return there
         described = {"format": FORMAT, "layout": json.loads(layout.to_json()), "settings": settings}
@@ -289,6 +290,14 @@ class Zoo:
             for path in (self.shard_path(group), self.manifest_path(group)):
                 total.update(hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 class ZooRows:
