@@ -57,5 +57,3 @@ def import_(
     from smidgen.difflora.zoo.importing import import_zoo as run
 
     print(run(folder, out, base, rank, held_out_share, ignore_text_encoder))
-
-

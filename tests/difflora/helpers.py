@@ -7,7 +7,8 @@ from torch import nn
 
 import smidgen
 from smidgen.difflora.weightspace.layout import Layout, layout_of
-from smidgen.difflora.zoo.store import Record, Zoo, pack_group
+from smidgen.difflora.zoo.records import Record, pack_group
+from smidgen.difflora.zoo.store import Zoo
 
 
 def net(seed: int = 0) -> nn.Module:

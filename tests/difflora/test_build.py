@@ -61,7 +61,14 @@ def one_by_one(config: ZooConfig, folder: Path) -> tuple[torch.Tensor, list[list
         task = shop.task(person, shop.encode(person))
         unet = load_base(config.base).unet
         done = fit(
-            person.id, unet, task, adapter_config(config), rates(config), config.train, folder / person.id, progress=False
+            person.id,
+            unet,
+            task,
+            adapter_config(config),
+            rates(config),
+            config.train,
+            folder / person.id,
+            progress=False,
         )
         layout = layout_of(unet, unet.peft_config["default"])
         rows.append(layout.pack({k: la.slot("default").trained() for k, la in adapted_layers(unet).items()}).detach())
@@ -106,8 +113,16 @@ def test_clipping_and_divergence_stay_with_their_adapter():
 
 def test_common_random_numbers_and_start_can_be_switched_off(config):
     def rows(**changes) -> torch.Tensor:
-        own = replace(config, group=replace(config.group, **changes), out=config.out.with_name(str(len(changes)) + str(changes)[:20]))
-        own = replace(own, train=replace(own.train, max_train_steps=1, lr_warmup_steps=0), adapter=replace(own.adapter, learning_rate=1e-9))
+        own = replace(
+            config,
+            group=replace(config.group, **changes),
+            out=config.out.with_name(str(len(changes)) + str(changes)[:20]),
+        )
+        own = replace(
+            own,
+            train=replace(own.train, max_train_steps=1, lr_warmup_steps=0),
+            adapter=replace(own.adapter, learning_rate=1e-9),
+        )
         build(own, progress=False)
         return Zoo(own.out).rows(state=None).load().values
 
@@ -119,7 +134,9 @@ def test_common_random_numbers_and_start_can_be_switched_off(config):
     zoo = open_zoo(config)
     members = job_of(config, zoo, read_subjects(config.out), 0, False).people
     common = [shop.task(p, shop.encode(p)).batch(3) for p in members]
-    assert torch.equal(common[0]["noise"], common[1]["noise"]) and torch.equal(common[0]["timesteps"], common[1]["timesteps"])
+    assert torch.equal(common[0]["noise"], common[1]["noise"]) and torch.equal(
+        common[0]["timesteps"], common[1]["timesteps"]
+    )
     shop.config = replace(config, group=replace(config.group, common_noise=False))
     apart = [shop.task(p, shop.encode(p)).batch(3) for p in members]
     shop.config = config

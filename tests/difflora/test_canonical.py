@@ -21,7 +21,9 @@ def mixing(r: int, seed: int) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 9), st.integers(0, 9), st.integers(0, 10_000), st.sampled_from([1.0, 0.5, 4.0]))
+@given(
+    st.integers(1, 5), st.integers(0, 9), st.integers(0, 9), st.integers(0, 10_000), st.sampled_from([1.0, 0.5, 4.0])
+)
 def test_invariant_to_any_invertible_mixing(r, more_rows, more_cols, seed, scale):
     b, a = (x.double() for x in factors(r + more_rows, r + more_cols, r, seed))
     mix = mixing(r, seed + 7)

@@ -61,7 +61,7 @@ def test_what_pack_refuses():
     del missing["to_q"]["residual_b"]
     with pytest.raises(AdapterFileError, match="lacks 'residual_b' of 'to_q'"):
         own.pack(missing)
-    with pytest.raises(AdapterFileError, match="no tensor 'residual_a' of 'to_qq'. Did you mean 'to_q'"):
+    with pytest.raises(AdapterFileError, match=r"no tensor 'residual_a' of 'to_qq'\. Did you mean 'to_q'"):
         own.pack(tensors | {"to_qq": {"residual_a": torch.zeros(2)}})
     with pytest.raises(AdapterFileError, match="share rank and targets"):
         own.pack(tensors | {"to_q": {"residual_a": torch.zeros(3, 12), "residual_b": torch.zeros(16, 3)}})

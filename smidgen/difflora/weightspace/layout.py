@@ -167,7 +167,9 @@ class Layout:
             raise DataError(f"{where} is damaged ({error}).") from error
         ends = [entry.offset + entry.size for entry in entries]
         if layout.dtype not in DTYPES or [entry.offset for entry in entries] != [0, *ends[:-1]]:
-            raise DataError(f"{where} is damaged: offsets do not follow each other, or dtype {layout.dtype!r} is unknown.")
+            raise DataError(
+                f"{where} is damaged: offsets do not follow each other, or dtype {layout.dtype!r} is unknown."
+            )
         return layout
 
 

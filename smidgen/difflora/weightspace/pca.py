@@ -73,7 +73,11 @@ class PCA(Codec):
         return variance.sqrt()
 
     def _numbers(self) -> dict[str, Tensor]:
-        return {"mean": self._fitted(self.mean), "basis": self._fitted(self.basis), "explained": torch.tensor(self.explained)}
+        return {
+            "mean": self._fitted(self.mean),
+            "basis": self._fitted(self.basis),
+            "explained": torch.tensor(self.explained),
+        }
 
     def _take(self, numbers: dict[str, Tensor]) -> None:
         self.mean, self.basis = numbers["mean"], numbers["basis"]

@@ -67,7 +67,9 @@ class Tokens:
         names = [(_type(e.key), _parent(e.key), e.side, str(place)) for e, place, _ in pieces]
         known = [sorted(set(column)) for column in zip(*names, strict=True)]
         self.counts = [len(words) for words in known]
-        self.labels = torch.tensor([[w.index(n) for n in c] for w, c in zip(known, zip(*names, strict=True), strict=True)])
+        self.labels = torch.tensor(
+            [[w.index(n) for n in c] for w, c in zip(known, zip(*names, strict=True), strict=True)]
+        )
         where = torch.full((layout.size,), -1)  # column of a row -> place among the flattened tokens
         flat = self.places.flatten()
         inside = flat < layout.size

@@ -186,8 +186,10 @@ def _sgm_name(name: str, layers: int) -> str | None:
     match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)", name)
     if match:
         block, place = int(match[2]), int(match[3])
-        at = f"input_blocks_{block * (layers + 1) + place + 1}" if match[1] == "down_blocks" else (
-            f"output_blocks_{block * (layers + 1) + place}"
+        at = (
+            f"input_blocks_{block * (layers + 1) + place + 1}"
+            if match[1] == "down_blocks"
+            else (f"output_blocks_{block * (layers + 1) + place}")
         )
         return f"{at}_1_{match[4].replace('.', '_')}"
     middle = re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name)

@@ -39,7 +39,9 @@ class Drawer:
         self.negative: Prompts = encode_prompts(base, [""])
         self._base_pictures: list[Image] | None = None
 
-    def identities(self, bank: Bank, names: Sequence[str], references: Sequence[Sequence[Image]]) -> list[tuple[float, float]]:
+    def identities(
+        self, bank: Bank, names: Sequence[str], references: Sequence[Sequence[Image]]
+    ) -> list[tuple[float, float]]:
         """(score with the adapter, score of the base) for each name; ``references`` are the people's own pictures."""
         if self._base_pictures is None:
             self._base_pictures = self._draw(None, [None])[0]

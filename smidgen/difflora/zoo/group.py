@@ -25,8 +25,8 @@ from smidgen.adapters.tuner.bank import Bank
 from smidgen.adapters.tuner.peft_bridge import make_slot
 from smidgen.difflora.weightspace.layout import Layout, layout_of
 from smidgen.difflora.zoo.gate import Drawer, Verdict, decide
+from smidgen.difflora.zoo.records import GroupFiles, Record, pack_group
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
-from smidgen.difflora.zoo.store import GroupFiles, Record, pack_group
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError
 from smidgen.training.checkpoints import CheckpointStore
@@ -117,7 +117,9 @@ class Workshop:
             base_losses = self.measure(task)
         scores: list[Any] = [None] * len(names)
         if self.drawer is not None:
-            own = [[load_picture(io.BytesIO(p), self.base.resolution) for p in person.pictures] for person in job.people]
+            own = [
+                [load_picture(io.BytesIO(p), self.base.resolution) for p in person.pictures] for person in job.people
+            ]
             scores = list(self.drawer.identities(bank, names, own))  # type: ignore[arg-type]
         found = zip(losses.tolist(), base_losses.tolist(), scores, strict=True)
         return self._lines(job, bank, work, [decide(self.config.gate, *each) for each in found])
@@ -135,7 +137,14 @@ class Workshop:
         identity = {"people": names, "layout": self.layout.digest}
         try:
             train(
-                task, self.unet, list(groups.values()), self.loop(), work, resume="latest", identity=identity, progress=False
+                task,
+                self.unet,
+                list(groups.values()),
+                self.loop(),
+                work,
+                resume="latest",
+                identity=identity,
+                progress=False,
             )
         finally:
             for parameter in bank.parameters():
@@ -177,7 +186,11 @@ class Workshop:
                 slot: Any = layer.bank
                 fresh = make_slot(own, layer.get_base_layer(), target)
                 for side, value in fresh._buffers.items():
-                    if side in slot._buffers and value is not None and not torch.equal(value, slot._buffers[side].cpu()):
+                    if (
+                        side in slot._buffers
+                        and value is not None
+                        and not torch.equal(value, slot._buffers[side].cpu())
+                    ):
                         raise ConfigError(
                             f"{self.config.adapter.method!r} keeps {side!r} frozen at values of its seed, which adapters of "
                             "one zoo share: shared_start=False has no meaning for it."

@@ -15,8 +15,9 @@ import smidgen
 from smidgen.difflora.weightspace.canonical import refactor
 from smidgen.difflora.weightspace.layout import Layout, layout_of
 from smidgen.difflora.zoo.formats import Factors, Names, find, read_lora
+from smidgen.difflora.zoo.records import Record, pack_group
 from smidgen.difflora.zoo.status import Status, status
-from smidgen.difflora.zoo.store import Record, Zoo, pack_group
+from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import hashed_split
 from smidgen.errors import ConfigError, DataError
 from smidgen.training.pipelines import EMBEDDED, load_base
@@ -52,7 +53,9 @@ def import_zoo(
         raise ConfigError(f"rank must be at least 1, not {rank}.")
     unet = load_base(base).unet
     names, paths = Names(unet), find(folder)
-    every = {name: {t: len(f.a) for t, f in read_lora(p, names, ignore_text_encoder).items()} for name, p in paths.items()}
+    every = {
+        name: {t: len(f.a) for t, f in read_lora(p, names, ignore_text_encoder).items()} for name, p in paths.items()
+    }
     ranks = _common(every) if rank is None else dict.fromkeys(sorted({t for own in every.values() for t in own}), rank)
     zoo = Zoo.create(out, _layout(unet, ranks), {"imported": _digest(paths), "rank": rank})
     identities = list(paths)

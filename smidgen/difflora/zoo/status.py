@@ -55,7 +55,9 @@ def status(folder: Path) -> Status:
     wanted = {s.id for s in read_subjects(zoo.folder)} if (zoo.folder / TABLE).exists() else {line.id for line in lines}
     sizes = [p.stat().st_size for name in ("shards", "manifest") for p in (zoo.folder / name).glob("[0-9]*")]
     members = Counter(line.group for line in lines)
-    times = {int(path.stem): json.loads(path.read_text())["seconds"] for path in (zoo.folder / "seconds").glob("[0-9]*")}
+    times = {
+        int(path.stem): json.loads(path.read_text())["seconds"] for path in (zoo.folder / "seconds").glob("[0-9]*")
+    }
     judged = [line for line in kept if line.identity is not None and line.base_identity is not None]
     return Status(
         folder=zoo.folder,

@@ -16,78 +16,25 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from smidgen.difflora.weightspace.layout import DTYPES, Layout
+from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.rows import TensorRows
 from smidgen.difflora.zoo.queue import alive
-from smidgen.difflora.zoo.tables import read_parquet, to_parquet
+from smidgen.difflora.zoo.records import FORMAT, GroupFiles, Record, row_digest
+from smidgen.difflora.zoo.tables import read_parquet
 from smidgen.errors import DataError, did_you_mean
 from smidgen.training.checkpoints import replace_file
 
-FORMAT = 1
 DESCRIPTION = "zoo.json"
 _KEYS = {"format", "layout", "settings"}
 _GROUP = re.compile(r"(\d{6})\.parquet")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of the manifest: row ``row`` of group ``group`` is the adapter of ``id`` after ``step`` steps.
-
-    ``state`` is kept or rejected, then ``reason`` says why. ``loss`` and ``base_loss`` are denoising errors on the
-    person's own pictures with the adapter and without; ``identity`` and ``base_identity`` the judge's scores of drawn
-    pictures. ``last`` is false for the earlier ones of several checkpoints.
-    """
-
-    id: str
-    group: int
-    row: int
-    split: str
-    step: int
-    last: bool
-    state: str
-    reason: str
-    loss: float | None
-    base_loss: float | None
-    identity: float | None
-    base_identity: float | None
-    sha256: str
-
-
-@dataclass(frozen=True)
-class GroupFiles:
-    """What a worker hands back: a shard and its manifest, as bytes ready to be put in place."""
-
-    group: int
-    shard: bytes
-    manifest: bytes
-    seconds: float = 0.0
-
-
-def pack_group(layout: Layout, group: int, rows: Tensor, records: Sequence[Record], seconds: float = 0.0) -> GroupFiles:
-    """Rows [n, size] and their lines (``row`` and ``sha256`` are filled in) as files; equal input gives equal bytes."""
-    rows = rows.to("cpu", DTYPES[layout.dtype]).contiguous()
-    described = json.dumps({"format": FORMAT, "group": group, "layout": layout.digest}, sort_keys=True)
-    shard = save({"rows": rows}, metadata={"smidgen": described})  # one key: safetensors does not keep their order
-    lines = [
-        Record(**(vars(record) | {"group": group, "row": place, "sha256": row_digest(row)}))
-        for place, (record, row) in enumerate(zip(records, rows, strict=True))
-    ]
-    return GroupFiles(group, shard, to_parquet(lines), seconds)
-
-
-def row_digest(row: Tensor) -> str:
-    """SHA-256 of a row's bytes in its stored number format."""
-    return hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class Zoo:
@@ -107,7 +54,9 @@ class Zoo:
         try:
             described = json.loads(path.read_text())
         except FileNotFoundError as error:
-            raise DataError(f"{self.folder} is no zoo: it has no {DESCRIPTION}. `smidgen zoo build` makes one.") from error
+            raise DataError(
+                f"{self.folder} is no zoo: it has no {DESCRIPTION}. `smidgen zoo build` makes one."
+            ) from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
         if not isinstance(described, dict) or set(described) != _KEYS:
@@ -216,7 +165,9 @@ class Zoo:
         ]
         if not chosen:
             there = sorted({f"{line.split}/{line.state}" for line in self.records()})
-            raise DataError(f"{self.folder} holds no adapters of {split or 'any split'}/{state or 'any state'}, but {there}.")
+            raise DataError(
+                f"{self.folder} holds no adapters of {split or 'any split'}/{state or 'any state'}, but {there}."
+            )
         return ZooRows(self, chosen)
 
     def row(self, identity: str) -> Tensor:
@@ -227,7 +178,9 @@ class Zoo:
         """
         lines = [line for line in self.records() if line.id == identity and line.last]
         if not lines:
-            raise DataError(f"No {identity!r} in {self.folder}.{did_you_mean(identity, {r.id for r in self.records()})}")
+            raise DataError(
+                f"No {identity!r} in {self.folder}.{did_you_mean(identity, {r.id for r in self.records()})}"
+            )
         return self.read(lines)[0]
 
     def read(self, lines: Sequence[Record]) -> Tensor:
@@ -274,7 +227,9 @@ class Zoo:
         shape, kind = file.get_slice("rows").get_shape(), file.get_slice("rows").get_dtype()
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
         if shape[1] != self.layout.size or names.get(kind) != self.layout.dtype:
-            raise DataError(f"The shard {path} has rows of {shape[1]} {kind} numbers, not {self.layout.size} {self.layout.dtype}.")
+            raise DataError(
+                f"The shard {path} has rows of {shape[1]} {kind} numbers, not {self.layout.size} {self.layout.dtype}."
+            )
 
     def verify(self) -> int:
         """Reads every row of every group; returns how many there are. Raises what :meth:`read` raises."""

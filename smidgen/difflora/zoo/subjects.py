@@ -69,13 +69,15 @@ def read_pictures(out: Path, person: Subject) -> list[bytes]:
         except OSError as error:
             raise DataError(f"The picture {out / name} of {person.id!r} cannot be read ({error.strerror}).") from error
         if hashlib.sha256(content).hexdigest() != digest:
-            raise DataError(f"The picture {out / name} of {person.id!r} has changed since {TABLE} was made; put it back.")
+            raise DataError(
+                f"The picture {out / name} of {person.id!r} has changed since {TABLE} was made; put it back."
+            )
         contents.append(content)
     return contents
 
 
 def hashed_split(name: str, share: float) -> str:
-    """"test" for a share of names, decided by a hash of the name alone.
+    """ "test" for a share of names, decided by a hash of the name alone.
 
     Example:
         >>> hashed_split("ann", 0.0)
