@@ -67,11 +67,11 @@ def seconds(run) -> float:  # type: ignore[no-untyped-def]
 def throughput(config: ZooConfig, sizes: tuple[int, ...], rounds: int) -> dict[str, float]:
     """Samples per second of each contender, their ratios, and how far the loss curves are apart."""
     shop, zoo = workshop(config), open_zoo(config)
-    everybody = replace(config, group=replace(config.group, size=max(sizes)))
+    everybody = replace(config, group=replace(config.group, group_size=max(sizes)))
     people = job_of(everybody, zoo, read_subjects(config.out), 0, keep_work=False).people
     tasks = [shop.task(person, shop.encode(person)) for person in people]
     names = [person.id for person in people]
-    plain, steps, batch = load_base(config.base).unet, config.train.max_train_steps, config.group.batch
+    plain, steps, batch = load_base(config.base).unet, config.train.max_train_steps, config.group.train_batch_size
     runs = {f"limit_batch_{n}": (lambda n=n: frozen_step(plain, n)) for n in SATURATION}
     runs["one_by_one"] = lambda: train_alone(config, plain, tasks[0])
     runs |= {f"group_{g}": (lambda g=g: train_group(shop, names[:g], tasks[:g])) for g in sizes}
@@ -120,7 +120,7 @@ def main() -> None:
         config = PRESETS["default"]
         brief = replace(config.train, max_train_steps=args.steps, lr_warmup_steps=2)
         people = Subjects(people=max(args.sizes), held_out=0)
-        group = replace(config.group, batch=args.batch)
+        group = replace(config.group, train_batch_size=args.batch)
         timed = replace(config, subjects=people, train=brief, group=group, out=Path(scratch) / "timed")
         figures = throughput(timed, tuple(args.sizes), args.rounds)
         if args.people:

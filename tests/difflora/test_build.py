@@ -37,7 +37,7 @@ def config(base, people, tmp_path) -> ZooConfig:
         subjects=Subjects(folder=people, held_out_share=0.3),
         adapter=Adapter(method="lora", rank=2, target_modules=("to_q", "to_v"), learning_rate=2e-2),
         train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
-        group=Group(size=2, batch=2),
+        group=Group(group_size=2, train_batch_size=2),
         base=str(base),
         out=tmp_path / "zoo",
     )
@@ -56,7 +56,7 @@ def one_by_one(config: ZooConfig, folder: Path) -> tuple[torch.Tensor, list[list
     open_zoo(config)
     zoo, subjects = Zoo(config.out), read_subjects(config.out)
     rows, curves = [], []
-    for person in job_of(replace(config, group=replace(config.group, size=99)), zoo, subjects, 0, False).people:
+    for person in job_of(replace(config, group=replace(config.group, group_size=99)), zoo, subjects, 0, False).people:
         shop = workshop(config)
         task = shop.task(person, shop.encode(person))
         unet = load_base(config.base).unet
@@ -82,7 +82,7 @@ def test_group_training_is_training_one_by_one(config, few_people, tmp_path, mon
     adapter = replace(config.adapter, method=method, rank=None if method == "tlora" else 2, learning_rate=None)
     train = replace(config.train, max_train_steps=6, checkpointing_steps=6, max_grad_norm=0.01)
     few = replace(config.subjects, folder=few_people)
-    config = replace(config, subjects=few, adapter=adapter, train=train, group=Group(size=3, batch=1))
+    config = replace(config, subjects=few, adapter=adapter, train=train, group=Group(group_size=3, train_batch_size=1))
     wanted, curves = one_by_one(config, tmp_path / "alone")
     tasks = []
     task_class = group_module.GroupTask
@@ -145,7 +145,7 @@ def test_common_random_numbers_and_start_can_be_switched_off(config):
 
 def test_a_frozen_start_cannot_differ(config):
     adapter = Adapter(method="tlora", transform_rank=2, target_modules=("to_q",))
-    own = replace(config, adapter=adapter, group=Group(size=2, shared_start=False))
+    own = replace(config, adapter=adapter, group=Group(group_size=2, shared_start=False))
     with pytest.raises(ConfigError, match="shared_start=False has no meaning"):
         build(own, progress=False)
 

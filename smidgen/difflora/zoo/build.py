@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -48,7 +49,7 @@ def build(config: ZooConfig, workers: int = 1, ray: str | None = None, progress:
     zoo = open_zoo(config)
     people = read_subjects(config.out)
     todo = [group for group in range(_groups(config, people)) if not zoo.has(group)]
-    with _bar(zoo, len(people), config.group.size, progress) as bar:
+    with _bar(zoo, len(people), config.group.group_size, progress) as bar:
         try:
             if ray is not None:
                 _with_ray(zoo, config, people, todo, workers, ray, bar)
@@ -89,7 +90,7 @@ def config_of(folder: Path) -> ZooConfig:
 
 def job_of(config: ZooConfig, zoo: Zoo, people: Sequence[Subject], group: int, keep_work: bool) -> Job:
     """Everything that building ``group`` needs."""
-    size = config.group.size
+    size = config.group.group_size
     members = tuple(
         Person(person.id, person.split, tuple(read_pictures(config.out, person)), person.captions)
         for person in people[group * size : (group + 1) * size]
@@ -99,7 +100,7 @@ def job_of(config: ZooConfig, zoo: Zoo, people: Sequence[Subject], group: int, k
 
 
 def _groups(config: ZooConfig, people: Sequence[Subject]) -> int:
-    return -(-len(people) // config.group.size)
+    return -(-len(people) // config.group.group_size)
 
 
 # ---- who works -------------------------------------------------------------------------------------------------------
@@ -118,6 +119,8 @@ def _work(config: ZooConfig, people: Sequence[Subject], bar: Any = None, parent:
                 if mine and not zoo.has(group):
                     zoo.commit(build_group(job_of(config, zoo, people, group, keep_work=True)))
                     taken = True
+                if mine:
+                    shutil.rmtree(config.out / "work" / f"{group:06d}", ignore_errors=True)
             if bar is not None:
                 bar.count()
         left = [group for group in left if not zoo.has(group)]

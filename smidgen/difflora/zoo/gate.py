@@ -34,7 +34,7 @@ class Drawer:
 
     def __init__(self, base: Base, judge: Judge, gate: Gate, seed: int) -> None:
         self.base, self.judge, self.gate, self.seed = base, judge, gate, seed
-        self.texts = judge.prompts(gate.pictures, seed)
+        self.texts = judge.prompts(gate.judged_pictures, seed)
         self.prompts: Prompts = encode_prompts(base, self.texts)
         self.negative: Prompts = encode_prompts(base, [""])
         self._base_pictures: list[Image] | None = None
@@ -54,10 +54,14 @@ class Drawer:
     def _draw(self, bank: Bank | None, names: list[Any]) -> list[list[Image]]:
         """The pictures of each name; each scene is drawn for all names at once."""
         columns = []
-        for number in range(self.gate.pictures):
+        for number in range(self.gate.judged_pictures):
             same = self.prompts[[number] * len(names)]
             seeds = [derive(self.seed, "gate", number)] * len(names)
-            options: dict[str, Any] = {"steps": self.gate.steps, "guidance": self.gate.guidance, "batch": len(names)}
+            options: dict[str, Any] = {
+                "steps": self.gate.inference_steps,
+                "guidance": self.gate.guidance_scale,
+                "batch": len(names),
+            }
             if bank is None:
                 latents = draw_latents(self.base, same, seeds, negative=self.negative, **options)
             else:

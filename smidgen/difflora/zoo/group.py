@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -76,10 +75,7 @@ def build_group(job: Job) -> GroupFiles:
         with contextlib.ExitStack() as stack:
             work = job.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             rows, records = shop.make(job, work)
-        files = pack_group(job.layout, job.group, rows, records, time.perf_counter() - started)
-    if job.work is not None:
-        shutil.rmtree(job.work, ignore_errors=True)
-    return files
+        return pack_group(job.layout, job.group, rows, records, time.perf_counter() - started)
 
 
 @lru_cache(maxsize=1)
@@ -100,7 +96,7 @@ class Workshop:
         self.layout = layout_of(self.unet, self.own)
         for parameter in self.unet.parameters():
             parameter.requires_grad_(False)
-        judge = judge_for(self.base) if config.gate.pictures else None
+        judge = judge_for(self.base) if config.gate.judged_pictures else None
         self.drawer = Drawer(self.base, judge, config.gate, config.train.seed) if judge else None
 
     def make(self, job: Job, work: Path) -> tuple[Tensor, list[Record]]:
@@ -185,16 +181,12 @@ class Workshop:
             for target, layer in bank.layers.items():
                 slot: Any = layer.bank
                 fresh = make_slot(own, layer.get_base_layer(), target)
-                for side, value in fresh._buffers.items():
-                    if (
-                        side in slot._buffers
-                        and value is not None
-                        and not torch.equal(value, slot._buffers[side].cpu())
-                    ):
-                        raise ConfigError(
-                            f"{self.config.adapter.method!r} keeps {side!r} frozen at values of its seed, which adapters of "
-                            "one zoo share: shared_start=False has no meaning for it."
-                        )
+                fixed = [f"{p}_{n}" for p, member in slot.members() for n in member.constants(f"{slot.seed}/{p}")]
+                if any(not torch.equal(getattr(fresh, side), getattr(slot, side).cpu()) for side in fixed):
+                    raise ConfigError(
+                        f"{self.config.adapter.method!r} keeps {fixed[0]!r} frozen at values of its seed, which adapters of "
+                        "one zoo share: shared_start=False has no meaning for it."
+                    )
                 with torch.no_grad():
                     for side, value in slot.trained().items():
                         value[row] = fresh.trained()[side].to(value)
@@ -214,7 +206,7 @@ class Workshop:
         config, seed = self.config, self.config.train.seed
         seed = seed if config.group.common_noise else derive(seed, "person", person.id)
         return make_task(
-            self.base, encoded, batch_size=config.group.batch, seed=seed, snr_gamma=config.adapter.snr_gamma
+            self.base, encoded, batch_size=config.group.train_batch_size, seed=seed, snr_gamma=config.adapter.snr_gamma
         )
 
     def _lines(self, job: Job, bank: Bank, work: Path, verdicts: list[Verdict]) -> tuple[Tensor, list[Record]]:

@@ -27,7 +27,7 @@ class Subjects:
     instance_prompt: str | None = None  # caption of a folder's pictures that have none
     consent: str = "not stated"  # why a folder's people may be in the zoo; kept with each of them
     licence: str = "not stated"  # of a folder's pictures
-    seed: int = 0  # who is invented, and in which scenes
+    people_seed: int = 0  # who is invented, and in which scenes
 
     def __post_init__(self) -> None:
         if self.people < 1 or self.held_out < 0 or self.pictures < 1:
@@ -43,33 +43,35 @@ class Subjects:
 class Group:
     """How many adapters are trained at once, and what they share."""
 
-    size: int = 16  # adapters in a group; part of the zoo: the rounding of a batch depends on its size
-    batch: int = 1  # pictures of each person in a step
+    group_size: int = 16  # adapters in a group; part of the zoo: the rounding of a batch depends on its size
+    train_batch_size: int = 1  # pictures of each person in a step
     common_noise: bool = True  # the same timesteps, noise and picture order for everybody
     shared_start: bool = True  # the same start values for everybody
     keep_last: int = 1  # checkpoints of each adapter that go into the zoo
     keep_every: int = 10  # steps between them
 
     def __post_init__(self) -> None:
-        if min(self.size, self.batch, self.keep_last, self.keep_every) < 1:
-            raise ConfigError(
-                f"size={self.size}, batch={self.batch}, keep_last={self.keep_last}, keep_every={self.keep_every}: all must "
-                "be at least 1."
-            )
+        least = ("group_size", "train_batch_size", "keep_last", "keep_every")
+        for name in least:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
 class Gate:
     """When an adapter is good enough. Without a judge for the base only the losses decide."""
 
-    pictures: int = 2  # drawn with each adapter and scored; 0: do not score
-    steps: int = 10  # denoising steps of a picture
-    guidance: float = 3.0  # classifier-free guidance
-    margin: float = 0.1  # identity score above that of the base model's own picture
+    judged_pictures: int = 2  # drawn with each adapter and scored; 0: do not score
+    inference_steps: int = 10  # denoising steps of a picture
+    guidance_scale: float = 3.0  # classifier-free guidance
+    margin: float = 0.1  # identity score above that of the base model's own pictures
 
     def __post_init__(self) -> None:
-        if self.pictures < 0 or self.steps < 1:
-            raise ConfigError(f"pictures={self.pictures} and steps={self.steps}: pictures from 0, steps from 1.")
+        if self.judged_pictures < 0 or self.inference_steps < 1:
+            raise ConfigError(
+                f"judged_pictures={self.judged_pictures} and inference_steps={self.inference_steps}: pictures from 0, steps "
+                "from 1."
+            )
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ PRESETS = {
     "debug": ZooConfig(
         subjects=Subjects(people=6, held_out=2, pictures=2),
         train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
-        group=Group(size=4),
-        gate=Gate(pictures=1, steps=2),
+        group=Group(group_size=4),
+        gate=Gate(judged_pictures=1, inference_steps=2),
     ),
 }
 

@@ -94,7 +94,7 @@ def _invented(out: Path, wanted: Subjects) -> list[Subject]:
 
     found: list[Subject] = []
     for split, count in (("train", wanted.people), ("test", wanted.held_out)):
-        rng = numpy.random.default_rng(derive(wanted.seed, "people", split))
+        rng = numpy.random.default_rng(derive(wanted.people_seed, "people", split))
         seen: set[Any] = set()
         there = sum(1 for _ in world.identities(split))  # type: ignore[arg-type]
         if count > there:
@@ -112,7 +112,7 @@ def _invented(out: Path, wanted: Subjects) -> list[Subject]:
 def _drawn(out: Path, name: str, split: str, identity: Any, wanted: Subjects) -> Subject:
     from smidgen.models.embedded import world
 
-    seed = derive(wanted.seed, "scenes") if wanted.same_scenes else derive(wanted.seed, "scenes", name)
+    seed = derive(wanted.people_seed, "scenes") if wanted.same_scenes else derive(wanted.people_seed, "scenes", name)
     folder = Path("pictures") / name
     scenes = world.write_subject(out / folder, identity, wanted.pictures, seed)
     pictures = tuple(str(folder / f"{number:03d}.png") for number in range(wanted.pictures))
