@@ -31,12 +31,20 @@ class DataError(SmidgenError):
     """Training data cannot be read or has nothing to learn from."""
 
 
+class FetchError(SmidgenError):
+    """A pinned package is not here and cannot be downloaded, or is not what was pinned."""
+
+
 class TrainingError(SmidgenError):
     """Training cannot go on: a loss or gradient that is not finite, or a run that was told to stop."""
 
 
 class CheckpointError(SmidgenError):
     """A training checkpoint cannot be written, is damaged, or belongs to another run."""
+
+
+class HubError(SmidgenError):
+    """The Hugging Face Hub cannot be reached, or refuses an upload."""
 
 
 class MissingExtraError(SmidgenError):

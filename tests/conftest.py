@@ -21,3 +21,15 @@ def factor_cache(tmp_path_factory: pytest.TempPathFactory):
     os.environ.pop("SMIDGEN_CACHE")
     if before is not None:
         os.environ["SMIDGEN_CACHE"] = before
+
+
+USERS_CACHE = os.environ.get("SMIDGEN_CACHE")
+
+
+@pytest.fixture
+def users_cache(factor_cache, monkeypatch: pytest.MonkeyPatch):
+    """The user's own cache, for slow tests with packaged models: nobody wants to download them for every run."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("SMIDGEN_CACHE")
+    else:
+        monkeypatch.setenv("SMIDGEN_CACHE", USERS_CACHE)

@@ -27,13 +27,13 @@ from smidgen.adapters.tuner.peft_bridge import (
     adapted_layers,
     base_heads,
     check_base,
+    file_tensors,
     head_tensors,
     matched_layers,
     remove,
     saved_modules,
     slot_layout,
     stamp,
-    stored_tensors,
 )
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean
 
@@ -132,7 +132,8 @@ def default_targets(model: nn.Module) -> set[str]:
     """
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     attention = {"to_q", "to_k", "to_v", "to_out.0"}
-    candidates = ({"q_proj", "v_proj"}, {"query", "value"}, {"q_lin", "v_lin"}, {"c_attn"}, {"query_key_value"})
+    pairs = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"))
+    candidates = [*map(set, pairs), {"c_attn"}, {"query_key_value"}]
     if {"to_q", "to_k", "to_v"} <= ends:
         return attention
     for wanted in candidates:
@@ -169,7 +170,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         raise SmidgenError(f"The model carries no adapter {adapter_name!r}.{did_you_mean(adapter_name, names(model))}")
     own: SmidgenConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
     stamp(own, layers, adapter_name)
-    tensors = packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
+    tensors = file_tensors(own, layers, adapter_name)
     tensors |= head_tensors(model, adapter_name)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
     report.layers = report.targets = len(layers)
     matrices = base_matrices(dict(layers))
     if own.base_lock:
-        report.targets = len(own.base_lock["targets"])
+        report.targets = len(base_lock.read_lock(own.base_lock).targets)
         lock = base_lock.check_lock(own.base_lock, matrices)
         report.base, report.base_difference = lock.state, lock.difference
         for problem in lock.problems:
@@ -156,7 +156,7 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
     if not any(report.norms.values()):
         report.fail("Every delta is zero: the adapter does nothing (it was saved before any training step).")
     if own.canary and len(layers) == report.targets:
-        report.canary_error = delta_error(read_canary(own.canary, len(layers)), sketches)
+        report.canary_error = delta_error(read_canary(own.canary), sketches)
         most = CANARY_SAME if report.base == "same" else CANARY_CAST
         if not report.canary_error <= most:
             report.fail(
@@ -200,10 +200,10 @@ def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
 def probe(layer: AdaptedLayer) -> Tensor:
     """A fixed input for a layer: +-1 in every feature, a few tokens or a small picture."""
     width = layer.kind.geometry(layer.base_layer)[0] * layer.kind.geometry(layer.base_layer)[3]
-    signs = base_lock._signs(width, 2)
+    signs = base_lock.signs(width, 2)
     if not isinstance(layer.kind, Conv2dKind):
         return signs.T.contiguous()
     base: Any = layer.base_layer
     size = 2 + max(k * d for k, d in zip(base.kernel_size, base.dilation, strict=True))
-    columns = signs.T.reshape(1, base_lock.PROBES, width).permute(0, 2, 1)
-    return columns.repeat(1, 1, size * size // base_lock.PROBES + 1)[..., : size * size].reshape(1, width, size, size)
+    columns = signs[None]
+    return columns.repeat(1, 1, size * size // signs.shape[1] + 1)[..., : size * size].reshape(1, width, size, size)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import smidgen
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers
 from smidgen.errors import BaseLockError, SmidgenError
@@ -172,6 +173,7 @@ def law_bank(config: SmidgenConfig, kind: str) -> None:
 
 def law_file(config: SmidgenConfig, kind: str) -> None:
     """Saved under one name, loaded under any other: same output, beside other adapters and through peft too."""
+    stored = packing.STORED[config.store_dtype]
     with tempfile.TemporaryDirectory() as folder:
         model, x = adapted(config, kind, name="first")
         wanted = model(x).detach()
@@ -182,9 +184,9 @@ def law_file(config: SmidgenConfig, kind: str) -> None:
             if other is not None:
                 perturb(smidgen.adapt(fresh, other, adapter_name="first"), 9)
             smidgen.load(fresh, folder, "second")
-            close(fresh(x), wanted, "output of the loaded adapter")
+            close(fresh(x), wanted, "output of the loaded adapter", stored)
         through_peft = PeftModel.from_pretrained(base(kind)[0], folder, adapter_name="third")
-        close(through_peft(x), wanted, "output of the adapter loaded through peft")
+        close(through_peft(x), wanted, "output of the adapter loaded through peft", stored)
 
 
 def law_recast(config: SmidgenConfig, kind: str) -> None:

@@ -78,6 +78,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "nonneg svfit": {"method": "svfit", "r": 3, "nonneg": True},
     "energy svfit": {"method": "svfit", "r": "energy:0.9"},
     "svfit with factors": {"method": "svfit", "r": 3, "store_factors": True},
+    "svfit in halves": {"method": "svfit", "r": 3, "store_dtype": "float16"},
     "raw loldu": {"method": "loldu", "r": 3, "atoms": "raw"},
     "full loldu": {"method": "loldu", "r": "full"},
     "loldu with factors": {"method": "loldu", "r": 3, "store_factors": True},

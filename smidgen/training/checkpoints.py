@@ -6,7 +6,7 @@ that decide its numbers. Random numbers need no state, as they follow from (seed
 
     trained.safetensors      the trained parameters by name, in their own dtype
     optimizer.safetensors    the optimizer's tensors as ``<parameter>::<key>``
-    state.json               step, identity, loss history, seconds, size and SHA-256 of the two files above
+    state.json               step, identity, losses, evaluations, seconds, size and SHA-256 of the two files above
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from smidgen.errors import CheckpointError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -45,6 +45,7 @@ class Checkpoint:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     scaler: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 class CheckpointStore:
@@ -70,9 +71,9 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
 
-    def write(self, checkpoint: Checkpoint) -> Path:
-        """Write atomically, then drop all but the newest ``keep``. A full disk leaves the earlier checkpoints as they
-        were."""
+    def write(self, checkpoint: Checkpoint, spare: Collection[int] = ()) -> Path:
+        """Write atomically, then drop all but the newest ``keep`` and the steps to ``spare``. A full disk leaves the
+        earlier checkpoints as they were."""
         self.sweep()
         hidden = self.folder / f".checkpoint-{checkpoint.step}.tmp"
         try:
@@ -83,7 +84,8 @@ class CheckpointStore:
             shutil.rmtree(hidden, ignore_errors=True)
             raise self._write_error(checkpoint.step, error) from error
         for step in self.steps()[: -self.keep]:
-            self._discard(self.path(step))
+            if step not in spare:
+                self._discard(self.path(step))
         return self.path(checkpoint.step)
 
     def read(self, step: int) -> Checkpoint:
@@ -162,7 +164,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors = {
         name: load(_checked_bytes(path / f"{name}.safetensors", state["files"])) for name in ("trained", "optimizer")
     }
-    keys = ("step", "identity", "losses", "seconds", "scaler")
+    keys = ("step", "identity", "losses", "seconds", "scaler", "evaluations")
     return Checkpoint(trained=tensors["trained"], optimizer=tensors["optimizer"], **{key: state[key] for key in keys})
 
 

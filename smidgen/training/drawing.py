@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
+from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.errors import ConfigError
 from smidgen.training import engine
 from smidgen.training.contact_sheet import save_image
+from smidgen.training.control import hint
+from smidgen.training.control.conditions import edge_picture
+from smidgen.training.control.pairs import as_controls, load_control
+from smidgen.training.control.sampling import draw_controlled
 from smidgen.training.gallery import SAMPLING
+from smidgen.training.images import UNREADABLE, load_picture
 from smidgen.training.pipelines import Base, default_device, draw, encode_prompts, load_base
 from smidgen.training.report import markdown_table
 
@@ -30,10 +36,14 @@ def generate(
     guidance: float | None = None,
     strength: float = 1.0,
     negative_prompt: str = "",
+    control: Path | None = None,
+    edges_of: Path | None = None,
+    control_scale: float = 1.0,
     mixed_precision: str = "no",
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
+    An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
     ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base.
     """
     if num_images < 1:
@@ -41,20 +51,23 @@ def generate(
     single = out.suffix.lower() == ".png"
     if single and len(prompt) * num_images > 1:
         raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
+    made = _check_control(adapter, control, edges_of)
     loaded = load_base(base, mixed_precision, default_device())
+    if made is not None:
+        hint.attach(loaded.unet, made)
     config = engine.load(loaded.unet, adapter)
     _set_strength(loaded, engine.is_ours(config), strength)
     usual = SAMPLING["embedded" if base == "embedded" else loaded.family]
     prompts = [text for text in prompt for _ in range(num_images)]
     seeds = [seed + number for _ in prompt for number in range(num_images)]
-    images = draw(
-        loaded,
-        encode_prompts(loaded, prompts),
-        seeds,
-        negative=encode_prompts(loaded, [negative_prompt]),
-        steps=steps or usual[0],
-        guidance=usual[1] if guidance is None else guidance,
-    )
+    encoded = encode_prompts(loaded, prompts)
+    options: dict[str, Any] = {"negative": encode_prompts(loaded, [negative_prompt]), "steps": steps or usual[0]}
+    options["guidance"] = usual[1] if guidance is None else guidance
+    if made is None:
+        images = draw(loaded, encoded, seeds, **options)
+    else:
+        controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
+        images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
     if single:
         return [save_image(images[0], out)]
     names = [
@@ -68,6 +81,9 @@ def verify(adapter: Path, base: str) -> tuple[bool, str]:
     """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
     kind = read_config(adapter).get("peft_type")
     loaded = load_base(base, "no", default_device())
+    made = hint.read_config(adapter)
+    if made is not None:
+        hint.attach(loaded.unet, made)
     if kind != PEFT_TYPE_NAME:
         engine.load(loaded.unet, adapter)
         return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."
@@ -114,10 +130,34 @@ def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 
 
+def _check_control(adapter: Path, control: Path | None, edges_of: Path | None) -> hint.HintConfig | None:
+    """The hint encoder's config; refuses a control picture for an adapter without one, and the other way round."""
+    made, given = hint.read_config(adapter), [path for path in (control, edges_of) if path is not None]
+    if made is None and given:
+        raise ConfigError(f"{adapter} was trained without control pictures, so {given[0]} cannot steer it.")
+    if made is not None and len(given) != 1:
+        raise ConfigError(
+            f"{adapter} follows {made.control} pictures: give one with --control"
+            + (", or --edges-of a picture." if made.control == "canny" else ".")
+        )
+    if made is not None and edges_of is not None and made.control != "canny":
+        raise ConfigError(f"--edges-of is for canny adapters; {adapter} follows {made.control}: use --control.")
+    return made
+
+
+def _control_picture(control: Path | None, edges_of: Path | None, resolution: int) -> Any:
+    if control is not None:
+        return load_control(control, resolution)
+    try:
+        return edge_picture(load_picture(str(edges_of), resolution))
+    except UNREADABLE as error:
+        raise ConfigError(f"{edges_of} cannot be read as a picture: {error}") from error
+
+
 def _lock_words(lock: dict[str, Any] | None) -> str:
     if not lock:
         return "none; the adapter does not know its base"
-    return f"{len(lock.get('targets', ()))} weights in {lock.get('dtype')}, their shapes and sketches"
+    return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
 
 
 def _set_strength(base: Base, ours: bool, strength: float) -> None:

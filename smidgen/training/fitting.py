@@ -1,6 +1,6 @@
 """Put an adapter into a model, train it with the one loop, and save it as a folder: the same for every task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,27 @@ from torch import nn
 from smidgen.errors import AdapterFileError
 from smidgen.training import engine
 from smidgen.training.loop import LoopConfig, Task, train
+from smidgen.training.processes import is_main
 from smidgen.training.randomness import derive
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a method: for the residual, and for the transform where it has one."""
+    """Learning rates of a method: for the residual, for the transform where it has one, and for a head (None: as the
+    residual)."""
 
     residual: float
     transform: float
+    head: float | None = None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A trained adapter in ``folder``; ``bytes`` is what its two files take on the disk."""
+    """A trained adapter in ``folder``.
+
+    ``trained_numbers`` are the adapter's own, ``head_numbers`` those of the heads beside it. ``bytes`` is what all its
+    files take on the disk; ``head_bytes`` of them are the heads' tensors.
+    """
 
     name: str
     folder: Path
@@ -32,6 +39,10 @@ class Fitted:
     bytes: int
     seconds: float
     losses: list[float] = field(repr=False)
+    evaluations: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    best_step: int | None = None
+    head_numbers: int = 0
+    head_bytes: int = 0
 
 
 def fit(
@@ -43,6 +54,7 @@ def fit(
     loop: LoopConfig,
     folder: Path,
     *,
+    heads: Sequence[str] = (),
     weight_decay: float = 0.0,
     identity: Mapping[str, Any] | None = None,
     resume: str | None = None,
@@ -50,39 +62,56 @@ def fit(
 ) -> Fitted:
     """Adapt ``model`` in place by ``peft_config``, train the adapter on ``task`` and save it in ``folder``.
 
-    What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint must share to be
-    resumed. Raises what ``train`` raises.
+    ``peft_config`` is smidgen's, peft's or one of ``engine``'s controls; the modules ``heads`` are trained and saved
+    besides. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint must share
+    to be resumed. Under ``accelerate launch`` the main process alone saves. Raises what ``train`` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
-        engine.adapt(model, peft_config)
+        engine.adapt(model, peft_config, heads)
+    engine.hold_statistics(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # trained numbers stay fp32 whatever the base's precision
             parameter.data = parameter.data.float()
-    numbers = engine.trained_numbers(model)
-    groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay)
+    head = engine.head_parameters(model, heads)
+    head_numbers = sum(parameter.numel() for parameter in head)
+    numbers = engine.trained_numbers(model) - head_numbers
+    groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay, heads, rates.head)
     result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
-    size = engine.save(model, peft_config, folder)
-    return Fitted(name, folder, numbers, size, result.seconds, result.losses)
+    size = engine.save(model, peft_config, folder, heads) if is_main() else 0
+    return Fitted(
+        name,
+        folder,
+        numbers,
+        size,
+        result.seconds,
+        result.losses,
+        result.evaluations,
+        result.best_step,
+        head_numbers,
+        head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
+    )
 
 
-def prove(model: nn.Module, folder: Path, output: Callable[[], torch.Tensor]) -> tuple[str, ...]:
+def prove(
+    model: nn.Module, folder: Path, output: Callable[[], torch.Tensor], what: str = "the UNet's answer"
+) -> tuple[str, ...]:
     """Load the saved adapter into a fresh ``model`` and prove that it is on; returns sentences for the report.
 
     ``output`` computes something that depends on the adapter. Raises AdapterFileError when verification fails or the
     output is that of the base.
     """
+    with torch.no_grad():
+        plain = output()
     config = engine.load(model, folder)
     ok, reasons = engine.verify(model, folder, config)
     if not ok:
         raise AdapterFileError(f"The adapter saved in {folder} does not verify on a fresh base: {'; '.join(reasons)}")
     with torch.no_grad():
         adapted = output()
-        with engine.disabled(model):
-            plain = output()
     change = float((adapted - plain).norm() / plain.norm())
     if not change > 0:
         raise AdapterFileError(
             f"The adapter saved in {folder} changes nothing: its output equals the base's bit for bit."
         )
-    return (f"Loaded again into a fresh base and verified; it changes the UNet's answer by {change:.1%}.",)
+    return (f"Loaded again into a fresh base and verified; it changes {what} by {change:.1%}.",)

@@ -69,7 +69,7 @@ def gallery(
     for run in runs:
         fresh = load_base(base, precision, device)
         bound, negative = encode_prompts(fresh, scenes.bound), encode_prompts(fresh, [""])
-        said = prove(fresh.unet, run.folder, partial(_answer, fresh, bound, scenes.size))
+        said = prove(fresh.unet, run.folder, partial(answer, fresh, bound, scenes.size))
         if not rows:
             proof = said
             with engine.disabled(fresh.unet):
@@ -106,7 +106,7 @@ def _draw(base: Base, prompts: Prompts, negative: Prompts, scenes: Scenes) -> li
     return draw(base, chosen, scenes.noise_seeds(), negative=negative, **options)
 
 
-def _answer(base: Base, prompts: Prompts, size: int) -> torch.Tensor:
+def answer(base: Base, prompts: Prompts, size: int) -> torch.Tensor:
     """The UNet's answer to fixed noise in the middle of its schedule."""
     unet = base.unet
     side = size // base.pipe.vae_scale_factor

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,19 +26,23 @@ except ImportError as error:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
-COLUMNS = ("file_name", "text")
+CONTROL_COLUMN = "control_file_name"
+COLUMNS = ("file_name", "text", CONTROL_COLUMN)
 SMALLEST = 16  # pixels on the shorter side
 LARGEST = 100_000_000  # pixels in all
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a broken picture makes Pillow say
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One training picture: where it lies, its caption, its size (width, height) and the SHA-256 of its file."""
+    """One training picture: where it lies, its caption, its size (width, height), the SHA-256 of its file, and the
+    control picture that its metadata names."""
 
     path: Path
     caption: str
     size: tuple[int, int]
     digest: str
+    control: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,10 @@ def read_folder(folder: str | Path, instance_prompt: str | None = None, resoluti
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder of pictures." + did_you_mean(folder.name, _siblings(folder)))
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder))
+    controls = _controls(folder)
+    named = set(controls.values())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder))
+    files = sorted(path for path in found if path not in named)
     warnings: list[str] = []
     captions = _captions(folder, files, warnings)
     if not files:
@@ -72,6 +79,7 @@ def read_folder(folder: str | Path, instance_prompt: str | None = None, resoluti
     if len(listed) < len(files):
         warnings.append(_counted("picture", set(files) - set(listed), "not named in the metadata and left out"))
     pictures = _open_all(listed, captions, instance_prompt, folder)
+    pictures = [replace(picture, control=controls.get(picture.path)) for picture in pictures]
     pictures = _without_duplicates(pictures, warnings)
     small = [p.path for p in pictures if min(p.size) < resolution]
     if small:
@@ -163,6 +171,13 @@ def _metadata_captions(metadata: Path, files: Sequence[Path], warnings: list[str
     return {path: text for path, text in captions.items() if text} if "text" in columns else dict.fromkeys(captions, "")
 
 
+def _controls(folder: Path) -> dict[Path, Path]:
+    """Picture -> control picture, where the metadata names one."""
+    metadata = _metadata_file(folder)
+    rows = [row for row in _rows(metadata) if row.get("file_name") and row.get(CONTROL_COLUMN)] if metadata else []
+    return {folder / str(row["file_name"]): folder / str(row[CONTROL_COLUMN]) for row in rows}
+
+
 def _rows(metadata: Path) -> list[dict]:
     if metadata.suffix == ".csv":
         with open(metadata, newline="", encoding="utf-8-sig") as file:
@@ -194,7 +209,7 @@ def _open_all(files: Sequence[Path], captions: dict[Path, str], prompt: str | No
     for path in files:
         try:
             size, digest = _check(path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             broken.append(f"{path.relative_to(folder)} ({error})")
             continue
         pictures.append(Picture(path, captions.get(path) or str(prompt), size, digest))

@@ -44,10 +44,11 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = signum
 
-    def error(self, step: int, checkpoint: Path) -> TrainingInterrupted:
-        name = signal.Signals(self.received or signal.SIGTERM).name
+    def error(self, step: int, checkpoint: Path, signum: int) -> TrainingInterrupted:
+        """The error that ends a run for ``signum``, which this process or another of the run got."""
+        name = signal.Signals(signum).name
         return TrainingInterrupted(
             f"Stopped by {name} after step {step}. {checkpoint} holds the whole run: the same command with "
             "--resume-from-checkpoint latest goes on from there.",
-            self.received or signal.SIGTERM,
+            signum,
         )

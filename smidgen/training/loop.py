@@ -1,8 +1,9 @@
 """The one training loop. A task says what a batch is and what its loss is; this file says everything else.
 
 Each optimizer step draws its batches by number, runs in the chosen precision on accelerate, refuses a loss or
-gradient that is not finite, and every ``checkpointing_steps`` writes an atomic checkpoint. A run killed at any moment
-and resumed ends with the same bits as one that was not.
+gradient that is not finite, and every ``checkpointing_steps`` writes an atomic checkpoint. Evaluations choose the best
+step and may end the run early. A run killed at any moment and resumed ends with the same bits as one that was not; k
+processes end as one with batches k times as large.
 """
 
 import logging
@@ -18,16 +19,28 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from smidgen.errors import ConfigError, MissingExtraError, TrainingError
-from smidgen.training.checkpoints import Checkpoint, CheckpointStore, resolve
+from smidgen.errors import ConfigError, TrainingError
+from smidgen.training import snapshots
+from smidgen.training.checkpoints import Checkpoint, CheckpointStore, read_checkpoint, resolve
+from smidgen.training.evaluation import Criterion, Evaluation, criterion, measured
 from smidgen.training.interrupts import Interrupts
+from smidgen.training.processes import from_main, make_accelerator, prepare
 from smidgen.training.randomness import derive
+from smidgen.training.step import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """What a task must offer the loop. A batch is any mapping; ``names`` in it says which files it came from."""
+    """What a task must offer the loop.
+
+    A batch is any mapping. ``names`` in it says which files it came from; ``weight`` is how many items its loss is the
+    mean over (without it all batches weigh alike), and batches of one step count in that proportion.
+
+    A task that can be evaluated also has ``metric: str``, ``greater_is_better: bool`` and
+    ``evaluate(model) -> dict[str, float]`` that holds at least ``metric``; the model is then in eval mode and under
+    no_grad.
+    """
 
     def batch(self, index: int) -> Mapping[str, Any]:
         """Batch number ``index`` on the CPU; it must follow from ``index`` and the task's seed alone."""
@@ -52,12 +65,16 @@ class LoopConfig:
     checkpointing_steps: int = 100  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are removed
     preview_steps: int = 0  # steps between previews; 0: never
-    report_to: Literal["none", "tensorboard", "wandb", "comet_ml"] = "none"
+    eval_steps: int = 0  # steps between evaluations, the first before any step; 0: never
+    early_stopping_patience: int = 0  # end after so many evaluations without a better one; 0: never
+    load_best: bool = True  # end with the trained numbers of the best evaluation
+    report_to: Literal["none", "tensorboard", "trackio", "wandb", "comet_ml"] = "none"
     seed: int = 0  # decides every random number of the run
 
     def __post_init__(self) -> None:
         least = {"max_train_steps": 1, "gradient_accumulation_steps": 1, "checkpointing_steps": 1}
         least |= {"lr_warmup_steps": 0, "checkpoints_total_limit": 1, "preview_steps": 0}
+        least |= {"eval_steps": 0, "early_stopping_patience": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name} must be at least {bound}, not {getattr(self, name)}.")
@@ -65,16 +82,26 @@ class LoopConfig:
             raise ConfigError(
                 f"max_grad_norm must be above 0, not {self.max_grad_norm}; a large number switches it off."
             )
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ConfigError(
+                f"early_stopping_patience {self.early_stopping_patience} needs evaluations: set eval_steps."
+            )
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run leaves: mean loss of each step, seconds of all its parts, and where it was taken up."""
+    """What a finished run leaves: mean loss of each step, seconds of all its parts, and where it was taken up.
+
+    ``steps`` were trained (fewer than asked for after an early stop); ``evaluations`` are ``{"step": n, **metrics}``.
+    The model holds the numbers of ``best_step`` with ``load_best``, those of ``steps`` otherwise.
+    """
 
     steps: int
     losses: list[float] = field(repr=False)
     seconds: float
     resumed_from: int | None = None
+    evaluations: list[Evaluation] = field(default_factory=list, repr=False)
+    best_step: int | None = None
 
 
 def learning_rate_factor(config: LoopConfig, step: int) -> float:
@@ -118,14 +145,19 @@ class _Run:
     """The state of one call of ``train``: accelerator, optimizer, trained tensors, history."""
 
     def __init__(self, task, model, groups, config, folder, identity):
-        self.task, self.config, self.folder, self.identity = task, config, folder, identity
-        self.accelerator = _accelerator(config, folder)
+        self.task, self.config, self.folder = task, config, folder
+        self.judge = criterion(task) if config.eval_steps else None
+        parts = config.gradient_accumulation_steps
+        self.accelerator = make_accelerator(folder, config.mixed_precision, parts, config.report_to)
+        self.identity = identity | {"num_processes": self.accelerator.num_processes}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._check_groups(groups)
-        self.base_rates = [float(group["lr"]) for group in groups]
-        self.model, self.optimizer = self.accelerator.prepare(model, torch.optim.AdamW([dict(g) for g in groups]))
+        snapshots.check_groups(self.trained, groups)
+        self.model = prepare(self.accelerator, model, list(self.trained.values()))
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups]))
+        self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
         self.losses: list[float] = []
+        self.evaluations: list[Evaluation] = []
         self.seconds_before, self.started = 0.0, time.perf_counter()
         self.good: Checkpoint = self._snapshot(0)
 
@@ -135,124 +167,125 @@ class _Run:
         if found is not None:
             self._restore(found)
             logger.info("Resumed from step %d.", found.step)
+        self.accelerator.wait_for_everyone()  # nobody writes before all have read
+        self._find_best(found, resume)
         self.started = time.perf_counter()
-        start = found.step if found else 0
+        done = found.step if found else 0
         was_training = self.model.training
         self.model.train()
         try:
-            with _own_random_state(), Interrupts() as stop, self._bar(start, progress) as bar:
-                for step in range(start, config.max_train_steps):
-                    self.losses.append(self._step(step))
-                    self._show(bar, step)
-                    self._after_step(step + 1, stop.received is not None)
-                    if stop.received is not None and step + 1 < config.max_train_steps:
-                        raise stop.error(step + 1, self.store.path(step + 1))
+            with _own_random_state(), Interrupts() as stop, self._bar(done, progress) as bar:
+                if self.judge and done == 0 and not self.evaluations:
+                    self._evaluate(0, self.judge)
+                    self._keep(0)
+                while not self._finished(done):
+                    loss, signum = self._step(done, stop)
+                    self.losses.append(loss)
+                    done += 1
+                    self._after_step(done, stopping=signum > 0)
+                    self._show(bar)
+                    if signum and not self._finished(done):
+                        raise stop.error(done, self.store.path(done), signum)
+            best = self.judge.best_step(self.evaluations) if self.judge else None
+            if config.load_best and best not in (None, done):
+                snapshots.put(self.trained, self.store.read(best).trained)
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).train(was_training)
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        return TrainResult(config.max_train_steps, self.losses, self._seconds(), found.step if found else None)
+        resumed_from = found.step if found else None
+        return TrainResult(done, self.losses, self._seconds(), resumed_from, self.evaluations, best)
 
-    def _step(self, step: int) -> float:
-        """One optimizer step; returns the mean loss over its micro-batches."""
-        accelerator, parts = self.accelerator, self.config.gradient_accumulation_steps
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * learning_rate_factor(self.config, step)
-        total = 0.0
-        for part in range(parts):
-            index = (step * parts + part) * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(derive(self.config.seed, "model", index))  # dropout and the like
-            batch = self.task.batch(index)
-            with accelerator.accumulate(self.model):  # gradients cross processes in the last part only
-                with accelerator.autocast():
-                    loss = self.task.loss(self.model, _to(batch, accelerator.device))
-                value = float(loss.detach())
-                self._check_finite(value, "loss", step, batch)
-                accelerator.backward(loss)
-            total += value / parts
-        norm = self._clip()
-        if accelerator.scaler is None:  # fp16's scaler skips such a step by itself and lowers its scale
-            self._check_finite(float(norm), "gradient norm", step, batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
-
-    def _clip(self) -> Tensor:
-        """The gradient's norm after cutting; a task that trains many adapters at once cuts each of them alone."""
-        trained, most = list(self.trained.values()), self.config.max_grad_norm
-        own = getattr(self.task, "clip_gradients", None)
-        if own is None:
-            return self.accelerator.clip_grad_norm_(trained, most)
-        self.accelerator.unscale_gradients(self.optimizer)
-        return own(trained, most)
+    def _step(self, step: int, stop: Interrupts) -> tuple[float, int]:
+        """The loss of one optimizer step, and the signal that any process got (0: none)."""
+        config, factor = self.config, learning_rate_factor(self.config, step)
+        try:
+            return self.stepper(step, factor, config.max_grad_norm, config.seed, lambda: stop.received or 0)
+        except NotFinite as found:
+            snapshots.put(self.trained, self.good.trained)
+            where = self.store.path(self.good.step) if self.good.step else "the untrained adapter"
+            raise TrainingError(
+                f"The {found.what} of step {step + 1} is {found.value}. Nothing of this step was kept: the model holds "
+                f"{where}. The batch came from {', '.join(found.names)}. "
+                "A lower --learning-rate, or --mixed-precision no, usually helps."
+            ) from None
 
     def _after_step(self, done: int, stopping: bool) -> None:
         config, accelerator = self.config, self.accelerator
         accelerator.log({"loss": self.losses[-1], "lr": self.optimizer.param_groups[0]["lr"]}, step=done)
-        if done % config.checkpointing_steps == 0 or done == config.max_train_steps or stopping:
-            self.good = self._snapshot(done)
-            if accelerator.is_main_process:
-                self.store.write(self.good)
+        better = False
+        if self.judge and (done % config.eval_steps == 0 or done == config.max_train_steps):
+            self._evaluate(done, self.judge)
+            better = self.judge.best_step(self.evaluations) == done
+        if done % config.checkpointing_steps == 0 or better or stopping or self._finished(done):
+            self._keep(done)
         if config.preview_steps and done % config.preview_steps == 0 and accelerator.is_main_process:
             with torch.no_grad():
                 self.task.preview(accelerator.unwrap_model(self.model), done, self.folder)
 
-    def _check_finite(self, value: float, what: str, step: int, batch: Mapping[str, Any]) -> None:
-        if math.isfinite(value):
-            return
-        good = self.good
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(good.trained[name])
-        where = self.store.path(good.step) if good.step else "the untrained adapter"
-        raise TrainingError(
-            f"The {what} of step {step + 1} is {value}. Nothing of this step was kept: the model holds {where}. The "
-            f"batch came from {', '.join(map(str, batch.get('names', ['unnamed examples'])))}. "
-            "A lower --learning-rate, or --mixed-precision no, usually helps."
-        )
+    def _evaluate(self, step: int, judge: Criterion) -> None:
+        """Every process evaluates, which takes no longer than waiting; the main process's figures count."""
+        torch.manual_seed(derive(self.config.seed, "evaluate"))  # the same draws each time
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                found = self.task.evaluate(self.accelerator.unwrap_model(self.model))
+        finally:
+            self.model.train()
+        metrics = from_main(self.accelerator, {name: float(value) for name, value in found.items()})
+        try:
+            self.evaluations.append(measured(metrics, judge, step))
+        except TrainingError:
+            snapshots.put(self.trained, self.good.trained)
+            raise
+        self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
+
+    def _finished(self, done: int) -> bool:
+        patience = self.config.early_stopping_patience
+        exhausted = self.judge is not None and self.judge.exhausted(self.evaluations, patience)
+        return done >= self.config.max_train_steps or exhausted
+
+    def _keep(self, step: int) -> None:
+        """Write a checkpoint, and keep from rotation what going on from any of those left would need."""
+        self.good = self._snapshot(step)
+        if self.accelerator.is_main_process:
+            left = sorted({*self.store.steps(), step})[-self.store.keep :]
+            self.store.write(self.good, self.judge.needed(self.evaluations, left) if self.judge else ())
+        self.accelerator.wait_for_everyone()
 
     def _snapshot(self, step: int) -> Checkpoint:
-        names = {id(parameter): name for name, parameter in self.trained.items()}
-        moments = {
-            f"{names[id(parameter)]}::{key}": value.detach().cpu().clone()
-            for parameter, state in self.optimizer.optimizer.state.items()
-            for key, value in state.items()
-        }
-        trained = {name: parameter.detach().cpu().clone() for name, parameter in self.trained.items()}
+        state = snapshots.numbers(self.trained), snapshots.moments(self.trained, self.optimizer.optimizer)
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
         seconds = self._seconds() if step else 0.0
-        return Checkpoint(step, trained, moments, self.identity, list(self.losses), seconds, scaler)
+        return Checkpoint(step, *state, self.identity, list(self.losses), seconds, scaler, list(self.evaluations))
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.step > self.config.max_train_steps:
             raise ConfigError(
                 f"The checkpoint is at step {checkpoint.step}, past --max-train-steps {self.config.max_train_steps}."
             )
-        missing = set(self.trained) ^ set(checkpoint.trained)
-        if missing:
-            raise ConfigError(f"The checkpoint trains other parameters than this run, for example {min(missing)!r}.")
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(checkpoint.trained[name])
-        for key, value in checkpoint.optimizer.items():
-            name, _, slot = key.rpartition("::")
-            parameter = self.trained[name]
-            # Adam keeps its step counter on the CPU, its moments beside the parameter
-            self.optimizer.optimizer.state[parameter][slot] = value if value.ndim == 0 else value.to(parameter.device)
+        snapshots.put(self.trained, checkpoint.trained)
+        snapshots.put_moments(self.trained, self.optimizer.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.scaler:
             self.accelerator.scaler.load_state_dict(checkpoint.scaler)
-        self.losses, self.seconds_before, self.good = list(checkpoint.losses), checkpoint.seconds, checkpoint
+        self.losses, self.evaluations = list(checkpoint.losses), list(checkpoint.evaluations)
+        self.seconds_before, self.good = checkpoint.seconds, checkpoint
+
+    def _find_best(self, found: Checkpoint | None, resume: str | None) -> None:
+        """What ends the run must be there when it begins; a checkpoint of another folder brings its best one along."""
+        best = self.judge.best_step(self.evaluations) if self.judge else None
+        if best is None or found is None or resume is None or best == found.step or not self.config.load_best:
+            return
+        elsewhere = Path(resume).resolve().parent
+        if Path(resume).is_dir() and elsewhere != self.folder.resolve():
+            brought = read_checkpoint(elsewhere / f"checkpoint-{best}")
+            if self.accelerator.is_main_process:
+                self.store.write(brought, {best})
+        else:
+            self.store.read(best)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
-
-    def _check_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        known = {id(p) for p in self.trained.values()}
-        grouped = [id(p) for group in groups for p in group["params"]]
-        if not grouped:
-            raise ConfigError("There is nothing to train: no parameter of the model requires a gradient.")
-        if set(grouped) != known or len(set(grouped)) != len(grouped):
-            raise ConfigError("The optimizer groups must hold every parameter that requires a gradient exactly once.")
 
     def _bar(self, start: int, progress: bool):
         from tqdm.auto import tqdm
@@ -263,36 +296,13 @@ class _Run:
         options = {"desc": "train", "unit": "step", "dynamic_ncols": True, "mininterval": often}
         return tqdm(total=total, initial=start, disable=hidden, **options)
 
-    def _show(self, bar, step: int) -> None:
+    def _show(self, bar) -> None:
         recent = self.losses[-20:]
-        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+        shown = {"loss": f"{sum(recent) / len(recent):.4f}"}
+        if self.judge and self.evaluations:
+            shown[self.judge.metric] = f"{self.evaluations[-1][self.judge.metric]:.4f}"
+        bar.set_postfix(shown, refresh=False)
         bar.update(1)
-
-
-def _accelerator(config: LoopConfig, folder: Path):
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise MissingExtraError("Training needs accelerate: pip install 'smidgen[diffusion]'") from error
-    AcceleratorState._reset_state()  # a second run in one process may choose another precision
-    trackers = None if config.report_to == "none" else config.report_to
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=trackers,
-            project_dir=str(folder),
-        )
-        if trackers:
-            accelerator.init_trackers("smidgen")
-        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise ValueError("fp16 has no arithmetic on a CPU")
-    except (ImportError, ValueError) as error:
-        if trackers:
-            raise MissingExtraError(f"--report-to {trackers} needs it: pip install {trackers} ({error})") from error
-        raise ConfigError(f"--mixed-precision {config.mixed_precision} cannot be used here: {error}") from error
-    return accelerator
 
 
 @contextmanager
@@ -301,7 +311,3 @@ def _own_random_state() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

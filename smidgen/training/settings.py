@@ -67,6 +67,8 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -87,9 +89,12 @@ def _hint(name: str, kind: type) -> str:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value, f"{name}.")
-    for accepted in typing.get_args(hint) if _is_union(hint) else (hint,):
+    section = next((part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
+    if section is not None and (section is hint or isinstance(value, Mapping)):
+        return from_dict(typing.cast(type, section), value, f"{name}.")
+    if _holds_sections(hint) and isinstance(value, list | tuple):
+        return tuple(_value(typing.get_args(hint)[0], item, f"{name}[{number}]") for number, item in enumerate(value))
+    for accepted in _parts(hint):
         fitted = _fit(accepted, value)
         if fitted is not _NO:
             return fitted
@@ -111,6 +116,8 @@ def _fit(hint: Any, value: Any) -> Any:
     if origin is tuple:
         items = [_fit(typing.get_args(hint)[0], item) for item in value] if isinstance(value, list | tuple) else [_NO]
         return _NO if _NO in items else tuple(items)
+    if origin is dict:
+        return dict(value) if isinstance(value, Mapping) and all(isinstance(key, str) for key in value) else _NO
     if hint is float and not isinstance(value, bool):
         try:
             return float(value) if isinstance(value, int | float | str) else _NO
@@ -123,6 +130,16 @@ def _fit(hint: Any, value: Any) -> Any:
     return value if isinstance(hint, type) and isinstance(value, hint) else _NO
 
 
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a hint that is none alone."""
+    return typing.get_args(hint) if _is_union(hint) else (hint,)
+
+
+def _holds_sections(hint: Any) -> bool:
+    """Is ``hint`` a tuple of dataclasses?"""
+    return typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0])
+
+
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
@@ -132,16 +149,21 @@ def _words(hint: Any) -> str:
         return " or ".join(_words(part) for part in typing.get_args(hint))
     if hint is type(None):
         return "null"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping of names to values"
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is dict:
+        return "a mapping of names to values"
     if typing.get_origin(hint) is tuple:
         return f"a list of {_words(typing.get_args(hint)[0])}"
     return str(getattr(hint, "__name__", hint))
 
 
 def _choices(hint: Any, value: Any) -> str:
-    parts = typing.get_args(hint) if _is_union(hint) else (hint,)
-    known = [str(c) for part in parts if typing.get_origin(part) is typing.Literal for c in typing.get_args(part)]
+    known = [
+        str(c) for part in _parts(hint) if typing.get_origin(part) is typing.Literal for c in typing.get_args(part)
+    ]
     return did_you_mean(str(value), known)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from smidgen.training.interrupts import TrainingInterrupted
 from smidgen.training.loop import LoopConfig, learning_rate_factor, train
 from smidgen.training.randomness import examples, stream
 from tests.training import toys
+from tests.training.two_processes import Masked
 
 CONFIG = LoopConfig(max_train_steps=30, lr_warmup_steps=3, checkpointing_steps=10)
 
@@ -100,6 +102,29 @@ def test_accumulated_batches_are_averaged_and_counted_on(tmp_path):
         optimizer.step()
     for mine, other in zip(module.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_a_step_count_by_their_weights(tmp_path):
+    """Two unequal batches accumulated equal one batch of their union."""
+    config = LoopConfig(max_train_steps=12, lr_warmup_steps=2)
+    small, halves = run(tmp_path / "a", Masked(3), replace(config, gradient_accumulation_steps=2))
+    large, whole = run(tmp_path / "b", Masked(6), config)
+    torch.testing.assert_close(list(small.parameters()), list(large.parameters()), rtol=1e-5, atol=1e-6)
+    assert halves.losses == pytest.approx(whole.losses, rel=1e-5)
+    alike = Masked(3)
+    alike.batch = lambda index: {**Masked(3).batch(index), "weight": 1.0}
+    other, _ = run(tmp_path / "c", alike, replace(config, gradient_accumulation_steps=2))
+    assert not torch.allclose(other[0].weight, large[0].weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_without_meaning_are_refused(tmp_path, weight):
+    task = Masked(3)
+    task.batch = lambda index: {**Masked(3).batch(index), "weight": weight}
+    module = toys.model()
+    with pytest.raises(TrainingError, match=r"The batches of step 1 weigh \[\["):
+        train(task, module, toys.groups(module), CONFIG, tmp_path, progress=False)
+    assert toys.bits(module) == toys.bits(toys.model())
 
 
 def test_the_callers_random_state_is_left_alone(tmp_path):

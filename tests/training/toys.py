@@ -29,6 +29,17 @@ class Line:
         self.previews.append(step)
 
 
+class Judged(Line):
+    """A line that is judged by another one, y = 1.5x: training passes it and leaves it behind."""
+
+    metric, greater_is_better = "error", False
+
+    def evaluate(self, model):
+        assert not model.training and not torch.is_grad_enabled()
+        x = torch.randn(32, 2, generator=stream(self.seed, "held out"))
+        return {"error": (model(x) - 1.5 * x).square().mean(), "size": 32}
+
+
 def model(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(7)
     return nn.Sequential(nn.Linear(2, 4), nn.Dropout(dropout), nn.Linear(4, 2))

@@ -16,6 +16,7 @@ from torch import Tensor
 from smidgen.errors import AdapterFileError, did_you_mean
 
 Layout = Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]]  # target -> tensor name -> (shape, dtype)
+STORED = {"float32": torch.float32, "float16": torch.float16}
 _PREFIXES = ("transform_", "residual_")
 
 
@@ -42,6 +43,22 @@ def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         name: torch.cat([tensors[t][name].detach().flatten().cpu() for t in sorted(tensors) if name in tensors[t]])
         for name in names
     }
+
+
+def cast(packed: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Packed tensors in the number format of the file; whole numbers (pins) stay.
+
+    Raises:
+        AdapterFileError: a number that fp16 cannot hold.
+    """
+    out = {k: v.to(STORED[dtype]) if v.is_floating_point() else v for k, v in packed.items()}
+    for name, value in out.items():
+        if value.is_floating_point() and bool(torch.isinf(value).any()) and bool(torch.isfinite(packed[name]).all()):
+            raise AdapterFileError(
+                f"{name} holds {float(packed[name].abs().max()):.3g}, more than float16 can ({torch.finfo(value.dtype).max:,.0f}); "
+                "set store_dtype to 'float32'."
+            )
+    return out
 
 
 def unpack(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from smidgen import errors
 from smidgen.adapters import methods
+from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint.files import CONFIG_NAME
 
 PEFT_TYPE_NAME = "SMIDGEN"
 
@@ -29,6 +34,7 @@ class SmidgenConfig(PeftConfig):
         target_modules: names or ends of names, one regular expression, or "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
         store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
+        store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
         base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
         canary: fingerprint of the adapter's effect, written at save; re-checked by :func:`smidgen.verify`.
     """
@@ -47,6 +53,7 @@ class SmidgenConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     store_factors: bool = False
+    store_dtype: str = "float32"
     base_lock: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
     bias: str = "none"
@@ -87,12 +94,28 @@ class SmidgenConfig(PeftConfig):
                 except re.error as error:
                     raise errors.ConfigError(f"{name}: {pattern!r} is no regular expression ({error}).") from error
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes ``adapter_config.json`` without white space and without the fields that have their default value.
+
+        peft's own form costs a kilobyte for nothing; what is left out comes back as its default at load.
+        """
+        mapping = kwargs.pop("auto_mapping_dict", None)
+        data = self.to_dict() | ({"auto_mapping": mapping} if mapping is not None else {})
+        kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
         parts = [self.method or f"{self.transform or 'none'}+{self.residual or 'none'}"]
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
+
+
+_DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SmidgenConfig)}
 
 
 def _whole(value: Any) -> bool:
@@ -129,6 +152,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (lambda v: v is None or _all(v, _LISTS, _text), "a list of names"),
     "layers_to_transform": (lambda v: v is None or _whole(v) or _all(v, _LISTS, _whole), "layer numbers"),
     "store_factors": (lambda v: isinstance(v, bool), "true or false"),
+    "store_dtype": (lambda v: v in packing.STORED, f"one of {', '.join(packing.STORED)}"),
     "base_lock": _RECORD,
     "canary": _RECORD,
 }
@@ -151,6 +175,7 @@ _FIELDS = (
     "layers_pattern",
     "rank_pattern",
     "store_factors",
+    "store_dtype",
     "seed",
     "task_type",
     "inference_mode",

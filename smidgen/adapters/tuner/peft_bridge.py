@@ -228,7 +228,7 @@ class SmidgenModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         layers = adapted_layers(model, adapter_name)
         stamp(config, layers, adapter_name)
-        return packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
+        return file_tensors(config, layers, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -424,6 +424,12 @@ def stored_tensors(layer: AdaptedLayer, adapter_name: str) -> dict[str, Tensor]:
     if any(True for _ in slot.stored().keys() - slot.trained().keys()):
         slot = layer.slot(adapter_name)
     return slot.stored()
+
+
+def file_tensors(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter's file holds, heads not included: packed, in the config's number format."""
+    packed = packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
+    return packing.cast(packed, config.store_dtype)
 
 
 def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:

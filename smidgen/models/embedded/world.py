@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import product
@@ -260,14 +260,23 @@ def _options(identity: Identity, scene: Scene) -> dict:
     }  # fmt: skip
 
 
-def render(identity: Identity, scene: Scene, size: int = SIZE):
-    """The portrait as an RGB ``PIL.Image`` of size x size. Deterministic, offline, about 4 ms."""
+def drawing(identity: Identity, scene: Scene, placement: Mapping[str, float] | None = None) -> str:
+    """The portrait as SVG. ``placement`` holds DiceBear's scale, rotate, translateX and translateY where they differ."""
+    avatar, style, _ = _style()
+    return str(avatar(style, _options(identity, scene) | dict(placement or {})).to_string())
+
+
+def rasterize(svg: str, size: int = SIZE):
+    """An SVG as an RGB ``PIL.Image`` of size x size."""
     from PIL import Image
 
-    avatar, style, svg_to_bytes = _style()
-    svg = avatar(style, _options(identity, scene)).to_string()
-    png = svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    png = _style()[2](svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")
+
+
+def render(identity: Identity, scene: Scene, size: int = SIZE):
+    """The portrait as an RGB ``PIL.Image`` of size x size. Deterministic, offline, about 4 ms."""
+    return rasterize(drawing(identity, scene), size)
 
 
 def write_subject(folder: str | os.PathLike, identity: Identity, n: int, seed: int, size: int = SIZE) -> list[Scene]:

@@ -27,13 +27,17 @@ IDENTITY_COLUMNS = [list(world.ATTRIBUTES).index(name) for name in world.IDENTIT
 
 def spoil(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Pictures [n, 3, 64, 64] in -1..1 with a random shift, blur, light and noise, each mild and drawn per picture."""
+    dx, dy = torch.randint(-1, 2, (2,), generator=generator).tolist()
+    return blur(pictures.roll((dy, dx), (2, 3)), generator)
+
+
+def blur(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Random blur, light and noise, but nothing moved."""
     n = len(pictures)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *(shape or (1, 1, 1)), generator=generator)
 
-    dx, dy = torch.randint(-1, 2, (2,), generator=generator).tolist()
-    pictures = pictures.roll((dy, dx), (2, 3))
     padded = nn.functional.pad(pictures, (1, 1, 1, 1), mode="replicate")
     blurred = nn.functional.avg_pool2d(padded, 3, 1)
     pictures = torch.lerp(pictures, blurred, uniform(-0.3, 0.9))

@@ -1,0 +1,5 @@
+import sys
+
+from smidgen.cli.dispatch import main
+
+sys.exit(main())

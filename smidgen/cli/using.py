@@ -1,0 +1,107 @@
+"""Commands that use adapters and draw subjects."""
+
+from pathlib import Path
+from typing import Literal
+
+from smidgen.errors import SmidgenError
+
+
+def generate(
+    adapter: Path,
+    /,
+    prompt: list[str],
+    base: str = "embedded",
+    out: Path = Path("pictures"),
+    num_images: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    strength: float = 1.0,
+    negative_prompt: str = "",
+    control: Path | None = None,
+    edges_of: Path | None = None,
+    control_scale: float = 1.0,
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+) -> None:
+    """Draw pictures with ADAPTER, the folder that personalize or train control wrote.
+
+    Args:
+        adapter: the adapter's folder.
+        prompt: one or more prompts.
+        base: embedded, a pipeline folder, or a hub name; the one the adapter was trained on.
+        out: a folder, or a .png for a single picture.
+        num_images: pictures for each prompt, with seeds seed, seed + 1, ...
+        seed: fixes the noise.
+        steps: denoising steps (default: as the base needs).
+        guidance: classifier-free guidance (default: as the base needs).
+        strength: 0 is the base, 1 the adapter, more exaggerates.
+        negative_prompt: what to keep away from.
+        control: the control picture to follow, for an adapter that was trained with one.
+        edges_of: a picture whose edges are the control picture, for a canny adapter.
+        control_scale: 0 leaves the control out, more than 1 exaggerates.
+        mixed_precision: precision of the base's weights.
+    """
+    from smidgen.training.drawing import generate as run
+
+    values = {name: value for name, value in locals().items() if name != "run"}
+    for path in run(**values):
+        print(path)
+
+
+def verify(adapter: Path, /, base: str = "embedded") -> None:
+    """Prove that ADAPTER is on in BASE: base lock, coverage, norms, a canary output. Exit status 2 if it is not.
+
+    Args:
+        adapter: the adapter's folder.
+        base: embedded, a pipeline folder, or a hub name.
+    """
+    from smidgen.training.drawing import verify as run
+
+    ok, text = run(adapter, base)
+    print(text)
+    if not ok:
+        raise SmidgenError(f"{adapter} does not verify on {base}.")
+
+
+def inspect(adapter: Path, /) -> None:
+    """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, and each layer's norms.
+
+    Args:
+        adapter: the adapter's folder.
+    """
+    from smidgen.training.drawing import inspect as run
+
+    print(run(adapter))
+
+
+def pairs(
+    folder: Path,
+    /,
+    control: Literal["canny", "segmentation", "landmarks"] = "segmentation",
+    seed: int = 0,
+    num_pictures: int = 1000,
+) -> None:
+    """Draw people of the embedded base's world in many poses into FOLDER, with control pictures, to train control with.
+
+    Args:
+        folder: where the pictures, the folder control and metadata.jsonl go.
+        control: what the control pictures show.
+        seed: which people, scenes and poses.
+        num_pictures: how many; the last tenth are people the base has never seen.
+    """
+    from smidgen.training.control.pairs import write_pairs as run
+
+    print(run(folder, control, num_pictures, seed))
+
+
+def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
+    """Draw a person the embedded base has never seen into FOLDER: pictures and captions to personalize with.
+
+    Args:
+        folder: where the pictures and metadata.jsonl go.
+        seed: which person, and which scenes.
+        num_pictures: how many pictures.
+    """
+    from smidgen.training.drawing import draw_subject as run
+
+    print(run(folder, seed, num_pictures))

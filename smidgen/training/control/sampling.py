@@ -1,0 +1,70 @@
+"""Draw with control pictures, and score how far what was drawn follows them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, cat
+
+from smidgen.training.control import metrics
+from smidgen.training.control.conditions import edges, points_of
+from smidgen.training.control.hint import steering
+from smidgen.training.pipelines import EMBEDDED, Base, Prompts, decode, draw_latents
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BETTER = {"iou": "up", "f1": "up", "f1_1px": "up", "miou": "up", "aacc": "up", "landmarks": "down"}
+
+
+def draw_controlled(
+    base: Base,
+    prompts: Prompts,
+    seeds: Sequence[int],
+    controls: Tensor,
+    *,
+    scale: float = 1.0,
+    batch: int = 16,
+    **options: Any,
+) -> "list[Image]":
+    """One picture for each prompt, seed and control picture [n, 3, height, width] (uint8); other options as for
+    ``pipelines.draw_latents``."""
+    found = []
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        with steering(base.unet, controls[rows].float().to(base.device) / 255, scale):
+            found.append(draw_latents(base, prompts[rows], seeds[rows], batch=batch, **options))
+    return decode(base, cat(found))
+
+
+def can_score(control: str, base_name: str) -> bool:
+    """Edges are found in any picture; parts and landmarks need a reader, and there is one for the embedded base."""
+    return control == "canny" or (base_name == EMBEDDED and control in ("segmentation", "landmarks"))
+
+
+def wanted(control: str, controls: "Sequence[Image]") -> NDArray:
+    """What control pictures ask for: edges, labels of parts, or landmarks (NaN where a dot is out of sight)."""
+    if control == "canny":
+        return np.stack([np.asarray(picture.convert("L")) > 127 for picture in controls])
+    if control == "segmentation":
+        from smidgen.models.embedded.pose import labels_of
+
+        return np.stack([labels_of(np.asarray(picture.convert("RGB"))) for picture in controls])
+    from smidgen.models.embedded.pose import LANDMARKS
+
+    return np.stack([points_of(picture, len(LANDMARKS)) for picture in controls])
+
+
+def scores(control: str, drawn: "Sequence[Image]", asked: NDArray) -> dict[str, float]:
+    """How far ``drawn`` follows what was ``asked``, see `metrics`."""
+    if control == "canny":
+        return metrics.edge_scores(np.stack([edges(picture) for picture in drawn]), asked)
+    from smidgen.models.embedded.parts_reader import load_parts_reader
+    from smidgen.models.embedded.pose import PARTS
+
+    labels, points = load_parts_reader().read(list(drawn))
+    if control == "segmentation":
+        return {"miou": metrics.miou(labels, asked, len(PARTS)), "aacc": metrics.aacc(labels, asked)}
+    seen = ~np.isnan(asked).any(-1)
+    return {"landmarks": metrics.landmark_error(points[seen], asked[seen])}

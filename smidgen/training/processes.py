@@ -1,0 +1,130 @@
+"""accelerate, set up for one run, and what its processes must agree on."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from smidgen.errors import ConfigError, MissingExtraError
+
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # set by accelerate launch
+TRACKERS = {"tensorboard": "smidgen[track]", "trackio": "smidgen[track]", "wandb": "wandb", "comet_ml": "comet_ml"}
+
+
+def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: str) -> Any:
+    """An Accelerator in ``precision`` whose ``tracker`` (or ``none``) writes below ``folder``.
+
+    Raises MissingExtraError for a package that is not there, ConfigError for a precision this machine has not and
+    for a launch that shards the model.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import GradientAccumulationPlugin
+    except ImportError as error:
+        raise MissingExtraError("Training needs accelerate: pip install 'smidgen[diffusion]'") from error
+    _check_tracker(tracker)
+    _check_whole()
+    AcceleratorState._reset_state()  # a second run in one process may choose another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
+            cpu=not torch.accelerator.is_available(),  # else accelerate starts no process group on a CPU
+            log_with=None if tracker == "none" else tracker,
+            project_dir=str(folder),
+        )
+        if precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("fp16 has no arithmetic on a CPU")
+    except ValueError as error:
+        raise ConfigError(f"--mixed-precision {precision} cannot be used here: {error}") from error
+    if tracker != "none":
+        accelerator.init_trackers("smidgen")
+    return accelerator
+
+
+def prepare(accelerator: Any, model: nn.Module, trained: Sequence[nn.Parameter]) -> nn.Module:
+    """``model`` on the accelerator's device and in its precision, with the main process's ``trained`` numbers.
+
+    It is not wrapped: an adapter is so small that its gradients are summed at the end of a step (``sum_gradients``),
+    and the task sees the model itself.
+    """
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    if accelerator.num_processes > 1:
+        for parameter in trained:
+            torch.distributed.broadcast(parameter.data, src=0)
+    return model
+
+
+def sum_gradients(accelerator: Any, trained: Sequence[nn.Parameter]) -> None:
+    """Sum each gradient over the processes. A parameter that had none anywhere has none afterwards."""
+    if accelerator.num_processes == 1:
+        return
+    flags = gathered(accelerator, [float(parameter.grad is not None) for parameter in trained])
+    used = [parameter for parameter, *column in zip(trained, *flags, strict=True) if any(column)]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for chunk in _chunks(used):
+        gradients = [parameter.grad for parameter in chunk if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _chunks(parameters: Sequence[nn.Parameter], most: int = 2**24) -> Iterator[list[nn.Parameter]]:
+    """Runs of parameters of one dtype with about ``most`` numbers together."""
+    chunk: list[nn.Parameter] = []
+    for parameter in parameters:
+        if chunk and (chunk[0].dtype != parameter.dtype or sum(p.numel() for p in chunk) + parameter.numel() > most):
+            yield chunk
+            chunk = []
+        chunk.append(parameter)
+    if chunk:
+        yield chunk
+
+
+def is_main() -> bool:
+    """Is this the process that writes files? True outside ``accelerate launch``."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def gathered(accelerator: Any, values: Sequence[float]) -> list[list[float]]:
+    """``values`` of every process, in the order of processes: the same answer everywhere."""
+    if accelerator.num_processes == 1:
+        return [list(values)]
+    mine = torch.tensor([list(values)], dtype=torch.float64, device=accelerator.device)
+    return accelerator.gather(mine).tolist()
+
+
+def from_main(accelerator: Any, value: Any) -> Any:
+    """The main process's ``value``, on every process."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def _check_tracker(tracker: str) -> None:
+    """accelerate passes over a tracker that is not installed in silence; a run that was to be tracked must not."""
+    from accelerate.tracking import get_available_trackers
+
+    if tracker != "none" and tracker not in {str(found) for found in get_available_trackers()}:
+        raise MissingExtraError(f"--report-to {tracker} needs it: pip install '{TRACKERS[tracker]}'")
+
+
+def _check_whole() -> None:
+    """Sharded trained numbers could be neither saved nor resumed here, and a run must not find that out at its end."""
+    for name in SHARDING:
+        if os.environ.get(name, "false").lower() in ("1", "true"):
+            kind = name.removeprefix("ACCELERATE_USE_")
+            raise ConfigError(
+                f"This process was launched with {kind}, which shards what is trained. Smidgen's loop keeps the whole model "
+                "on each device and sums gradients over processes: launch with docs/accelerate/multi_gpu.yaml instead. "
+                "docs/multi_gpu.md says what to do with a base that does not fit."
+            )

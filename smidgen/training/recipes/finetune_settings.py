@@ -1,0 +1,187 @@
+"""The settings of a fine-tuning: frozen configs and the one table of default learning rates."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from smidgen.errors import ConfigError
+from smidgen.training.fitting import Rates
+from smidgen.training.loop import LoopConfig
+
+PROBE, FULL = "linear_probe", "full"
+Family = Literal["encoder", "vision", "decoder"]
+
+# Where to start when no learning rate is given, by family and method; any transform with any residual takes its parts
+# from the methods they belong to.
+RATES: dict[Family, dict[str, Rates]] = {
+    "encoder": {
+        "tlora": Rates(2e-2, 6e-3),
+        "tlora_star": Rates(5e-3, 1.5e-3),
+        "svfit": Rates(1e-1, 1e-1),
+        "loldu": Rates(1e-1, 1e-1),
+        "lora": Rates(2e-3, 2e-3),
+        "oft": Rates(2e-3, 2e-3),
+        FULL: Rates(5e-5, 5e-5),
+    },
+    "vision": {
+        "tlora": Rates(2e-2, 6e-3),
+        "tlora_star": Rates(5e-3, 1.5e-3),
+        "svfit": Rates(1e-1, 1e-1),
+        "loldu": Rates(1e-1, 1e-1),
+        "lora": Rates(2e-3, 2e-3),
+        "oft": Rates(2e-3, 2e-3),
+        FULL: Rates(5e-5, 5e-5),
+    },
+    "decoder": {
+        "tlora": Rates(1e-2, 3e-3),
+        "tlora_star": Rates(2e-3, 6e-4),
+        "svfit": Rates(5e-2, 5e-2),
+        "loldu": Rates(5e-2, 5e-2),
+        "lora": Rates(1e-3, 1e-3),
+        "oft": Rates(1e-3, 1e-3),
+        FULL: Rates(2e-5, 2e-5),
+    },
+}
+TRANSFORM_OF = {"tensor_ring": "tlora", "rotation": "oft", "diagonal": "svfit"}
+RESIDUAL_OF = {"tensor_ring": "tlora", "low_rank": "lora", "spectral": "svfit", "triangular": "loldu"}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Labelled texts: a packaged name, a table, or a folder of train, validation and test tables."""
+
+    path: str | None = None  # packaged name, file (csv, tsv, jsonl, json, parquet) or folder
+    text_column: str = "text"
+    text_pair_column: str | None = None  # a second text beside the first
+    label_column: str = "label"
+    glue_task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"] | None = (
+        None  # its columns
+    )
+    regression: bool = False  # labels are numbers
+    metric: str | None = None  # accuracy, f1, f1_macro, matthews; pearson, spearman. None: accuracy or pearson
+    max_length: int = 128  # tokens
+    held_out_share: float = 0.1  # cut from train for each of validation and test that has no file
+    max_train_examples: int | None = None  # None: all
+    train_batch_size: int = 16
+    eval_batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """Labelled pictures: a packaged name, or a folder of class folders or with metadata.csv."""
+
+    path: str | None = None  # packaged name or folder
+    label_column: str = "label"  # of metadata.csv or metadata.jsonl, beside file_name
+    metric: str | None = None  # accuracy, f1, f1_macro, matthews. None: accuracy
+    resolution: int | None = None  # pixels; None: the model's own
+    random_crop: bool = False  # shift by up to an eighth
+    random_flip: bool = False  # mirror half of them
+    held_out_share: float = 0.1  # cut from train for each of validation and test that has no folder
+    max_train_examples: int | None = None  # None: all
+    train_batch_size: int = 16
+    eval_batch_size: int = 64
+    memory_mb: int = 1024  # pixels stay in memory up to this
+
+
+@dataclass(frozen=True)
+class InstructionData:
+    """Conversations: messages, or instruction, input and output, or prompt and completion."""
+
+    path: str | None = None  # packaged name, file (jsonl, json, csv, parquet) or folder
+    chat_template: Path | None = None  # a Jinja file; None: the tokenizer's own
+    max_length: int = 512  # tokens
+    held_out_share: float = 0.1  # cut from train for each of validation and test that has no file
+    max_train_examples: int | None = None  # None: all
+    train_batch_size: int = 8
+    eval_batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained. None leaves a choice to the method's own defaults."""
+
+    method: str = "svfit"  # one of `smidgen methods`, peft:lora and the like, linear_probe, or full
+    transform: str | None = None  # replaces the method's
+    residual: str | None = None  # replaces the method's
+    rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
+    alpha: float | None = None  # strength of the residual at 1.0, where the method has one
+    transform_rank: int | None = None  # ring rank of tlora's transform
+    target_modules: tuple[str, ...] | None = None  # endings of module names; None: the attention projections
+    learning_rate: float | None = None  # None: a table by method and family of models
+    transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
+    head_learning_rate: float = 2e-3  # of a classifier's head
+    weight_decay: float = 0.0  # pulls towards the base
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What the three recipes share; each has its own ``data``."""
+
+    data: Any = None
+    adapter: Adapter = field(default_factory=Adapter)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    model: str = "minilm"  # packaged name, transformers folder, or hub name
+    dropout: float | None = None  # None: the model's own
+    out: Path = Path("runs/finetune")  # where everything goes
+    resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
+    overwrite: bool = False  # start again where an earlier run left checkpoints
+    gradient_checkpointing: bool = False  # less memory, slower steps
+    push_to_hub: str | None = None  # repository to upload to, such as me/my-adapter; needs a login
+    hub_private: bool = True  # whether a new repository is private
+
+
+@dataclass(frozen=True)
+class TextClassificationConfig(FinetuneConfig):
+    """One text classification."""
+
+    data: TextData = field(default_factory=TextData)
+
+
+@dataclass(frozen=True)
+class ImageClassificationConfig(FinetuneConfig):
+    """One image classification."""
+
+    data: PictureData = field(default_factory=PictureData)
+    model: str = "vit-s14"
+
+
+@dataclass(frozen=True)
+class InstructionConfig(FinetuneConfig):
+    """One instruction tuning."""
+
+    data: InstructionData = field(default_factory=InstructionData)
+    model: str = "smollm2"
+
+
+def rates(adapter: Adapter, family: Family) -> Rates:
+    """The learning rates of this run: the flags where given, else the table's."""
+    table, head = RATES[family], adapter.head_learning_rate
+    if adapter.method == PROBE:
+        return Rates(head, head, head)
+    method = adapter.method.replace("-", "_").partition("(")[0].replace("*", "_star")
+    named = "lora" if method.startswith("peft:") else method
+    known = table.get(RESIDUAL_OF.get(adapter.residual or "", named))
+    if known is None:
+        if adapter.learning_rate is None:
+            raise ConfigError(f"No learning rate is known for {adapter.method!r}; give --learning-rate.")
+        known = Rates(adapter.learning_rate, adapter.learning_rate)
+    start = table.get(TRANSFORM_OF.get(adapter.transform or "", ""), known).transform
+    residual = adapter.learning_rate or known.residual
+    return Rates(residual, adapter.transform_learning_rate or start * (residual / known.residual), head)
+
+
+def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
+    """The config that ``engine`` adapts by: smidgen's, peft's, or one of the two controls."""
+    import smidgen
+    from smidgen.training import engine
+
+    if adapter.method == PROBE:
+        return engine.LinearProbe()
+    if adapter.method == FULL:
+        return engine.FullFineTuning()
+    if adapter.method.startswith("peft:"):
+        return engine.peft_config(adapter.method.removeprefix("peft:"), adapter.rank, adapter.alpha, targets)
+    named = {"r": adapter.rank, "alpha": adapter.alpha, "transform": adapter.transform, "residual": adapter.residual}
+    named["transform_rank"] = adapter.transform_rank
+    given = {name: value for name, value in named.items() if value is not None}
+    return smidgen.config(adapter.method, target_modules=targets, seed=seed, **given)

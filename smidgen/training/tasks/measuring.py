@@ -1,0 +1,52 @@
+"""What the tasks' evaluations share: a model at rest, its precision, and the scores of a classifier's outputs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smidgen.training.metrics import accuracy, metric
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[torch.device]:
+    """Within: eval mode and no gradients; yields the model's device."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def mixed(model: nn.Module) -> Iterator[None]:
+    """Autocast when the base is stored in 16 bits and what is trained in 32: the two must meet in one product."""
+    first = next(model.parameters())
+    if first.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(first.device.type, dtype=first.dtype):
+            yield
+    else:
+        yield
+
+
+def label_loss(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
+    """Mean cross-entropy of logits [example, class], or mean squared error of values [example, 1]."""
+    if regression:
+        return F.mse_loss(logits.float().squeeze(-1), labels.float())
+    return F.cross_entropy(logits.float(), labels.long())
+
+
+def label_scores(name: str, logits: Tensor, labels: Tensor, regression: bool) -> dict[str, float]:
+    """The metric called ``name``, the loss, and for classes the accuracy, of logits [example, class]."""
+    found = {"loss": float(label_loss(logits, labels, regression))}
+    measure = metric(name, regression, classes=logits.shape[-1])
+    target = labels.cpu().numpy()
+    predicted = (logits.squeeze(-1) if regression else logits.argmax(-1)).float().cpu().numpy()
+    if not regression:
+        predicted, target = predicted.astype(int), target.astype(int)
+        found["accuracy"] = accuracy(predicted, target)
+    return {name: measure(predicted, target)} | found
