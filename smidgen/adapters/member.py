@@ -97,6 +97,8 @@ class Factors(NamedTuple):
 class Residual(Member):
     """D of ``W' = W T + D``: an additive update, zero at the start."""
 
+    diagonal_between: ClassVar[bool] = False  # a trained diagonal between two frozen factors
+
     def __init__(self, rows: int, cols: int) -> None:
         self.rows, self.cols = rows, cols
 
@@ -132,6 +134,21 @@ def stable_noise(seed: str, shape: tuple[int, ...], std: float) -> Tensor:
     uniform = np.frombuffer(raw, dtype="<u2")[: n * 12].astype(np.int64).reshape(n, 12)
     unit = (uniform.sum(axis=1) - 6 * 65535) / 65535.0  # variance 1
     return torch.from_numpy((unit * std).astype(np.float32)).reshape(shape)
+
+
+def stable_signs(seed: str, shape: tuple[int, ...]) -> Tensor:
+    """Random +-1 (fp32), the same on every machine and version: bits of BLAKE2b in counter mode.
+
+    Example:
+        >>> stable_signs("any text", (2, 3)).abs()
+        tensor([[1., 1., 1.],
+                [1., 1., 1.]])
+    """
+    n = prod(shape)
+    key = hashlib.blake2b(seed.encode(), digest_size=32).digest()
+    raw = b"".join(hashlib.blake2b(i.to_bytes(8, "little"), key=key).digest() for i in range((n + 511) // 512))
+    bits = np.unpackbits(np.frombuffer(raw, dtype=np.uint8))[:n]
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1).reshape(shape)
 
 
 def build(registry: Mapping[str, type], kind: str, name: str, *geometry: int, **options: Any) -> Any:

@@ -72,6 +72,15 @@ METHODS: dict[str, Method] = {
         ),
         Method("lora", None, "low_rank", "arXiv 2106.09685", "low-rank product B A", "r (out + in)", {"r": 8}),
         Method(
+            "seeded",
+            None,
+            "seeded",
+            "docs/budget.md",
+            "coefficients of fixed random directions: the smallest and most portable files",
+            "r",
+            {"r": 64, "store_dtype": "float16"},
+        ),
+        Method(
             "oft",
             "rotation",
             None,

@@ -68,6 +68,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "low_rank": {"r": 3, "alpha": 2.0},
     "spectral": {"r": 3},
     "triangular": {"r": 3},
+    "seeded": {"r": 40},
 }
 _VARIANTS: dict[str, dict[str, Any]] = {
     "ring of rank 2": {"transform": "tensor_ring", "transform_rank": 2},

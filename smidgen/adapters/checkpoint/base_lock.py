@@ -105,10 +105,19 @@ def make_lock(matrices: Mapping[str, Tensor]) -> dict[str, Any]:
     names = sorted(matrices)
     sketches = torch.stack([sketch(matrices[n]) for n in names])
     pooled = pool(sketches)
-    return {
-        "targets": _deflate("\n".join(f"{n} {' '.join(map(str, matrices[n].shape))}" for n in names)),
+    return blank_lock(matrices) | {
         "sketch": encode(pooled, "<f4"),
         "own": encode(sketches[:, -1] / _unit(pooled, len(names)), "<f2"),
+    }
+
+
+def blank_lock(matrices: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A lock of the same length with zeros for sketches: names and shapes are there, no weight is read."""
+    names = sorted(matrices)
+    return {
+        "targets": _deflate("\n".join(f"{n} {' '.join(map(str, matrices[n].shape))}" for n in names)),
+        "sketch": encode(torch.zeros(1 + PROBES), "<f4"),
+        "own": encode(torch.zeros(len(names)), "<f2"),
         "dtype": str(next(iter(matrices.values())).dtype).removeprefix("torch."),
     }
 
@@ -122,7 +131,7 @@ def read_lock(lock: Mapping[str, Any]) -> Lock:
     try:
         lines = [line.split(" ") for line in _inflate(lock["targets"]).split("\n")]
         names = [" ".join(line[:-2]) for line in lines]
-        shapes = [(int(line[-2]), int(line[-1])) for line in lines]
+        shapes: list[tuple[int, ...]] = [(int(line[-2]), int(line[-1])) for line in lines]
         pooled = decode(lock["sketch"], "<f4", 1 + PROBES)
         own = decode(lock["own"], "<f2", len(names)) * _unit(pooled, len(names))
     except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:

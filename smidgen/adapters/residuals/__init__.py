@@ -2,8 +2,9 @@
 
 from smidgen.adapters.member import Residual
 from smidgen.adapters.residuals.low_rank import LowRank
+from smidgen.adapters.residuals.seeded import Seeded
 from smidgen.adapters.residuals.spectral import Spectral
 from smidgen.adapters.residuals.tensor_ring import TensorRingResidual
 from smidgen.adapters.residuals.triangular import Triangular
 
-RESIDUALS: dict[str, type[Residual]] = {m.name: m for m in (LowRank, TensorRingResidual, Spectral, Triangular)}
+RESIDUALS: dict[str, type[Residual]] = {m.name: m for m in (LowRank, TensorRingResidual, Spectral, Triangular, Seeded)}

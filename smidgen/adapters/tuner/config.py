@@ -99,13 +99,15 @@ class SmidgenConfig(PeftConfig):
 
         peft's own form costs a kilobyte for nothing; what is left out comes back as its default at load.
         """
-        mapping = kwargs.pop("auto_mapping_dict", None)
-        data = self.to_dict() | ({"auto_mapping": mapping} if mapping is not None else {})
-        kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(self.text(kwargs.pop("auto_mapping_dict", None)), encoding="utf-8")
+
+    def text(self, auto_mapping: dict[str, Any] | None = None) -> str:
+        """What ``adapter_config.json`` holds."""
+        data = self.to_dict() | ({} if auto_mapping is None else {"auto_mapping": auto_mapping})
+        kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
+        return json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
 
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
@@ -187,7 +189,7 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
     """Config of an adapter: a method by name, or any transform with any residual.
 
     Args:
-        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``oft`` (see ``smidgen methods``), the
+        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``seeded``, ``oft`` (see ``smidgen methods``), the
             papers' notation such as ``"tlora(2,6)"``, or None when ``transform`` and ``residual`` are named.
         **options: ``r`` (residual rank; also ``residual_rank``), ``transform_rank``, ``alpha``, ``transform``,
             ``residual``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
@@ -205,7 +207,7 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
         >>> config(transform="rotation", residual="spectral", r=16).label()
         'rotation+spectral r=16'
     """
-    fields = {name: options.pop(name) for name in _FIELDS if name in options}
+    fields: dict[str, Any] = {name: options.pop(name) for name in _FIELDS if name in options}
     if method is None:
         pair, merged = None, dict(options)
         transform, residual = merged.pop("transform", None), merged.pop("residual", None)
@@ -217,6 +219,7 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
         pair, spelled = methods.parse_method(method)
         transform = options.pop("transform", pair.transform)
         residual = options.pop("residual", pair.residual)
+        fields = {name: value for name, value in pair.defaults.items() if name in _FIELDS} | fields
         merged = _relevant(pair.defaults, transform, residual) | spelled | options
         _one_rank(merged, spelled | options)
     own_transform, own_residual = methods.split_options(transform, residual, merged)

@@ -103,7 +103,7 @@ class ShiftLayer(nn.Module):
         if slot.transform is not None or type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
-        diagonal = slot.residual is not None and slot.residual.decomposes
+        diagonal = slot.residual is not None and slot.residual.diagonal_between
         if not diagonal or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
             return False
         if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
