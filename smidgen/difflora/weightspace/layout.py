@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.checkpoint import base_lock
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, base_matrices
+from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, base_matrices, remove
 from smidgen.errors import AdapterFileError, BaseLockError, DataError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = (
     "method", "transform", "residual", "r", "transform_options", "residual_options", "rank_pattern", "seed",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "store_factors",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "store_factors", "store_dtype",
 )  # fmt: skip
 
 
@@ -76,7 +76,9 @@ class Layout:
     @property
     def digest(self) -> str:
         """SHA-256 of the layout: rows belong together when it is the same."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        known = json.loads(self.to_json())
+        known["base"] = self.base["sha256"]  # the lock's sketches round differently from machine to machine
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def pack(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
         """target -> name -> tensor [..., *shape] laid end to end: [..., size]; leading axes are kept.
@@ -166,6 +168,8 @@ class Layout:
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where} is damaged ({error}).") from error
         ends = [entry.offset + entry.size for entry in entries]
+        if not {"sha256", "lock"} <= layout.base.keys():
+            raise DataError(f"{where} is damaged: it does not say which base it belongs to.")
         if layout.dtype not in DTYPES or [entry.offset for entry in entries] != [0, *ends[:-1]]:
             raise DataError(
                 f"{where} is damaged: offsets do not follow each other, or dtype {layout.dtype!r} is unknown."
@@ -218,7 +222,7 @@ def base_of(layers: Mapping[str, nn.Module]) -> dict[str, Any]:
 def check_model(layout: Layout, model: nn.Module) -> None:
     """Raises BaseLockError unless ``model`` holds the weights the layout's adapters were trained on (a re-cast copy of
     them will do)."""
-    keys = set(layout.base["lock"]["targets"])
+    keys = set(base_lock.read_lock(layout.base["lock"]).targets)
     layers = {name: module for name, module in _plain_modules(model).items() if name in keys}
     for missing in sorted(keys - layers.keys()):
         hint = did_you_mean(missing, _plain_modules(model))
@@ -244,8 +248,6 @@ def write_adapter(layout: Layout, row: Tensor, model: nn.Module, folder: str | o
                     parameter.copy_(tensors[key][side])
         return smidgen.save(model, folder, name)
     finally:
-        from smidgen.adapters.tuner.peft_bridge import remove
-
         remove(model, name)
 
 
