@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from smidgen.difflora.zoo.settings import ZooConfig
+from smidgen.difflora.zoo.settings import PRESETS, ZooConfig
 
 
-def build(settings: ZooConfig, workers: int = 1, ray: str | None = None) -> None:
+DEFAULT = PRESETS["default"]
+
+
+def build(settings: ZooConfig = DEFAULT, workers: int = 1, ray: str | None = None) -> None:
     """Train a zoo: an adapter for each of many people, many at once on one frozen base. Run it again to go on.
 
     Args:

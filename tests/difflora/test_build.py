@@ -19,7 +19,7 @@ from smidgen.difflora.zoo import store as store_module
 from smidgen.difflora.zoo.build import build, config_of, job_of, open_zoo
 from smidgen.difflora.zoo.gate import decide
 from smidgen.difflora.zoo.group import build_group, workshop
-from smidgen.difflora.zoo.settings import Gate, Group, Subjects, ZooConfig, adapter_config, rates
+from smidgen.difflora.zoo.settings import PRESETS, Gate, Group, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.status import status
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import hashed_split, make_subjects, read_pictures, read_subjects
@@ -29,6 +29,7 @@ from smidgen.training.fitting import fit
 from smidgen.training.loop import LoopConfig
 from smidgen.training.pipelines import load_base
 from smidgen.training.recipes.personalize_settings import Adapter
+from smidgen.training.settings import flat, from_dict, to_dict
 
 
 @pytest.fixture
@@ -349,6 +350,16 @@ def sdlike(tmp_path_factory, base) -> Path:
     path = next((folder / "unet").glob("*.safetensors"))
     save_file({k: v + 0.1 * torch.ones_like(v) for k, v in load_file(path).items()}, path)
     return folder
+
+
+def test_every_setting_is_a_flag_of_its_own():
+    """The command line leaves the sections' names out."""
+    leaves = [name.rpartition(".")[2] for name in flat(ZooConfig())]
+    assert sorted(leaves) == sorted(set(leaves))
+    assert from_dict(ZooConfig, to_dict(PRESETS["debug"])) == PRESETS["debug"]
+    for wrong in (lambda: Group(group_size=0), lambda: Gate(inference_steps=0), lambda: Subjects(people=0)):
+        with pytest.raises(ConfigError):
+            wrong()
 
 
 def test_the_gate_says_why():

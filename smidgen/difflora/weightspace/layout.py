@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -249,11 +249,6 @@ def write_adapter(layout: Layout, row: Tensor, model: nn.Module, folder: str | o
         return smidgen.save(model, folder, name)
     finally:
         remove(model, name)
-
-
-def with_base(layout: Layout, layers: Mapping[str, nn.Module]) -> Layout:
-    """The layout on the base that ``layers`` (target -> module) belong to."""
-    return replace(layout, base=base_of(layers))
 
 
 def _slot(layer: AdaptedLayer) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -107,12 +108,18 @@ class LearnedCodec(Codec):
         )
         groups = [{"params": list(self.network.parameters()), "lr": chosen.learning_rate, "weight_decay": 1e-4}]
         identity = {"codec": self.name, "settings": self.settings(), "normalise": self.normalise, "rows": len(rows)}
-        identity |= {"layout": self.layout.digest}
+        identity |= {"layout": self.layout.digest, "statistics": self._digest()}
         with tempfile.TemporaryDirectory() as scratch:
             where, resume = (Path(scratch), None) if folder is None else (folder, "latest")
             task = AutoencoderTask(rows, chosen)
             train(task, self.network, groups, loop, where, resume=resume, identity=identity, progress=progress)
         self.network.requires_grad_(False).eval().to("cpu")
+
+    def _digest(self) -> str:
+        """Of what was learnt from the rows before training: other rows are another run."""
+        normaliser = self._fitted(self.normaliser)
+        values = torch.cat([self._fitted(self.reference), normaliser.shift, normaliser.width])
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
     def _encode(self, rows: Tensor) -> Tensor:
         return self.network.to(rows.device).encode(rows)

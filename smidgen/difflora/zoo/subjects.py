@@ -20,7 +20,6 @@ from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import derive
 
 TABLE = "subjects.parquet"
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True)
