@@ -6,7 +6,6 @@ from pathlib import Path
 
 from smidgen.difflora.zoo.settings import PRESETS, ZooConfig
 
-
 DEFAULT = PRESETS["default"]
 
 
