@@ -1,7 +1,7 @@
 """From a byte budget to a config: ``allocate(model, "20kB")`` says what to train where, so that the folder fits.
 
 Bytes are those of the folder that :func:`smidgen.save` writes, ``adapter_config.json`` and ``adapter_model.safetensors``
-together; heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
+together (peft's own ``save_pretrained`` adds about 150); heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
 directions in fp16, on the few matrices with the largest gradient per number. Most of it lies in the value and output
 projections of the last layers, so without a loss these are taken.
 """
@@ -32,7 +32,7 @@ Loss = Callable[[nn.Module], Tensor]
 LossBatches = Iterable[Loss] | tuple[Callable[[nn.Module, Any], Tensor], Iterable[Any]]
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 1024, "mib": 2**20, "gib": 2**30}
 _CANARY = {"sketch": base_lock.encode(torch.zeros(1 + base_lock.PROBES), "<f4")}
-FEW = 64  # directions below which a matrix is not worth its name in the file
+FEW = 128  # directions below which a matrix is not worth its name in the file
 SHARE = 0.2  # of the largest gradient per number: what a matrix needs to be among the first
 # Endings of value and output projections of attention, by the names transformers and diffusers give them.
 _FIRST = ("value", "v_proj", "v_lin", "to_v", "attention.output.dense", "o_proj", "out_lin", "to_out.0", "out_proj")
@@ -71,7 +71,7 @@ def allocate(
         True
     """
     limit = parse_bytes(budget)
-    chosen = matched_layers(None, config("seeded", target_modules=target_modules, **options), model)
+    chosen = _repeated(matched_layers(None, config("seeded", target_modules=target_modules, **options), model))
     matrices = base_matrices(chosen)
     order, first = _by_place(list(chosen))
     if loss_batches is not None:
@@ -144,21 +144,21 @@ def _bytes(
         for tensor, (shape, dtype) in slot_layout(own, layer, name).items():
             sizes[tensor] = sizes.get(tensor, 0) + torch.Size(shape).numel()
             dtypes[tensor] = packing.STORED[own.store_dtype] if dtype.is_floating_point else dtype
-    blank = {tensor: torch.zeros(n, dtype=dtypes[tensor]) for tensor, n in sizes.items()}
-    weights = save(blank, metadata={"format": "pt"})  # as peft saves it
-    saved = replace(
-        own,
-        base_lock=base_lock.blank_lock({name: matrices[name] for name in chosen}),
-        canary=_CANARY,
-        inference_mode=True,
-        base_model_name_or_path=own.base_model_name_or_path or model.__dict__.get("name_or_path"),
-    )
-    # so does PeftModel.save_pretrained where the config names no task
-    mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    return len(weights) + len(saved.text(None if own.task_type else mapping).encode())
+    weights = save({tensor: torch.zeros(n, dtype=dtypes[tensor]) for tensor, n in sizes.items()})
+    lock = base_lock.blank_lock({name: matrices[name] for name in chosen})
+    where = own.base_model_name_or_path or model.__dict__.get("name_or_path")
+    saved = replace(own, base_lock=lock, canary=_CANARY, inference_mode=True, base_model_name_or_path=where)
+    return len(weights) + len(saved.text().encode())
 
 
 # ---- which matrices come first ---------------------------------------------------------------------------------------
+
+
+def _repeated(chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Targets in numbered layers, if there are any: what stands alone beside the head (a pooler) has by far the largest
+    gradient and changes nothing that the head cannot."""
+    numbered = {name: layer for name, layer in chosen.items() if any(part.isdigit() for part in name.split("."))}
+    return numbered or chosen
 
 
 def _by_place(names: list[str]) -> tuple[list[str], int]:

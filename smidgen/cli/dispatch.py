@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from smidgen.cli import telling, using
+from smidgen.cli import comparing, telling, using
 from smidgen.cli.flags import ALIASES, TRAIN_ALIASES, familiar, run
 from smidgen.cli.recipes import RECIPES, find, overview, recipe_command
 from smidgen.errors import ConfigError, SmidgenError, did_you_mean
@@ -15,6 +15,7 @@ SUMMARY = {
     "subject": "draw pictures of an invented person for the embedded base",
     "pairs": "draw portraits with control pictures for the embedded base: train control on them",
     "generate": "draw pictures with an adapter",
+    "compare": "compare methods on a task by quality and bytes: compare EXPERIMENT",
     "verify": "prove that an adapter is on and belongs to its base",
     "inspect": "say what an adapter folder holds",
     "methods": "list the methods and what they train",
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "subject": using.subject,
     "pairs": using.pairs,
     "generate": using.generate,
+    "compare": comparing.compare,
     "verify": using.verify,
     "inspect": using.inspect,
     "methods": telling.methods,

@@ -214,7 +214,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 def _inject(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
     """A fresh adapter of peft's in ``model``. VeRA and its kin keep what their layers share in a PeftModel around it."""
-    if PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state:
+    if PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].uses_shared_state:  # type: ignore[index]
         model.__dict__[_OWNER] = peft.get_peft_model(model, config, NAME)  # not as a submodule: it holds the model
         return model
     return peft.inject_adapter_in_model(config, model, NAME)

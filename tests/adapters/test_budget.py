@@ -61,10 +61,10 @@ def test_the_folder_keeps_to_the_budget_and_uses_it(layers: int, limit: int, tol
     assert size <= limit
     layers_found = len(api.adapted_layers(net))
     spare = limit - size - 2 * layers_found  # a number more for each
-    assert spare <= 170, f"{spare} bytes of {limit} are left beside {smidgen.trained_numbers(net)} numbers"
+    assert size <= limit and spare <= 40, f"{spare} bytes of {limit} are left"
     through_peft = testing.perturb(get_peft_model(Net(layers, 24), own))
     through_peft.save_pretrained(tmp_path / "peft")
-    assert bytes_of(tmp_path / "peft") <= limit
+    assert bytes_of(tmp_path / "peft") <= limit + 160
     testing.close(smidgen.load(Net(layers, 24), tmp_path)(inputs(24)), net(inputs(24)), "loaded", torch.float16)
 
 
@@ -78,7 +78,7 @@ def test_file_bytes_is_what_a_save_takes(tmp_path: Path) -> None:
     ):
         said = budget.file_bytes(Net(), own)
         found = bytes_of(smidgen.save(testing.perturb(smidgen.adapt(Net(), own)), tmp_path / str(i)))
-        assert 0 <= said - found <= 170, f"{own.label()}: {said} said, {found} found"  # what peft's own save adds
+        assert said == found, own.label()
 
 
 def test_too_small_says_the_least_that_works(tmp_path: Path) -> None:

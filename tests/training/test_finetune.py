@@ -148,6 +148,18 @@ def test_any_transform_with_any_residual(tmp_path):
     assert (stored["transform"], stored["residual"]) == ("rotation", "low_rank")
 
 
+def test_a_budget_decides_ranks_and_targets(tmp_path):
+    made = config("text", tmp_path / "out")
+    report = run("text", replace(made, adapter=Adapter(budget="1500")))
+    stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert report.trained_numbers > 0 and report.bytes_on_disk - report.head_bytes <= 1500 + 300  # the head's names
+    assert stored["modules_to_save"] == ["classifier"]
+    with pytest.raises(ConfigError, match="leave out rank, or the budget"):
+        run("text", replace(made, adapter=Adapter(budget="1500", rank=3)))
+    with pytest.raises(ConfigError, match="leave out method tlora"):
+        run("text", replace(made, adapter=Adapter("tlora", budget="1500")))
+
+
 def test_numbers_are_predicted(tmp_path):
     rows = "".join(f"the {thing} was {n},{n / 4}\n" for n, thing in enumerate(debug.THINGS * 2))
     (tmp_path / "data.csv").write_text("sentence1,label\n" + rows)

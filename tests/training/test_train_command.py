@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from smidgen import cli
 from smidgen.cli.recipes import RECIPES
 from smidgen.training.recipes import text_classification as recipe
+from tests.training.test_two_processes import launch
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("text-classification", "image-classification", "instruction")
@@ -132,16 +133,14 @@ def test_a_killed_run_goes_on_to_the_same_bits(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="gloo")
+@pytest.mark.skipif(sys.platform != "linux", reason="gloo as Linux has it")
 @pytest.mark.parametrize("task", ["text-classification", "instruction"])
 def test_two_processes_equal_one_with_twice_the_batch(capsys, tmp_path, task):
     words = ["train", task, "--preset", "debug", "--dropout", "0.0", "--method", "tlora", "--no-load-best"]
     one = [*words, "--train-batch-size", "8", "--out", tmp_path / "one"]
     assert call(capsys, *one)[0] == 0
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "smidgen.cli"]
     two = [*words, "--train-batch-size", "4", "--out", str(tmp_path / "two")]
-    done = subprocess.run([sys.executable, *launch, *two], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    done = launch("-m", "smidgen.cli", *two)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("numbers trained") == 1  # one process reports
     first, second = (load_file(tmp_path / name / "checkpoint-4" / "trained.safetensors") for name in ("one", "two"))

@@ -1,4 +1,4 @@
-"""Seeded residual: D = sum_i delta_i u_i v_i^T, u_i and v_i fixed random sign vectors of norm one, delta from zero.
+"""Seeded residual: D = s sum_i delta_i u_i v_i^T, u_i and v_i fixed random sign vectors of norm one, delta from zero.
 
 The spectral residual with random directions for singular ones. On trained networks a singular pair sees about the same
 gradient as a random pair (docs/decisions/0007-byte-budget.md), so nothing is lost, and much is gained: no decomposition
@@ -21,14 +21,15 @@ class Seeded(Residual):
     Args:
         rows, cols: shape of the matrix.
         r: number of directions, at least 1, or "full" for min(rows, cols); not clamped.
-        alpha, scaling: see :func:`smidgen.adapters.member.scale_of`.
+        alpha, scaling: see :func:`smidgen.adapters.member.scale_of`; s = 16/sqrt(r) by default, with which one learning
+            rate suits few directions and many.
     """
 
     name = "seeded"
     diagonal_between = True
 
     def __init__(
-        self, rows: int, cols: int, r: int | str = 64, alpha: float | None = None, scaling: str = "plain"
+        self, rows: int, cols: int, r: int | str = 64, alpha: float | None = 16.0, scaling: str = "rslora"
     ) -> None:
         super().__init__(rows, cols)
         if r == "full":

@@ -261,7 +261,7 @@ def _options(identity: Identity, scene: Scene) -> dict:
 
 
 def drawing(identity: Identity, scene: Scene, placement: Mapping[str, float] | None = None) -> str:
-    """The portrait as SVG. ``placement`` holds DiceBear's scale, rotate, translateX and translateY where they differ."""
+    """The portrait as SVG; ``placement`` holds DiceBear's scale, rotate, translateX, translateY where they differ."""
     avatar, style, _ = _style()
     return str(avatar(style, _options(identity, scene) | dict(placement or {})).to_string())
 

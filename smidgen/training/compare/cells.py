@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float,
     length = None if stage == "run" else steps
     decides: Record = {
         "format": FORMAT,
-        "version": version("smidgen"),
+        "version": _version(),
         "stage": stage,
         "recipe": experiment.recipe,
         "rate": rate,
@@ -70,6 +71,11 @@ def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float,
     if stage == "run":
         decides["forgetting"] = to_dict(experiment.forgetting) if experiment.forgetting else None
     return Cell(stage, method, rate, seed, steps, json.dumps(decides, sort_keys=True, default=str))
+
+
+@cache
+def _version() -> str:
+    return version("smidgen")
 
 
 def _given(config: Any) -> Record:

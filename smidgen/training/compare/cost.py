@@ -55,7 +55,8 @@ def measure(experiment: Experiment, rate: float, seed: int) -> Record:
         model.train()
         return _Steps(prepared.task, model, torch.optim.AdamW(groups))
 
-    adapted = steps_of(prepared.model, make_setup(experiment, method, seed), method)
+    setup = make_setup(experiment, method, seed, prepared.model, prepared.task)
+    adapted = steps_of(prepared.model, setup, method)
     for number in range(experiment.cost_steps):
         adapted(number)
     peak = peak_memory()

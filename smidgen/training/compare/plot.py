@@ -35,6 +35,7 @@ def draw_plot(results: Results, path: Path) -> None:
     axes.set(xscale="log", xlabel="bytes on disk: adapter_model.safetensors and adapter_config.json, without the head")
     axes.set(ylabel=f"test {results.metric}, mean and 95 % interval over seeds")
     axes.set_title(results.experiment.title or results.experiment.name)
+    _frame(axes, results)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=9, loc="best")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +43,13 @@ def draw_plot(results: Results, path: Path) -> None:
     with open(hidden, "wb") as file:
         FigureCanvasAgg(figure).print_png(file)
     hidden.replace(path)
+
+
+def _frame(axes: Any, results: Results) -> None:
+    """Keep to the means: with two or three seeds the widest intervals would flatten everything else."""
+    means = [row.score.mean for row in results.rows if row.score is not None]
+    margin = 0.35 * (max(means) - min(means)) or 0.05
+    axes.set_ylim(min(means) - margin, max(means) + margin)
 
 
 def _steps(axes: Any, points: Sequence[Point], colour: str, name: str, most: int, greater: bool) -> None:

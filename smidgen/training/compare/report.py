@@ -88,7 +88,8 @@ def as_json(results: Results) -> dict[str, Any]:
 def markdown(results: Results, command: str) -> str:
     """The page for docs/results."""
     experiment, name = results.experiment, results.experiment.name
-    parts = [f"# {experiment.title or name}", _setting(results), _table(results), f"![score against bytes]({name}.png)"]
+    parts = [f"# {experiment.title or name}", *_interim(results), _setting(results), _table(results)]
+    parts.append(f"![score against bytes]({name}.png)")
     parts += ["## By budget", _budget_table(results), "\n".join(f"* {line}" for line in _reading(results))]
     if experiment.claim is not None:
         parts += ["## The papers' claim", "\n".join(f"* {line}" for line in _claim_lines(results))]
@@ -96,8 +97,19 @@ def markdown(results: Results, command: str) -> str:
     parts += ["## What went wrong or is missing", "\n".join(f"* {line}" for line in notes)] if notes else []
     minutes = results.cpu_seconds / 60
     parts += ["## What is measured", DEFINITIONS, "## Again", f"    {command}"]
-    parts += [f"All cells together took {minutes:.0f} minutes of one CPU core; on two cores about half of that."]
+    parts += [
+        f"All cells together took {minutes:.0f} minutes of one CPU core: about {minutes / 2:.0f} minutes with two workers "
+        "on two idle cores."
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def _interim(results: Results) -> Iterator[str]:
+    if results.missing:
+        yield (
+            f"**Interim: {len(results.missing)} cells are not done**, so budgets and fronts are those of the finished "
+            "part alone."
+        )
 
 
 def _points(results: Results, family: str) -> list[Point]:
@@ -107,7 +119,7 @@ def _points(results: Results, family: str) -> list[Point]:
 def _setting(results: Results) -> str:
     experiment = results.experiment
     config, search = experiment.config(), experiment.search
-    grown = f", one more at each end that wins, at most {search.extensions} times" if search.extensions else ""
+    grown = f", up to {search.extensions} more where the edge of the grid wins" if search.extensions else ""
     return (
         f"`{config.model}` on `{config.data.path}`, {experiment.recipe}: {config.train.max_train_steps} steps of "
         f"{config.data.train_batch_size}, seeds {', '.join(map(str, experiment.seeds))}. Learning rates: "
@@ -127,9 +139,11 @@ def _table(results: Results) -> str:
     head += ["forgetting"] if measured["forgetting"] else []
     head += ["memory MB", "step"] if measured["cost"] else []
     table = markdown_table(head, [_cells(row, measured) for row in results.rows], left=2)
-    heads = sorted({(row.head_numbers, row.head_bytes) for row in results.rows if row.test})
-    said = "; ".join(f"{numbers:,} numbers, {size:,} bytes" for numbers, size in heads if numbers)
-    return table + (f"\n\nHead, trained and stored beside every adapter: {said}." if said else "")
+    sizes = sorted({row.head_bytes for row in results.rows if row.head_numbers})
+    numbers = max(row.head_numbers for row in results.rows)
+    said = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "") if sizes else ""
+    head_line = f"The head, trained and stored beside every adapter: {numbers:,} numbers, {said} bytes."
+    return f"{table}\n\n{head_line}" if sizes else table
 
 
 def _cells(row: Row, measured: Mapping[str, bool]) -> list[str]:
@@ -142,7 +156,8 @@ def _cells(row: Row, measured: Mapping[str, bool]) -> list[str]:
     if measured["cost"]:
         memory = "-" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}"
         found += [memory, "-" if row.step_ratio is None else f"{row.step_ratio:.2f}x"]
-    return found if row.test else [*found[:2], "-", "-", "failed", *["-"] * (len(found) - 5)]
+    state = "failed" if row.failures else "not done"
+    return found if row.test else [*found[:2], "-", "-", state, *["-"] * (len(found) - 5)]
 
 
 def _budget_table(results: Results) -> str:
@@ -202,8 +217,9 @@ def _claim_lines(results: Results) -> Iterator[str]:
             f"{result.numbers:,} numbers instead of {result.baseline_numbers:,}: {fewer:.1f} times fewer, {size}. "
             f"Paired difference {_shown(result.difference, sign=True)}."
         )
-    for name in {claim.baseline, *claim.methods} - {name for r in found for name in (r.method, r.baseline)}:
-        yield f"Not checked for {name}: it has no result."
+    scored = {row.method.name for row in results.rows if row.test}
+    for name in (name for name in (claim.baseline, *claim.methods) if name not in scored):
+        yield f"Not checked: {name} has no result."
 
 
 def _notes(results: Results) -> Iterator[str]:
@@ -214,7 +230,7 @@ def _notes(results: Results) -> Iterator[str]:
             grid = ", ".join(f"{rate:g}" for rate in row.choice.grid)
             yield f"{row.method.name}: the best rate {row.choice.rate:g} lies at the edge of its grid ({grid})."
     if results.missing:
-        yield f"{len(results.missing)} cells are not done, for example {results.missing[0]}."
+        yield f"Not done: {'; '.join(results.missing[:5])}{' and others' if len(results.missing) > 5 else ''}."
 
 
 def _row_json(row: Row) -> dict[str, Any]:

@@ -96,26 +96,26 @@ def _pytorch() -> str:
 
 def _train_config(results: Results, record: Record) -> dict[str, Any]:
     """PEFT's training settings, and the whole of ours beside them."""
-    settings = record["decides"]["settings"]
-    train, data, adapter = settings["train"], settings["data"], settings["adapter"]
+    config = results.experiment.config(record["seed"])
+    train, data = config.train, config.data
     dtypes = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
     return {
-        "model_id": settings["model"],
-        "dtype": dtypes[train["mixed_precision"]],
-        "max_seq_length": data.get("max_length") or 0,
-        "batch_size": data["train_batch_size"],
-        "batch_size_eval": data["eval_batch_size"],
-        "max_steps": train["max_train_steps"],
-        "eval_steps": train["eval_steps"],
+        "model_id": config.model,
+        "dtype": dtypes[train.mixed_precision],
+        "max_seq_length": getattr(data, "max_length", 0),
+        "batch_size": data.train_batch_size,
+        "batch_size_eval": data.eval_batch_size,
+        "max_steps": train.max_train_steps,
+        "eval_steps": train.eval_steps,
         "compile": False,
-        "use_gc": settings["gradient_checkpointing"],
+        "use_gc": config.gradient_checkpointing,
         "query_template": "",
         "seed": record["seed"],
-        "grad_norm_clip": train["max_grad_norm"],
+        "grad_norm_clip": train.max_grad_norm,
         "optimizer_type": "AdamW",
-        "optimizer_kwargs": {"lr": record["rate"], "weight_decay": adapter["weight_decay"]},
-        "lr_scheduler": train["lr_scheduler"],
-        "use_amp": train["mixed_precision"] != "no",
+        "optimizer_kwargs": {"lr": record["rate"], "weight_decay": config.adapter.weight_decay},
+        "lr_scheduler": train.lr_scheduler,
+        "use_amp": train.mixed_precision != "no",
         "autocast_adapter_dtype": True,
         "generation_kwargs": {},
         "attn_implementation": None,
@@ -125,7 +125,7 @@ def _train_config(results: Results, record: Record) -> dict[str, Any]:
 
 def _metrics(results: Results, record: Record) -> list[dict[str, Any]]:
     """An entry for each evaluation, and the test's at the end, which is where PEFT's tools look."""
-    batch = record["decides"]["settings"]["data"]["train_batch_size"]
+    batch = results.experiment.config().data.train_batch_size
     found: list[dict[str, Any]] = [
         {
             "step": entry["step"],

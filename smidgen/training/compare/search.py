@@ -29,6 +29,11 @@ def search_cells(experiment: Experiment, cells: Cells) -> list[Cell]:
     return [_cell(experiment, method, rate) for method, rates in pairs for rate in rates]
 
 
+def method_cells(experiment: Experiment, method: Method, cells: Cells) -> list[Cell]:
+    """The part of the search that is one method's."""
+    return [_cell(experiment, method, rate) for rate in _grid(experiment, method, cells)]
+
+
 def choose(experiment: Experiment, method: Method, cells: Cells) -> Choice:
     """The best rate of ``method``; the lowest of equals.
 

@@ -13,10 +13,12 @@ from smidgen.training.fitting import Rates
 
 TRANSFORM_SHARE = 0.3  # of the rate, for a transform's numbers; as smidgen.parameter_groups has it
 PAIR = "pair"  # any transform with any residual, named in the options
+BUDGET = "budget"  # bytes, spent where the first batches have their gradients
+BUDGET_BATCHES = 4
 
 
-def make_setup(experiment: Experiment, method: Method, seed: int) -> engine.Config:
-    """A fresh config of ``method``: smidgen's, peft's, or a control's.
+def make_setup(experiment: Experiment, method: Method, seed: int, model: Any, task: Any) -> engine.Config:
+    """A fresh config of ``method``: smidgen's, peft's, or a control's. A budget looks at ``model`` and ``task``.
 
     Raises:
         ConfigError: an unknown kind or option.
@@ -28,6 +30,11 @@ def make_setup(experiment: Experiment, method: Method, seed: int) -> engine.Conf
         return engine.FullFineTuning()
     if method.kind.startswith("peft."):
         return _peft_setup(method, {"target_modules": targets, **options})
+    if method.kind == BUDGET:
+        from smidgen.adapters.budget import allocate
+
+        batches = [task.batch(index) for index in range(BUDGET_BATCHES)]
+        return allocate(model, loss_batches=(task.loss, batches), seed=seed, **options)
     return smidgen.config(None if method.kind == PAIR else method.kind, target_modules=targets, seed=seed, **options)
 
 

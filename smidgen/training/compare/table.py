@@ -8,7 +8,7 @@ from typing import Any
 from smidgen.errors import ConfigError
 from smidgen.training.compare.cells import Cell, Cells, Record, make_cell
 from smidgen.training.compare.experiment import Experiment, Method
-from smidgen.training.compare.search import Choice, choose, search_cells
+from smidgen.training.compare.search import Choice, choose, method_cells, search_cells
 from smidgen.training.compare.statistics import Interval, Point, interval
 
 
@@ -82,8 +82,7 @@ def cost_cells(experiment: Experiment, cells: Cells) -> list[Cell]:
 
 def chosen(experiment: Experiment, method: Method, cells: Cells) -> Choice | None:
     """The method's rate; None when every rate failed. ConfigError when its search is not complete."""
-    searched = [cell for cell in search_cells(experiment, cells) if cell.method == method]
-    records = [cells.read(cell) for cell in searched]
+    records = [cells.read(cell) for cell in method_cells(experiment, method, cells)]
     if records and all(record is not None and record["status"] == "failed" for record in records):
         return None
     return choose(experiment, method, cells)

@@ -53,10 +53,10 @@ class Trainer:
     def _train(self, cell: Cell) -> Record:
         experiment, prepared, task = self.experiment, self._prepared, self._task
         config = experiment.config(cell.seed, None if cell.stage == "run" else cell.steps)
-        setup = make_setup(experiment, cell.method, cell.seed)
+        model = prepared.fresh()
+        setup = make_setup(experiment, cell.method, cell.seed, model, task)
         rates = make_rates(cell.method, cell.rate, config.adapter.head_learning_rate)
         loop = replace(config.train, checkpointing_steps=cell.steps, checkpoints_total_limit=1)
-        model = prepared.fresh()
         total = sum(parameter.numel() for parameter in model.parameters())
         with tempfile.TemporaryDirectory(prefix="smidgen-compare-") as name:
             folder, cpu = Path(name), time.process_time()

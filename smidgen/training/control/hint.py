@@ -5,9 +5,9 @@ that at the start the model is the base to the bit. It is a submodule ``hint`` o
 adapter as any head is, and acts only within ``steering``: there a forward hook adds its features to the output of
 ``conv_in``; outside, nothing of the UNet is changed.
 
-ControlNet's own encoder (seven 3x3 convolutions without normalisation) brings next to nothing to its last layer at the
-start and was still ignored after 400 steps on the embedded base. This one unshuffles the picture to the latent's size
-and normalises, and begins to steer within 200.
+The encoder is not ControlNet's own (seven 3x3 convolutions without normalisation): with that one, and timesteps drawn
+evenly, nothing was steered after 400 steps on the embedded base. This one unshuffles the picture to the latent's size
+and normalises; see docs/control.md.
 """
 
 import json

@@ -70,8 +70,8 @@ def read_pairs(folder: Path, control: str, prompt: str | None = None, resolution
     without = [picture.path for picture in found.pictures if picture.control is None]
     if without and (control != "canny" or len(without) < len(found.pictures)):
         raise DataError(
-            f"{len(without)} picture(s) of {folder} have no control picture, for example {without[0].name}: name one in "
-            f"the column {images.CONTROL_COLUMN} of metadata.jsonl. Only canny is drawn from the pictures themselves, "
+            f"{len(without)} picture(s) of {folder} have no control picture, for example {without[0].name}: name one "
+            f"in the column {images.CONTROL_COLUMN} of metadata.jsonl. Only canny is drawn from the pictures themselves, "
             "and only when none has one."
         )
     if without:
@@ -131,7 +131,9 @@ def write_pairs(folder: Path, control: str, num_pictures: int, seed: int) -> str
         row: dict[str, Any] = {"file_name": name, images.CONTROL_COLUMN: f"{CONTROL_FOLDER}/{name}"}
         lines.append(json.dumps(row | {"text": world.caption(portrait.scene)}))
     replace_file(folder / images.METADATA[0], "\n".join(lines) + "\n")
-    return f"{folder}: {num_pictures} portraits with {control} controls; the last {unseen} are of people the base never saw."
+    return (
+        f"{folder}: {num_pictures} portraits with {control} controls, the last {unseen} of people the base never saw."
+    )
 
 
 def _load_controls(pictures: Sequence[images.Picture], resolution: int) -> "tuple[Image, ...]":

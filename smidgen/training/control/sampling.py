@@ -1,16 +1,20 @@
 """Draw with control pictures, and score how far what was drawn follows them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, cat
+from torch import Tensor, cat, no_grad
 
+from smidgen.training.contact_sheet import Row, contact_sheet, save_image
 from smidgen.training.control import metrics
 from smidgen.training.control.conditions import edges, points_of
 from smidgen.training.control.hint import steering
-from smidgen.training.pipelines import EMBEDDED, Base, Prompts, decode, draw_latents
+from smidgen.training.gallery import answer
+from smidgen.training.pipelines import EMBEDDED, Base, Prompts, decode, draw, draw_latents
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +40,36 @@ def draw_controlled(
         with steering(base.unet, controls[rows].float().to(base.device) / 255, scale):
             found.append(draw_latents(base, prompts[rows], seeds[rows], batch=batch, **options))
     return decode(base, cat(found))
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Controls to draw, each with its prompt and from noise of its own; ``options`` as for ``draw_latents``."""
+
+    prompts: Prompts
+    controls: Tensor
+    seeds: Sequence[int]
+    options: Mapping[str, Any]
+
+    def draw(self, base: Base, steer: bool = True, most: int | None = None) -> "list[Image]":
+        """A picture for each of the first ``most`` controls, or for their prompts alone."""
+        prompts, seeds = self.prompts[slice(most)], self.seeds[:most]
+        if steer:
+            return draw_controlled(base, prompts, seeds, self.controls[:most], **self.options)
+        return draw(base, prompts, seeds, **self.options)
+
+    def answer(self, base: Base) -> Tensor:
+        """The UNet's answer to fixed noise, steered by the first control."""
+        with no_grad(), steering(base.unet, self.controls[:1].float().to(base.device) / 255):
+            return answer(base, self.prompts, self.options["size"])
+
+    def preview(self, base: Base, controls: "Sequence[Image]", step: int, folder: Path, most: int = 4) -> None:
+        """Draw the first controls as ``preview-<step>.png``."""
+        was_training = base.unet.training
+        base.unet.eval()
+        rows = [Row("control", controls[:most]), Row(f"step {step}", self.draw(base, most=most))]
+        save_image(contact_sheet(f"after step {step}", rows), folder / f"preview-{step}.png")
+        base.unet.train(was_training)
 
 
 def can_score(control: str, base_name: str) -> bool:

@@ -9,9 +9,7 @@ the base.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +22,18 @@ from smidgen.training.contact_sheet import Row, contact_sheet, loss_plot, save_i
 from smidgen.training.control import hint
 from smidgen.training.control.pairs import ControlPairs, as_controls, read_pairs
 from smidgen.training.control.report import ControlReport, Line, model_card
-from smidgen.training.control.sampling import can_score, draw_controlled, scores, wanted
-from smidgen.training.fitting import Fitted, fit, prove
-from smidgen.training.gallery import SAMPLING, answer
+from smidgen.training.control.sampling import Scenes, can_score, scores, wanted
+from smidgen.training.fitting import Fitted, Rates, fit, prove
+from smidgen.training.gallery import SAMPLING
 from smidgen.training.pipelines import (
     EMBEDDED,
     Base,
-    Prompts,
     default_device,
-    draw,
     encode_prompts,
     fingerprint,
     load_base,
 )
+from smidgen.training.processes import is_main
 from smidgen.training.randomness import derive
 from smidgen.training.recipes.control_settings import ControlConfig, rates
 from smidgen.training.recipes.finetune import open_folder
@@ -55,11 +52,11 @@ _ASIDE = {
 }  # fmt: skip
 
 
-def control(config: ControlConfig, progress: bool = True) -> ControlReport:
+def control(config: ControlConfig, progress: bool = True) -> ControlReport | None:
     """Train, save, prove and score one adapter with its hint encoder in ``config.out``; see the module's text.
 
-    Raises SmidgenError for every refusal: pairs that do not fit, settings without meaning, a run that diverged, a saved
-    adapter that does not come back.
+    Under ``accelerate launch`` only the main process returns a report. Raises SmidgenError for every refusal: pairs
+    that do not fit, settings without meaning, a run that diverged, a saved adapter that does not come back.
     """
     data = config.data
     if data.folder is None:
@@ -71,20 +68,25 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport:
     for warning in pairs.warnings:
         logger.warning("%s", warning)
     seen, held_out = pairs.split(data.num_held_out)
+    made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
 
     out = open_folder(config)  # type: ignore[arg-type]
-    made = hint.config_for(base, data.control, config.adapter.hint_width)
-    replace_file(out / "config.yaml", dump_yaml(config))
-    replace_file(out / hint.FILE, hint.dump_config(made))
-    identity = _identity(config, base, pairs)
-    fitted = _fit(config, base, seen, made, out, resolution, identity, progress)
+    if is_main():
+        replace_file(out / "config.yaml", dump_yaml(config))
+        replace_file(out / hint.FILE, hint.dump_config(made))
+    identity, scenes = _identity(config, base, pairs), _scenes(config, base, held_out, resolution)
+    fitted = _fit(config, base, seen, made, rate, (scenes, held_out), identity, progress)
+    if not is_main():
+        return None
 
-    fresh = load_base(config.base, config.train.mixed_precision, device)
-    scenes = _scenes(config, fresh, held_out, resolution)
-    plain = scenes.draw(fresh)
-    notes = _proved(config, base, fresh, made, scenes, out)
-    drawn = {"real pictures": scenes.real, "base without control": plain, fitted.name: scenes.draw(fresh, steer=True)}
-    if all(a.tobytes() == b.tobytes() for a, b in zip(plain, drawn[fitted.name], strict=True)):
+    trained = scenes.answer(base)
+    base.unet.cpu()
+    base = load_base(config.base, config.train.mixed_precision, device)
+    drawn = {"real pictures": [images.load_picture(picture.path, resolution) for picture in held_out.pictures]}
+    drawn["base without control"] = plain = scenes.draw(base, steer=False)
+    notes = _proved(config, base, made, scenes, trained)
+    drawn[fitted.name] = ours = scenes.draw(base)
+    if all(a.tobytes() == b.tobytes() for a, b in zip(plain, ours, strict=True)):
         raise AdapterFileError(f"{out} draws exactly what the base draws: nothing steers.")
 
     few = slice(config.show.num_columns)
@@ -99,37 +101,23 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport:
     return report
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """What to draw at the end: the held-out controls with their captions, each from noise of its own."""
-
-    prompts: Prompts
-    controls: torch.Tensor
-    real: list[Image.Image]
-    seeds: list[int]
-    options: dict[str, Any]
-
-    def draw(self, base: Base, steer: bool = False) -> list[Image.Image]:
-        if steer:
-            return draw_controlled(base, self.prompts, self.seeds, self.controls, **self.options)
-        return draw(base, self.prompts, self.seeds, **self.options)
-
-
 def _fit(
     config: ControlConfig,
     base: Base,
     seen: ControlPairs,
     made: hint.HintConfig,
-    out: Path,
-    resolution: int,
+    rate: Rates,
+    shown: tuple[Scenes, ControlPairs],
     identity: Mapping[str, Any],
     progress: bool,
 ) -> Fitted:
-    chosen = config.adapter
+    chosen, (scenes, held_out) = config.adapter, shown
     captions = [picture.caption for picture in seen.pictures]
-    encoded = encode_examples(base, seen.pictures, captions, resolution)
+    encoded = encode_examples(base, seen.pictures, captions, scenes.options["size"])
     options: dict[str, Any] = {"batch_size": config.data.train_batch_size, "seed": config.train.seed}
     task = make_task(base, encoded, as_controls(seen.controls), cubic=chosen.cubic_timesteps, **options)
+    task.previewer = lambda _, step, folder: scenes.preview(base, held_out.controls, step, folder)
+    base.release_encoders(keep_vae=bool(config.train.preview_steps))
     hint.attach(base.unet, made, config.train.seed)
     if config.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
@@ -137,7 +125,7 @@ def _fit(
     chosen_setup = setup(chosen, targets, config.train.seed)
     options = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
     options |= {"heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
-    return fit(chosen.method, base.unet, task, chosen_setup, rates(config), config.train, out, **options)
+    return fit(chosen.method, base.unet, task, chosen_setup, rate, config.train, config.out, **options)
 
 
 def _scenes(config: ControlConfig, base: Base, held_out: ControlPairs, resolution: int) -> Scenes:
@@ -146,29 +134,21 @@ def _scenes(config: ControlConfig, base: Base, held_out: ControlPairs, resolutio
     options["guidance"] = usual[1] if show.guidance_scale is None else show.guidance_scale
     options["negative"] = encode_prompts(base, [""])
     prompts = encode_prompts(base, [picture.caption for picture in held_out.pictures])
-    real = [images.load_picture(picture.path, resolution) for picture in held_out.pictures]
     seeds = [derive(config.train.seed, "show", number) for number in range(len(held_out))]
-    return Scenes(prompts, as_controls(held_out.controls), real, seeds, options)
+    return Scenes(prompts, as_controls(held_out.controls), seeds, options)
 
 
 def _proved(
-    config: ControlConfig, trained: Base, fresh: Base, made: hint.HintConfig, scenes: Scenes, out: Path
+    config: ControlConfig, fresh: Base, made: hint.HintConfig, scenes: Scenes, trained: torch.Tensor
 ) -> tuple[str, ...]:
     """Load the file into ``fresh`` and prove that it answers a control picture as the trained UNet did."""
-    controls = scenes.controls[:1].float().to(fresh.device) / 255
-
-    def output(base: Base) -> torch.Tensor:
-        with torch.no_grad(), hint.steering(base.unet, controls):
-            return answer(base, scenes.prompts, scenes.options["size"])
-
-    trained.unet.eval()
-    before = output(trained)
     hint.attach(fresh.unet, made)
-    notes = prove(fresh.unet, out, partial(output, fresh))
-    error = float((output(fresh) - before).norm() / before.norm())
+    notes = prove(fresh.unet, config.out, partial(scenes.answer, fresh))
+    error = float((scenes.answer(fresh) - trained).norm() / trained.norm())
     if not error <= (1e-4 if config.train.mixed_precision == "no" else 2e-2):
         raise AdapterFileError(
-            f"The adapter saved in {out} does not answer a control picture as the trained model did: {error:.1%} off."
+            f"The adapter saved in {config.out} does not answer a control picture as the trained one did: it is "
+            f"{error:.1%} off."
         )
     return (*notes, f"Steered by a control picture, its answer differs from the trained model's by {error:.1e}.")
 

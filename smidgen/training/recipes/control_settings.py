@@ -17,12 +17,12 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the papers': all attentions of
 
 # Chosen on the embedded base by benchmarks/control.py; on full-size bases start where personalisation does.
 EMBEDDED_RATES = {
-    "tlora": Rates(2e-2, 6e-3),
+    "tlora": Rates(3e-2, 9e-3),
     "tlora_star": Rates(1e-2, 3e-3),
-    "svfit": Rates(1e-1, 1e-1),
-    "loldu": Rates(1e-1, 1e-1),
+    "svfit": Rates(2e-1, 2e-1),
+    "loldu": Rates(2e-1, 2e-1),
     "lora": Rates(1e-2, 1e-2),
-    "oft": Rates(5e-3, 5e-3),
+    "oft": Rates(3e-3, 3e-3),
 }
 
 
@@ -44,7 +44,7 @@ class Adapter(finetune.Adapter):
 
     method: str = "tlora*(2,4)"  # one of `smidgen methods`, tlora(2,6) and the like, peft:lora, or linear_probe (hint)
     target_modules: tuple[str, ...] | None = TARGETS  # endings of the UNet's module names
-    head_learning_rate: float = 1e-2
+    head_learning_rate: float = 5e-3
     hint_width: int = 64  # channels inside the hint encoder
     cubic_timesteps: bool = True  # denser at high noise, where the layout is decided
 

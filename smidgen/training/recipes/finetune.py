@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
 OTHERS = 2e-2
+BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
 # Settings that do not decide the trained numbers: where things lie, what is shown, how much is held in memory. Data,
 # template and model are known by their content instead.
 _ASIDE = {
@@ -67,7 +68,11 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     for warning in prepared.warnings:
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
-    config_of_peft = setup(chosen, targets(config, model), config.train.seed)
+    config_of_peft = (
+        budgeted(config, prepared, chosen.budget)
+        if chosen.budget
+        else setup(chosen, targets(config, model), config.train.seed)
+    )
     identity = _identity(config, prepared, rate)
     out = open_folder(config)
     if is_main():
@@ -101,6 +106,24 @@ def targets(config: FinetuneConfig, model: Any) -> Any:
     if named is None:
         return sorted(smidgen.default_targets(model))
     return "all-linear" if named == ("all-linear",) else list(named)
+
+
+def budgeted(config: FinetuneConfig, prepared: Prepared, budget: str) -> Any:
+    """The config that makes the most of ``budget`` bytes, by the gradients of the first few batches."""
+    from smidgen.adapters.budget import allocate
+
+    chosen = config.adapter
+    others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
+    clash = [name for name, value in others.items() if value is not None]
+    if chosen.method != "svfit" or clash:
+        what = clash[0] if clash else f"method {chosen.method}"
+        raise ConfigError(f"A budget decides what is trained, by svfit; leave out {what}, or the budget.")
+    where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
+    batches = [prepared.task.batch(index) for index in range(BUDGET_BATCHES)]
+    options: dict[str, Any] = {"seed": config.train.seed, "target_modules": where}
+    if prepared.heads:
+        options["modules_to_save"] = list(prepared.heads)
+    return allocate(prepared.model, budget, (prepared.task.loss, batches), **options)
 
 
 def open_folder(config: FinetuneConfig) -> Path:

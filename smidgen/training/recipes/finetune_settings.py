@@ -19,6 +19,7 @@ RATES: dict[Family, dict[str, Rates]] = {
         "tlora_star": Rates(5e-3, 1.5e-3),
         "svfit": Rates(1e-1, 1e-1),
         "loldu": Rates(1e-1, 1e-1),
+        "seeded": Rates(1e-1, 1e-1),
         "lora": Rates(2e-3, 2e-3),
         "oft": Rates(2e-3, 2e-3),
         FULL: Rates(5e-5, 5e-5),
@@ -26,8 +27,9 @@ RATES: dict[Family, dict[str, Rates]] = {
     "vision": {
         "tlora": Rates(2e-2, 6e-3),
         "tlora_star": Rates(5e-3, 1.5e-3),
-        "svfit": Rates(1e-1, 1e-1),
-        "loldu": Rates(1e-1, 1e-1),
+        "svfit": Rates(3e-2, 3e-2),
+        "loldu": Rates(3e-2, 3e-2),
+        "seeded": Rates(3e-2, 3e-2),
         "lora": Rates(2e-3, 2e-3),
         "oft": Rates(2e-3, 2e-3),
         FULL: Rates(5e-5, 5e-5),
@@ -37,13 +39,20 @@ RATES: dict[Family, dict[str, Rates]] = {
         "tlora_star": Rates(2e-3, 6e-4),
         "svfit": Rates(5e-2, 5e-2),
         "loldu": Rates(5e-2, 5e-2),
+        "seeded": Rates(5e-2, 5e-2),
         "lora": Rates(1e-3, 1e-3),
         "oft": Rates(1e-3, 1e-3),
         FULL: Rates(2e-5, 2e-5),
     },
 }
 TRANSFORM_OF = {"tensor_ring": "tlora", "rotation": "oft", "diagonal": "svfit"}
-RESIDUAL_OF = {"tensor_ring": "tlora", "low_rank": "lora", "spectral": "svfit", "triangular": "loldu"}
+RESIDUAL_OF = {
+    "tensor_ring": "tlora",
+    "low_rank": "lora",
+    "spectral": "svfit",
+    "triangular": "loldu",
+    "seeded": "seeded",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,8 @@ class Adapter:
     rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
-    target_modules: tuple[str, ...] | None = None  # endings of module names; None: the attention projections
+    target_modules: tuple[str, ...] | None = None  # endings of names, or all-linear; None: attention
+    budget: str | None = None  # bytes of the adapter's folder without a head, such as 20kB; decides ranks and targets
     learning_rate: float | None = None  # None: a table by method and family of models
     transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
     head_learning_rate: float = 2e-3  # of a classifier's head

@@ -52,8 +52,11 @@ class Encoded:
 
 def encode_examples(base: Base, pictures: Sequence[Picture], captions: Sequence[str], resolution: int) -> Encoded:
     """Encode pictures and their captions with the base's VAE and text encoders."""
-    pixels = to_tensor(load_picture(picture.path, resolution) for picture in pictures)
-    mean, std = encode_pictures(base, pixels)
+    parts = [  # decoded a few at a time: a thousand large pictures would not fit in memory as numbers
+        encode_pictures(base, to_tensor(load_picture(picture.path, resolution) for picture in pictures[at : at + 32]))
+        for at in range(0, len(pictures), 32)
+    ]
+    mean, std = (torch.cat(found) for found in zip(*parts, strict=True))
     ids = torch.stack([sdxl_time_ids(picture.size, resolution) for picture in pictures])
     names = tuple(picture.path.name for picture in pictures)
     return Encoded(mean, std, encode_prompts(base, captions), ids if base.family == "sdxl" else None, names)

@@ -1,5 +1,5 @@
 """Train the parts reader of `smidgen.models.embedded.parts_reader`: ``python -m
-smidgen.training.recipes.embedded_base.parts`` (minutes on one core).
+smidgen.training.recipes.embedded_base.parts`` (about six minutes on one core).
 
 Real drawings of training people in random poses, blurred and noisy as a decoder's output may be; measured on held-out
 people.
@@ -71,9 +71,9 @@ def measure(network: PartsNetwork, count: int, seed: int = 1) -> dict[str, float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--drawings", type=int, default=3000)
+    parser.add_argument("--drawings", type=int, default=4000)
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
