@@ -312,7 +312,7 @@ def law_meta(config: SmidgenConfig, kind: str) -> None:
         model, x = adapted(config, kind)
         smidgen.save(model, folder)
         lean = PeftModel.from_pretrained(base(kind)[0], folder, low_cpu_mem_usage=True)
-        close(lean(x), model(x), "adapter loaded with low_cpu_mem_usage")
+        close(lean(x), model(x), "adapter loaded with low_cpu_mem_usage", packing.STORED[config.store_dtype])
 
 
 def law_compile(config: SmidgenConfig, kind: str) -> None:

@@ -93,11 +93,11 @@ def test_too_small_says_the_least_that_works(tmp_path: Path) -> None:
 
 
 def test_the_gradient_decides() -> None:
-    blind, loss = Blind(2, 64), lambda m: m(inputs(64)).square().sum()
+    blind, loss = Blind(2, 128), lambda m: m(inputs(128)).square().sum()
     place = budget.allocate(blind, 800, target_modules=["q_proj", "v_proj"])
     told = budget.allocate(blind, 800, [loss], target_modules=["q_proj", "v_proj"])
-    assert set(api.adapted_layers(smidgen.adapt(Blind(2, 64), place))) == {"layers.1.v_proj"}
-    chosen = set(api.adapted_layers(smidgen.adapt(Blind(2, 64), told)))
+    assert set(api.adapted_layers(smidgen.adapt(Blind(2, 128), place))) == {"layers.1.v_proj"}
+    chosen = set(api.adapted_layers(smidgen.adapt(Blind(2, 128), told)))
     assert chosen and all(name.startswith("layers.0.") for name in chosen)
 
 

@@ -40,7 +40,7 @@ def test_against_a_sum_of_outer_products() -> None:
 
 
 def test_as_many_directions_as_numbers_span_every_matrix() -> None:
-    member = Seeded(4, 5, r=60)
+    member = Seeded(4, 5, r=60, alpha=None)
     c = member.constants("seed")
     atoms = torch.einsum("ok,ki->koi", c["up"], c["down"]).flatten(1)
     assert int(torch.linalg.matrix_rank(atoms)) == 20

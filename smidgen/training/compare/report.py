@@ -37,13 +37,13 @@ DEFINITIONS = """* **Scores** are those of the checkpoint with the best validati
   best rate at the edge of its grid, extensions included."""
 
 
-def write_report(results: Results, folder: Path, command: str) -> Path:
-    """``<name>.md``, ``<name>.json``, ``<name>.png`` and ``<name>_peft/`` (PEFT's own schema) in ``folder``."""
+def write_report(results: Results, folder: Path, singles: Path, command: str) -> Path:
+    """``<name>.md``, ``<name>.json`` and ``<name>.png`` in ``folder``; in ``singles`` each training in PEFT's schema."""
     name = results.experiment.name
     draw_plot(results, folder / f"{name}.png")
     replace_file(folder / f"{name}.json", json.dumps(as_json(results), indent=1, allow_nan=False) + "\n")
     for file, values in schema.all_results(results).items():
-        replace_file(folder / f"{name}_peft" / file, json.dumps(values, indent=2) + "\n")
+        replace_file(singles / file, json.dumps(values, indent=2) + "\n")
     page = folder / f"{name}.md"
     replace_file(page, markdown(results, command))
     return page

@@ -56,7 +56,7 @@ def compare(
             _finish(part, experiment, folder, workers, work)
     from smidgen.training.compare.report import write_report
 
-    return write_report(gather(experiment, Cells(folder)), report or folder, command)
+    return write_report(gather(experiment, Cells(folder)), report or folder, folder / "peft", command)
 
 
 def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work: Work | None) -> None:

@@ -117,7 +117,7 @@ def budgeted(config: FinetuneConfig, prepared: Prepared, budget: str) -> Any:
     clash = [name for name, value in others.items() if value is not None]
     if chosen.method != "svfit" or clash:
         what = clash[0] if clash else f"method {chosen.method}"
-        raise ConfigError(f"A budget decides what is trained, by svfit; leave out {what}, or the budget.")
+        raise ConfigError(f"A budget decides what is trained and how; leave out {what}, or the budget.")
     where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
     batches = [prepared.task.batch(index) for index in range(BUDGET_BATCHES)]
     options: dict[str, Any] = {"seed": config.train.seed, "target_modules": where}
