@@ -77,7 +77,7 @@ def one_by_one(config: ZooConfig, folder: Path) -> tuple[torch.Tensor, list[list
     return torch.stack(rows), curves
 
 
-@pytest.mark.parametrize("method", ["lora", "svfit", "tlora"])
+@pytest.mark.parametrize("method", ["lora", "svfit", pytest.param("tlora", marks=pytest.mark.slow)])
 def test_group_training_is_training_one_by_one(config, few_people, tmp_path, monkeypatch, method):
     """The same loss curves and the same numbers, with gradients long enough to be cut."""
     adapter = replace(config.adapter, method=method, rank=None if method == "tlora" else 2, learning_rate=None)
@@ -178,6 +178,7 @@ def forked(run) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_two_workers_share_the_queue(config):
     build(config, progress=False)
@@ -210,6 +211,7 @@ def dies(real, after: int, half: bool = False):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_a_killed_build_goes_on_to_the_same_bytes(config, monkeypatch):
     build(config, progress=False)
@@ -232,6 +234,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(config, monkeypatch):
     assert not list((victim.out / "work").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_an_interrupted_build_says_how_to_go_on(config, monkeypatch, capfd):
     open_zoo(config)
@@ -271,6 +274,7 @@ def test_ray_runs_the_same_path(config, monkeypatch):
     assert Zoo(again.out).digest() == Zoo(config.out).digest()
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_go_in_too(config):
     own = replace(config, group=replace(config.group, keep_last=2, keep_every=1))
     build(own, progress=False)
