@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from smidgen.cli import comparing, telling, using
+from smidgen.cli import comparing, telling, using, zoo
 from smidgen.cli.flags import ALIASES, TRAIN_ALIASES, familiar, run
 from smidgen.cli.recipes import RECIPES, find, overview, recipe_command
 from smidgen.errors import ConfigError, SmidgenError, did_you_mean
@@ -15,6 +15,7 @@ SUMMARY = {
     "subject": "draw pictures of an invented person for the embedded base",
     "pairs": "draw portraits with control pictures for the embedded base: train control on them",
     "generate": "draw pictures with an adapter",
+    "zoo": "train the adapters of many people at once: zoo build|status|import",
     "compare": "compare methods on a task by quality and bytes: compare EXPERIMENT",
     "verify": "prove that an adapter is on and belongs to its base",
     "inspect": "say what an adapter folder holds",
@@ -69,6 +70,8 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"There is no command {name!r}.{hint}")
     if name == "train":
         return _train(rest)
+    if name == "zoo":
+        return _zoo(rest)
     if name == "personalize":
         run(recipe_command(RECIPES[name], rest), familiar(rest), f"smidgen {name}")
     else:
@@ -83,6 +86,14 @@ def _train(words: list[str]) -> int:
     recipe, rest = find(words[0]), words[1:]
     aliases = TRAIN_ALIASES if recipe.data == "path" else ALIASES
     run(recipe_command(recipe, rest), familiar(rest, aliases), f"smidgen train {recipe.name}")
+    return 0
+
+
+def _zoo(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(zoo.overview())
+        return 0
+    run(zoo.find(words[0], words[1:]), familiar(words[1:]), f"smidgen zoo {words[0]}")
     return 0
 
 

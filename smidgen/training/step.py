@@ -56,7 +56,7 @@ class Stepper:
         if not math.isfinite(mean):
             self._refuse("loss", mean, bad)
         sum_gradients(self.accelerator, self.trained)
-        norm = self.accelerator.clip_grad_norm_(self.trained, max_grad_norm)
+        norm = self._clip(max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(norm):  # fp16's scaler skips such a step by itself
             self._refuse("gradient norm", float(norm), [name for batch in batches for name in _names(batch)])
         self.optimizer.step()
@@ -92,6 +92,14 @@ class Stepper:
                 loss = self.task.loss(self.model, _to(batch, accelerator.device))
             accelerator.backward(loss * (share * accelerator.gradient_accumulation_steps))  # which divides by the parts
         return float(loss.detach())
+
+    def _clip(self, most: float) -> Tensor:
+        """The gradient's norm; a task that trains many adapters at once cuts each of them alone."""
+        own = getattr(self.task, "clip_gradients", None)
+        if own is None:
+            return self.accelerator.clip_grad_norm_(self.trained, most)  # type: ignore[no-any-return]
+        self.accelerator.unscale_gradients(self.optimizer)
+        return own(self.trained, most)  # type: ignore[no-any-return]
 
     def _refuse(self, what: str, value: float, names: Sequence[str]) -> None:
         self.optimizer.zero_grad()

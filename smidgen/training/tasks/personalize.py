@@ -132,6 +132,10 @@ class PersonalizeTask:
         return batch | {"weights": torch.cat(weights)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return self.errors(model, batch).sum()
+
+    def errors(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """What each row of the batch adds to the loss [rows]."""
         alpha = self.alphas.to(torch.float32).to(batch["latents"].device)[batch["timesteps"]]
         noisy, target = diffuse(batch["latents"], batch["noise"], alpha, self.prediction_type)
         conditions = {"encoder_hidden_states": batch["embeds"]}
@@ -141,7 +145,7 @@ class PersonalizeTask:
         errors = (predicted.float() - target).square().mean(dim=(1, 2, 3))
         if self.snr_gamma is not None:
             errors = errors * snr_weights(alpha, self.snr_gamma, self.prediction_type)
-        return (errors * batch["weights"]).sum()
+        return errors * batch["weights"]
 
     def preview(self, model: nn.Module, step: int, folder: Path) -> None:
         if self.previewer is not None:

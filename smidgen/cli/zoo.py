@@ -1,0 +1,94 @@
+"""The commands ``smidgen zoo build | status | import``; their flags are these functions' signatures."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from smidgen.cli.flags import load_tyro, value_of
+from smidgen.errors import ConfigError, did_you_mean
+
+SUMMARY = {
+    "build": "train an adapter for each of many people, many at once",
+    "status": "say how a zoo stands",
+    "import": "make a zoo of LoRA files",
+}
+
+
+def overview() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name.ljust(6)}  {text}" for name, text in SUMMARY.items()]
+    return "usage: smidgen zoo COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nsmidgen zoo COMMAND --help says more."
+
+
+def find(name: str, words: Sequence[str]) -> Callable[..., None]:
+    """The command called ``name``; ConfigError with the nearest names otherwise."""
+    if name not in SUMMARY:
+        raise ConfigError(
+            f"There is no command 'zoo {name}'.{did_you_mean(name, SUMMARY)} Known: {', '.join(SUMMARY)}."
+        )
+    return {"build": build_command, "status": lambda _: status, "import": lambda _: import_}[name](words)
+
+
+def build_command(words: Sequence[str]) -> Callable[..., None]:
+    """The command with the defaults that ``--preset`` among ``words`` names."""
+    from smidgen.difflora.zoo.settings import PRESETS, ZooConfig
+
+    named = value_of(words, "--preset") or "default"
+    if named not in PRESETS:
+        raise ConfigError(f"There is no preset {named!r}.{did_you_mean(named, PRESETS)} Known: {', '.join(PRESETS)}.")
+
+    def build(settings: Any = PRESETS[named], workers: int = 1, ray: str | None = None, preset: Any = named) -> None:
+        """Train a zoo: an adapter for each of many people, many at once on one frozen base. Run it again to go on.
+
+        Args:
+            settings: all that decides the zoo.
+            workers: processes on this machine (with --ray: groups that run at once).
+            ray: address of a Ray cluster, or local.
+            preset: settings to start from.
+        """
+        from smidgen.difflora.zoo.build import build as run
+
+        print(run(settings, workers, ray))
+
+    build.__annotations__["settings"] = Annotated[ZooConfig, load_tyro().conf.arg(name="")]
+    build.__annotations__["preset"] = Literal[tuple(PRESETS)]
+    return build
+
+
+def status(zoo: Path, /, verify: bool = False) -> None:
+    """Say how ZOO stands: done, rejected with reasons, missing, bytes, seconds an adapter.
+
+    Args:
+        zoo: the zoo's folder.
+        verify: also read every row and check it against its hash.
+    """
+    from smidgen.difflora.zoo.status import status as run
+    from smidgen.difflora.zoo.store import Zoo
+
+    print(run(zoo))
+    if verify:
+        print(f"  {Zoo(zoo).verify():,} rows read and found as they were written")
+
+
+def import_(
+    folder: Path,
+    /,
+    out: Path = Path("zoo"),
+    base: str = "embedded",
+    rank: int | None = None,
+    held_out_share: float = 0.1,
+    ignore_text_encoder: bool = False,
+) -> None:
+    """Make a zoo of the LoRA files below FOLDER: peft folders, diffusers and kohya files.
+
+    Args:
+        folder: adapters; the first folder's name below it is the person's.
+        out: where the zoo goes.
+        base: embedded, a pipeline folder, or a hub name; the one they were trained on.
+        rank: bring all to this rank by SVD (none: all must have the same).
+        held_out_share: share of people kept for tests.
+        ignore_text_encoder: leave out what changes the text encoder.
+    """
+    from smidgen.difflora.zoo.importing import import_zoo as run
+
+    print(run(folder, out, base, rank, held_out_share, ignore_text_encoder))
