@@ -26,7 +26,9 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
         raise ConfigError(
             f"There is no command 'zoo {name}'.{did_you_mean(name, SUMMARY)} Known: {', '.join(SUMMARY)}."
         )
-    return {"build": build_command, "status": lambda _: status, "import": lambda _: import_}[name](words)
+    if name == "build":
+        return build_command(words)
+    return status if name == "status" else import_
 
 
 def build_command(words: Sequence[str]) -> Callable[..., None]:

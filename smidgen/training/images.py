@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def bind(captions: Sequence[str], class_word: str, placeholder: str) -> list[str
     return [word.sub(lambda match: f"{placeholder} {match.group(0)}", caption, count=1) for caption in captions]
 
 
-def load_picture(path: str | Path, resolution: int) -> "Image.Image":
+def load_picture(path: "str | Path | IO[bytes]", resolution: int) -> "Image.Image":
     """The picture upright, on white where transparent, its shorter side scaled to ``resolution``, cropped to the
     centre."""
     with Image.open(path) as image:

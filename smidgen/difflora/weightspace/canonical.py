@@ -67,11 +67,11 @@ def canonical_rows(rows: Tensor, layout: Layout, reference: Tensor | None = None
     rows = rows.clone()
     for a, b in pairs:
         lead = rows.shape[:-1]
-        factors = [rows[..., e.columns].reshape(*lead, *e.shape) for e in (b, a)]
+        old_b, old_a = (rows[..., e.columns].reshape(*lead, *e.shape) for e in (b, a))
         turned = None
         if reference is not None:
-            turned = tuple(reference[e.columns].reshape(e.shape) for e in (b, a))
-        new_b, new_a = canonical_factors(*factors, scale=a.scale, reference=turned)  # type: ignore[arg-type]
+            turned = (reference[b.columns].reshape(b.shape), reference[a.columns].reshape(a.shape))
+        new_b, new_a = canonical_factors(old_b, old_a, scale=a.scale, reference=turned)
         rows[..., a.columns] = new_a.flatten(-2)
         rows[..., b.columns] = (new_b / a.scale).flatten(-2)
     return rows

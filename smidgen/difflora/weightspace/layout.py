@@ -140,10 +140,10 @@ class Layout:
         for key, side in sorted(mine.keys() ^ theirs.keys()):
             owner = "only they" if (key, side) in theirs else "they do not"
             raise DataError(f"{what} sit on other targets: {owner} have {side!r} of {key!r}.")
-        for name, entry in mine.items():
-            if theirs[name].shape != entry.shape:
+        for place, entry in mine.items():
+            if theirs[place].shape != entry.shape:
                 raise DataError(
-                    f"{what} have {entry.side!r} of {entry.key!r} in shape {theirs[name].shape}, here {entry.shape}: "
+                    f"{what} have {entry.side!r} of {entry.key!r} in shape {theirs[place].shape}, here {entry.shape}: "
                     "mixed ranks."
                 )
         if self.digest != other.digest:

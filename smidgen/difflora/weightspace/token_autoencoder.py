@@ -93,7 +93,7 @@ class _Network(Autoencoder):
 
     def encode(self, rows: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(rows, (0, 1))
-        return self.code(self.encoder(self.into(padded[:, self.places]) + self._named()))  # type: ignore[no-any-return]
+        return self.code(self.encoder(self.into(padded[:, self.places]) + self._named()))  # type: ignore[no-any-return, index]
 
     def decode(self, latents: Tensor) -> Tensor:
         tokens = self.out(self.decoder(self.uncode(latents) + self._named()))

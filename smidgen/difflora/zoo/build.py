@@ -179,7 +179,8 @@ def _with_ray(
         ray.init(log_to_driver=False, include_dashboard=False if address == "local" else None, **where)
     try:
         remote = ray.remote(max_retries=2)(build_group)
-        waiting, running = list(todo), []
+        waiting = list(todo)
+        running: list[Any] = []
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(remote.remote(job_of(config, zoo, people, waiting.pop(0), keep_work=False)))

@@ -95,7 +95,7 @@ def _invented(out: Path, wanted: Subjects) -> list[Subject]:
     for split, count in (("train", wanted.people), ("test", wanted.held_out)):
         rng = numpy.random.default_rng(derive(wanted.people_seed, "people", split))
         seen: set[Any] = set()
-        there = sum(1 for _ in world.identities(split))  # type: ignore[arg-type]
+        there = sum(1 for _ in world.identities(split))  # type: ignore[arg-type, misc]
         if count > there:
             raise DataError(f"The embedded world has {there} people for {split!r}, {count} are asked for.")
         while len(seen) < count:
