@@ -81,6 +81,16 @@ def test_file_bytes_is_what_a_save_takes(tmp_path: Path) -> None:
         assert said == found, own.label()
 
 
+def test_the_folder_of_the_base_counts_by_its_name_alone(tmp_path: Path) -> None:
+    net, long = Net(), "/" + "x" * 300 + "/base-1"
+    net.name_or_path = long  # type: ignore[assignment]
+    own = budget.allocate(net, 900)
+    own.base_model_name_or_path = long
+    folder = smidgen.save(smidgen.adapt(Net(), own), tmp_path)
+    assert 860 < bytes_of(folder) <= 900
+    assert api.read_smidgen_config(folder).base_model_name_or_path == "base-1"
+
+
 def test_too_small_says_the_least_that_works(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Give at least") as found:
         budget.allocate(Net(), "100B")

@@ -106,8 +106,9 @@ class SmidgenConfig(PeftConfig):
     def text(self, auto_mapping: dict[str, Any] | None = None) -> str:
         """What ``adapter_config.json`` holds."""
         data = self.to_dict() | ({} if auto_mapping is None else {"auto_mapping": auto_mapping})
-        if os.path.isabs(data["base_model_name_or_path"] or ""):  # a folder of this machine is nobody else's business
-            data["base_model_name_or_path"] = None
+        base = data["base_model_name_or_path"] or ""
+        if os.path.isabs(base):  # where it lay on this machine is nobody else's business
+            data["base_model_name_or_path"] = os.path.basename(os.path.normpath(base))
         kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
         return json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
 

@@ -55,7 +55,7 @@ def measure(experiment: Experiment, rate: float, seed: int) -> Record:
         model.train()
         return _Steps(prepared.task, model, torch.optim.AdamW(groups))
 
-    setup = make_setup(experiment, method, seed, prepared.model, prepared.task)
+    setup = make_setup(experiment, method, seed, prepared.model, prepared.task, prepared.heads)
     adapted = steps_of(prepared.model, setup, method)
     for number in range(experiment.cost_steps):
         adapted(number)

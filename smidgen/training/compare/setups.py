@@ -1,6 +1,7 @@
 """From a method of an experiment to the config that ``engine`` adapts by."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -17,7 +18,9 @@ BUDGET = "budget"  # bytes, spent where the first batches have their gradients
 BUDGET_BATCHES = 4
 
 
-def make_setup(experiment: Experiment, method: Method, seed: int, model: Any, task: Any) -> engine.Config:
+def make_setup(
+    experiment: Experiment, method: Method, seed: int, model: Any, task: Any, heads: Sequence[str] = ()
+) -> engine.Config:
     """A fresh config of ``method``: smidgen's, peft's, or a control's. A budget looks at ``model`` and ``task``.
 
     Raises:
@@ -34,6 +37,8 @@ def make_setup(experiment: Experiment, method: Method, seed: int, model: Any, ta
         from smidgen.adapters.budget import allocate
 
         batches = [task.batch(index) for index in range(BUDGET_BATCHES)]
+        if heads:
+            options["modules_to_save"] = list(heads)  # their names are in the config's bytes
         return allocate(model, loss_batches=(task.loss, batches), seed=seed, **options)
     return smidgen.config(None if method.kind == PAIR else method.kind, target_modules=targets, seed=seed, **options)
 

@@ -54,7 +54,7 @@ class Trainer:
         experiment, prepared, task = self.experiment, self._prepared, self._task
         config = experiment.config(cell.seed, None if cell.stage == "run" else cell.steps)
         model = prepared.fresh()
-        setup = make_setup(experiment, cell.method, cell.seed, model, task)
+        setup = make_setup(experiment, cell.method, cell.seed, model, task, prepared.heads)
         rates = make_rates(cell.method, cell.rate, config.adapter.head_learning_rate)
         loop = replace(config.train, checkpointing_steps=cell.steps, checkpoints_total_limit=1)
         total = sum(parameter.numel() for parameter in model.parameters())
