@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.methods import METHODS
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
 from smidgen.errors import SmidgenError, TargetError
@@ -80,7 +81,8 @@ def test_unet_add_weigh_disable_delete(method: str, tmp_path: Path) -> None:
     testing.same(predict(model), full, "after deleting the second")
     model.delete_adapters("a")
     testing.same(predict(model), base, "after deleting both")
-    testing.close(predict(smidgen.load(unet(), tmp_path)), full, "loaded into another unet")
+    stored = packing.STORED[smidgen.config(method).store_dtype]
+    testing.close(predict(smidgen.load(unet(), tmp_path)), full, "loaded into another unet", stored)
 
 
 def test_unet_fuse_and_a_plain_lora_beside(tmp_path: Path) -> None:
