@@ -261,7 +261,10 @@ def _reading(figures: dict[str, Any]) -> str:
         verdict = f"{behind:.2f} less identity than" if behind > 0 else f"{-behind:.2f} more identity than"
         drift = figures[f"{key}_caption"] - figures["peft_lora_caption"]
         lines.append(f"- {key}: {verdict} peft's LoRA with {share:.0%} of its bytes; captions {drift:+.3f}.")
-    return "\n".join(lines) + "\n\nBytes count both files; the config with its base lock is about 1 kB of each (bytes were counted again after the config became smaller)."
+    return (
+        "\n".join(lines)
+        + "\n\nBytes count both files; the config with its base lock is about 1 kB of each (bytes were counted again after the config became smaller)."
+    )
 
 
 def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
