@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo_output
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-slow lint types contract bench base clean help
+.PHONY: demo test test-again test-slow lint types contract bench base clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,9 @@ demo: $(VENV)/.ready  ## draw a person nobody trained on, learn an adapter of a 
 
 test: $(VENV)/.ready  ## all fast tests
 	$(ENV) $(BIN)/python -m pytest -n 2
+
+test-again: $(VENV)/.ready  ## what failed in the last run of the tests
+	$(ENV) $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix, twenty kills
 	$(ENV) $(BIN)/python -m pytest -m slow
