@@ -27,7 +27,7 @@ test: $(VENV)/.ready  ## all fast tests
 	$(ENV) $(BIN)/python -m pytest -n 2
 
 test-again: $(VENV)/.ready  ## what failed in the last run of the tests
-	$(ENV) $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	$(ENV) $(BIN)/python -m pytest --last-failed
 
 test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix, twenty kills
 	$(ENV) $(BIN)/python -m pytest -m slow
