@@ -45,6 +45,19 @@ class Fitted:
     head_bytes: int = 0
 
 
+BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
+
+
+def budgeted(model: nn.Module, task: Task, heads: Sequence[str], budget: int | str, **options: Any) -> Any:
+    """The config that makes the most of ``budget`` bytes beside the ``heads``, by the gradients of the first batches."""
+    from smidgen.adapters.budget import allocate
+
+    if heads:
+        options["modules_to_save"] = list(heads)  # their names are in the config's bytes
+    batches = [task.batch(index) for index in range(BUDGET_BATCHES)]
+    return allocate(model, budget, (task.loss, batches), **options)
+
+
 def fit(
     name: str,
     model: nn.Module,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from smidgen.errors import ConfigError, MissingExtraError
+from smidgen.training.checkpoints import CheckpointStore
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # set by accelerate launch
 TRACKERS = {"tensorboard": "smidgen[track]", "trackio": "smidgen[track]", "wandb": "wandb", "comet_ml": "comet_ml"}
@@ -128,3 +129,23 @@ def _check_whole() -> None:
                 "on each device and sums gradients over processes: launch with docs/accelerate/multi_gpu.yaml instead. "
                 "docs/multi_gpu.md says what to do with a base that does not fit."
             )
+
+
+def open_folder(out: Path, resume: str | None, overwrite: bool, *inner: Path) -> Path:
+    """The folder of a run, with ``inner`` ones whose checkpoints go with it.
+
+    Raises:
+        ConfigError: an earlier run is in it, and this one is neither to resume nor to overwrite it.
+    """
+    store = CheckpointStore(out)
+    if overwrite and not resume:
+        if is_main():
+            for folder in (out, *inner):
+                CheckpointStore(folder).clear()
+    elif store.steps() and not resume:
+        raise ConfigError(
+            f"{out} already holds checkpoint-{store.steps()[-1]}. Go on with --resume-from-checkpoint latest, "
+            "start again with --overwrite, or choose another --out."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    return out

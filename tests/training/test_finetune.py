@@ -153,7 +153,7 @@ def test_a_budget_decides_ranks_and_targets(tmp_path):
     report = run("text", replace(made, adapter=Adapter(budget="1500")))
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert report.trained_numbers > 0 and report.bytes_on_disk - report.head_bytes <= 1500 + 300  # the head's names
-    assert stored["modules_to_save"] == ["classifier"]
+    assert stored["modules_to_save"] == ["classifier"] and report.method == stored["method"] == "seeded"
     with pytest.raises(ConfigError, match="leave out rank, or the budget"):
         run("text", replace(made, adapter=Adapter(budget="1500", rank=3)))
     with pytest.raises(ConfigError, match="leave out method tlora"):

@@ -10,12 +10,11 @@ import smidgen
 from smidgen.errors import ConfigError, did_you_mean
 from smidgen.training import engine
 from smidgen.training.compare.experiment import FULL, PROBE, Experiment, Method
-from smidgen.training.fitting import Rates
+from smidgen.training.fitting import Rates, budgeted
 
 TRANSFORM_SHARE = 0.3  # of the rate, for a transform's numbers; as smidgen.parameter_groups has it
 PAIR = "pair"  # any transform with any residual, named in the options
 BUDGET = "budget"  # bytes, spent where the first batches have their gradients
-BUDGET_BATCHES = 4
 
 
 def make_setup(
@@ -34,12 +33,7 @@ def make_setup(
     if method.kind.startswith("peft."):
         return _peft_setup(method, {"target_modules": targets, **options})
     if method.kind == BUDGET:
-        from smidgen.adapters.budget import allocate
-
-        batches = [task.batch(index) for index in range(BUDGET_BATCHES)]
-        if heads:
-            options["modules_to_save"] = list(heads)  # their names are in the config's bytes
-        return allocate(model, loss_batches=(task.loss, batches), seed=seed, **options)
+        return budgeted(model, task, heads, seed=seed, **options)
     return smidgen.config(None if method.kind == PAIR else method.kind, target_modules=targets, seed=seed, **options)
 
 

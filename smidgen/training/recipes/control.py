@@ -33,10 +33,9 @@ from smidgen.training.pipelines import (
     fingerprint,
     load_base,
 )
-from smidgen.training.processes import is_main
+from smidgen.training.processes import is_main, open_folder
 from smidgen.training.randomness import derive
 from smidgen.training.recipes.control_settings import ControlConfig, rates
-from smidgen.training.recipes.finetune import open_folder
 from smidgen.training.recipes.finetune_settings import PROBE, setup
 from smidgen.training.report import public_name
 from smidgen.training.settings import dump_yaml, flat
@@ -70,7 +69,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     seen, held_out = pairs.split(data.num_held_out)
     made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
 
-    out = open_folder(config)  # type: ignore[arg-type]
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
     if is_main():
         replace_file(out / "config.yaml", dump_yaml(config))
         replace_file(out / hint.FILE, hint.dump_config(made))

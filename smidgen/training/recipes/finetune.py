@@ -6,7 +6,7 @@ prove that it is on and scores what the trained model scored, and report.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,19 @@ import smidgen
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
 from smidgen.training import engine
 from smidgen.training.bases import fingerprint
-from smidgen.training.checkpoints import CheckpointStore, replace_file
+from smidgen.training.checkpoints import replace_file
 from smidgen.training.contact_sheet import loss_plot
-from smidgen.training.fitting import Fitted, Rates, fit, prove
-from smidgen.training.processes import is_main
+from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
+from smidgen.training.processes import is_main, open_folder
 from smidgen.training.recipes.finetune_report import FinetuneReport, model_card
-from smidgen.training.recipes.finetune_settings import FULL, PROBE, Family, FinetuneConfig, rates, setup
+from smidgen.training.recipes.finetune_settings import FULL, PROBE, Adapter, Family, FinetuneConfig, rates, setup
 from smidgen.training.settings import dump_yaml, flat
 
 logger = logging.getLogger(__name__)
 
 SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
 OTHERS = 2e-2
-BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
+BUDGETED = "seeded"  # the method a budget trains
 # Settings that do not decide the trained numbers: where things lie, what is shown, how much is held in memory. Data,
 # template and model are known by their content instead.
 _ASIDE = {
@@ -64,17 +64,14 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     ``kind`` is the recipe's name. Under ``accelerate launch`` only the main process returns a report. Raises
     SmidgenError for settings without meaning, a run that diverged, and a saved adapter that does not come back.
     """
+    config = _settled(config)
     chosen, model = config.adapter, prepared.model
     for warning in prepared.warnings:
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
-    config_of_peft = (
-        budgeted(config, prepared, chosen.budget)
-        if chosen.budget
-        else setup(chosen, targets(config, model), config.train.seed)
-    )
+    config_of_peft = _setup(config, prepared)
     identity = _identity(config, prepared, rate)
-    out = open_folder(config)
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
     if is_main():
         for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
             replace_file(out / name, content)
@@ -108,37 +105,26 @@ def targets(config: FinetuneConfig, model: Any) -> Any:
     return "all-linear" if named == ("all-linear",) else list(named)
 
 
-def budgeted(config: FinetuneConfig, prepared: Prepared, budget: str) -> Any:
-    """The config that makes the most of ``budget`` bytes, by the gradients of the first few batches."""
-    from smidgen.adapters.budget import allocate
-
+def _settled(config: FinetuneConfig) -> FinetuneConfig:
+    """With a budget the config names the method that a budget trains, and nothing else may choose it."""
     chosen = config.adapter
+    if chosen.budget is None:
+        return config
     others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
     clash = [name for name, value in others.items() if value is not None]
-    if chosen.method != "svfit" or clash:
+    if clash or chosen.method not in (Adapter().method, BUDGETED):
         what = clash[0] if clash else f"method {chosen.method}"
         raise ConfigError(f"A budget decides what is trained and how; leave out {what}, or the budget.")
+    return replace(config, adapter=replace(chosen, method=BUDGETED))
+
+
+def _setup(config: FinetuneConfig, prepared: Prepared) -> Any:
+    """The config that ``engine`` adapts by."""
+    chosen, seed = config.adapter, config.train.seed
+    if chosen.budget is None:
+        return setup(chosen, targets(config, prepared.model), seed)
     where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
-    batches = [prepared.task.batch(index) for index in range(BUDGET_BATCHES)]
-    options: dict[str, Any] = {"seed": config.train.seed, "target_modules": where}
-    if prepared.heads:
-        options["modules_to_save"] = list(prepared.heads)
-    return allocate(prepared.model, budget, (prepared.task.loss, batches), **options)
-
-
-def open_folder(config: FinetuneConfig) -> Path:
-    """The out folder; refuses to run over an earlier run unless told to resume or to overwrite."""
-    store = CheckpointStore(config.out)
-    if config.overwrite and not config.resume_from_checkpoint:
-        if is_main():
-            store.clear()
-    elif store.steps() and not config.resume_from_checkpoint:
-        raise ConfigError(
-            f"{config.out} already holds checkpoint-{store.steps()[-1]}. Go on with --resume-from-checkpoint latest, "
-            "start again with --overwrite, or choose another --out."
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    return config.out
+    return budgeted(prepared.model, prepared.task, prepared.heads, chosen.budget, seed=seed, target_modules=where)
 
 
 def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig) -> None:

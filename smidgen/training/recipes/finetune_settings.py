@@ -13,27 +13,19 @@ Family = Literal["encoder", "vision", "decoder"]
 
 # Where to start when no learning rate is given, by family and method; any transform with any residual takes its parts
 # from the methods they belong to.
+_ENCODER = {
+    "tlora": Rates(2e-2, 6e-3),
+    "tlora_star": Rates(5e-3, 1.5e-3),
+    "svfit": Rates(1e-1, 1e-1),
+    "loldu": Rates(1e-1, 1e-1),
+    "seeded": Rates(1e-1, 1e-1),
+    "lora": Rates(2e-3, 2e-3),
+    "oft": Rates(2e-3, 2e-3),
+    FULL: Rates(5e-5, 5e-5),
+}
 RATES: dict[Family, dict[str, Rates]] = {
-    "encoder": {
-        "tlora": Rates(2e-2, 6e-3),
-        "tlora_star": Rates(5e-3, 1.5e-3),
-        "svfit": Rates(1e-1, 1e-1),
-        "loldu": Rates(1e-1, 1e-1),
-        "seeded": Rates(1e-1, 1e-1),
-        "lora": Rates(2e-3, 2e-3),
-        "oft": Rates(2e-3, 2e-3),
-        FULL: Rates(5e-5, 5e-5),
-    },
-    "vision": {
-        "tlora": Rates(2e-2, 6e-3),
-        "tlora_star": Rates(5e-3, 1.5e-3),
-        "svfit": Rates(3e-2, 3e-2),
-        "loldu": Rates(3e-2, 3e-2),
-        "seeded": Rates(3e-2, 3e-2),
-        "lora": Rates(2e-3, 2e-3),
-        "oft": Rates(2e-3, 2e-3),
-        FULL: Rates(5e-5, 5e-5),
-    },
+    "encoder": _ENCODER,
+    "vision": _ENCODER | dict.fromkeys(("svfit", "loldu", "seeded"), Rates(3e-2, 3e-2)),  # hotter ends below the head
     "decoder": {
         "tlora": Rates(1e-2, 3e-3),
         "tlora_star": Rates(2e-3, 6e-4),

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
-from smidgen.errors import ConfigError, DataError
+from smidgen.errors import DataError
 from smidgen.training import images
-from smidgen.training.checkpoints import CheckpointStore, replace_file
+from smidgen.training.checkpoints import replace_file
 from smidgen.training.contact_sheet import loss_plot, save_image
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.gallery import SAMPLING, Scenes, gallery, previewer
 from smidgen.training.judging import NO_JUDGE, Judge, judge_for
 from smidgen.training.pipelines import EMBEDDED, Base, default_device, fingerprint, load_base
+from smidgen.training.processes import open_folder
 from smidgen.training.recipes.personalize_settings import PEFT_LORA, Data, PersonalizeConfig, rates
 from smidgen.training.report import Report, model_card, write_report
 from smidgen.training.settings import dump_yaml, flat
@@ -45,7 +46,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     judge = judge or judge_for(base)
     scenes = _scenes(config, base, judge, found, resolution)
 
-    out = _open_folder(config)
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora")
     replace_file(out / "config.yaml", dump_yaml(config))
     task = _task(config, base, found, captions, resolution)
     identity = _identity(config, base, found)
@@ -161,18 +162,3 @@ def _identity(config: PersonalizeConfig, base: Base, found: images.PictureFolder
     del keys["train.checkpointing_steps"]
     pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
     return keys | {"pictures": pictures, "base_weights": fingerprint(base)}
-
-
-def _open_folder(config: PersonalizeConfig) -> Path:
-    """The out folder; refuses to run over an earlier run unless told to resume or to overwrite."""
-    store = CheckpointStore(config.out)
-    if config.overwrite and not config.resume_from_checkpoint:
-        store.clear()
-        CheckpointStore(config.out / "peft_lora").clear()
-    elif store.steps() and not config.resume_from_checkpoint:
-        raise ConfigError(
-            f"{config.out} already holds checkpoint-{store.steps()[-1]}. Go on with --resume-from-checkpoint latest, "
-            "start again with --overwrite, or choose another --out."
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    return config.out

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from smidgen.errors import ConfigError
 from smidgen.training.data.pictures import LabelledPicture
 from smidgen.training.randomness import examples, stream
-from smidgen.training.tasks.measuring import at_rest, label_loss, label_scores, mixed
+from smidgen.training.tasks.measuring import Measured, at_rest, label_loss, label_scores, mixed
 
 CROP = 8  # a random crop moves the picture by at most an eighth of its side
 
 
 @dataclass
-class ImageClassificationTask:
+class ImageClassificationTask(Measured):
     """Batches, loss and scores of labelled pictures; satisfies ``smidgen.training.loop.Task`` and can be evaluated.
 
     ``pixels`` gives a picture as [3, height, width] bytes; ``mean`` and ``std`` [3] are of values in 0..1.
@@ -54,19 +53,8 @@ class ImageClassificationTask:
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return label_loss(self._logits(model, batch["pixel_values"]), batch["labels"], regression=False)
 
-    def preview(self, model: nn.Module, step: int, folder: Path) -> None:
-        """Nothing to look at: evaluations say it in numbers."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The metric, the loss and the accuracy on the validation split."""
-        return self.evaluate_split(model, "validation")
-
-    def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The same on any split."""
-        return self.scores(self.predict(model, split), split)
-
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The scores of what :meth:`predict` gave."""
+        """The metric, the loss and the accuracy."""
         labels = torch.tensor([picture.label for picture in self.splits[split]])
         return label_scores(self.metric, predicted, labels, regression=False)
 

@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from smidgen.training.data.chat import Spoken
 from smidgen.training.randomness import examples
-from smidgen.training.tasks.measuring import at_rest, mixed
+from smidgen.training.tasks.measuring import Measured, at_rest, mixed
 
 IGNORED = -100  # the label of a token that is not learnt
 
 
 @dataclass
-class InstructionTask:
+class InstructionTask(Measured):
     """Batches, loss and scores of conversations; satisfies ``smidgen.training.loop.Task`` and can be evaluated.
 
     With ``selects`` the model computes logits only where some row of the batch has a target.
@@ -49,19 +48,8 @@ class InstructionTask:
         logits, targets = self._at_targets(model, batch)
         return F.cross_entropy(logits.float(), targets)
 
-    def preview(self, model: nn.Module, step: int, folder: Path) -> None:
-        """Nothing to look at: evaluations say it in numbers."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """nll (mean negative log-likelihood of a target token, in nats), perplexity, token_accuracy on validation."""
-        return self.evaluate_split(model, "validation")
-
-    def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The same on any split."""
-        return self.scores(self.predict(model, split), split)
-
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The scores of what :meth:`predict` gave."""
+        """nll (mean negative log-likelihood of a target token, in nats), perplexity and token_accuracy."""
         nll = -float(predicted[:, 0].double().mean())
         found = {"nll": nll, "perplexity": math.exp(min(nll, 700.0))}
         return found | {"token_accuracy": float(predicted[:, 1].double().mean())}

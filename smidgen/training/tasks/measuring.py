@@ -1,13 +1,38 @@
-"""What the tasks' evaluations share: a model at rest, its precision, and the scores of a classifier's outputs."""
+"""What the tasks' evaluations share: their course, a model at rest, its precision, and the scores of a classifier's outputs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen.training.metrics import accuracy, metric
+
+
+class Measured(ABC):
+    """A task that is measured by what it predicts on a split."""
+
+    def preview(self, model: nn.Module, step: int, folder: Path) -> None:  # noqa: B027 - rightly empty
+        """Nothing to look at: evaluations say it in numbers."""
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The scores on the validation split."""
+        return self.evaluate_split(model, "validation")
+
+    def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
+        """The same on any split."""
+        return self.scores(self.predict(model, split), split)
+
+    @abstractmethod
+    def predict(self, model: nn.Module, split: str) -> Tensor:
+        """What the model says of a split, on the CPU."""
+
+    @abstractmethod
+    def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
+        """The scores of what :meth:`predict` gave."""
 
 
 @contextmanager

@@ -7,7 +7,6 @@ it is padding.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from smidgen.errors import ConfigError
 from smidgen.training.data.tables import counted
 from smidgen.training.data.text import Text
 from smidgen.training.randomness import examples
-from smidgen.training.tasks.measuring import at_rest, label_loss, label_scores, mixed
+from smidgen.training.tasks.measuring import Measured, at_rest, label_loss, label_scores, mixed
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Encoded:
 
 
 @dataclass
-class TextClassificationTask:
+class TextClassificationTask(Measured):
     """Batches, loss and scores of labelled texts; satisfies ``smidgen.training.loop.Task`` and can be evaluated."""
 
     splits: Mapping[str, Encoded]
@@ -56,19 +55,8 @@ class TextClassificationTask:
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return label_loss(self._logits(model, batch), batch["labels"], self.regression)
 
-    def preview(self, model: nn.Module, step: int, folder: Path) -> None:
-        """Nothing to look at: evaluations say it in numbers."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The metric, the loss and the accuracy on the validation split."""
-        return self.evaluate_split(model, "validation")
-
-    def evaluate_split(self, model: nn.Module, split: str) -> dict[str, float]:
-        """The same on any split."""
-        return self.scores(self.predict(model, split), split)
-
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The scores of what :meth:`predict` gave."""
+        """The metric, the loss and the accuracy."""
         return label_scores(self.metric, predicted, self.splits[split].labels, self.regression)
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
