@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import smidgen
 from smidgen import testing
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.errors import SmidgenError
 
 from .helpers import Net, inputs, trained
@@ -140,3 +142,75 @@ def test_a_bank_does_not_reach_the_file(tmp_path: Path) -> None:
     wanted = model(inputs()).detach()
     smidgen.save(model, tmp_path)
     testing.close(smidgen.load(Net(), tmp_path)(inputs()), wanted, "the adapter beside a bank")
+
+
+# ---- rows that no parameter holds ------------------------------------------------------------------------------------
+
+
+def held(bank: smidgen.Bank, order: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """Members of a bank as tensors of their own that take gradients."""
+    members = [bank.get(name) for name in order]
+    return {
+        target: {key: torch.stack([m[target][key] for m in members]).requires_grad_() for key in own}
+        for target, own in members[0].items()
+    }
+
+
+@pytest.mark.parametrize("method", ["tlora(2,2)", "svfit", "lora"])
+def test_held_tensors_are_rows_of_the_bank_gradients_included(method: str) -> None:
+    model, outputs, bank = zoo(method, ["a", "b"])
+    names, order = ["b", None, "a", "b"], ["b", "a", "b"]  # more rows than the bank has members
+    with bank.rows(names):
+        wanted = model(inputs())
+        wanted.square().sum().backward()
+    tensors = held(bank, order)
+    with bank.holding(tensors, rows=[0, None, 1, 2]):
+        found = model(inputs())
+        found.square().sum().backward()
+        with bank.rows(["a"]):
+            testing.close(model(inputs()), outputs["a"], "the bank's own member within")
+    testing.close(found, wanted.detach(), "outputs")
+    for target, layer in bank.layers.items():
+        for key, parameter in layer.bank.trained().items():
+            grad = tensors[target][key].grad
+            assert grad is not None and bool(grad.any()), f"no gradient for {key} of {target}"
+            testing.close(grad[0] + grad[2], parameter.grad[1], f"gradient of {key} of {target}, b", factor=5)
+            testing.close(grad[1], parameter.grad[0], f"gradient of {key} of {target}, a", factor=5)
+    with bank.holding(held(bank, ["a"])):
+        testing.close(model(inputs()), outputs["a"], "one row by default, repeated over the batch")
+    testing.same(model(inputs()).detach(), Net()(inputs()).detach(), "outside of the block")
+
+
+def test_a_network_learns_through_held_rows() -> None:
+    model = smidgen.adapt(Net(), "lora", r=1, target_modules=["q_proj"])
+    bank = smidgen.Bank(model, model.peft_config["default"], ["any"])
+    layout = layout_of(model, model.peft_config["default"])
+    network = torch.nn.Linear(5, layout.size)
+    with bank.holding(layout.unpack(network(torch.randn(4, 5)))):
+        checkpoint(model, inputs(), use_reentrant=False).square().sum().backward()  # runs the layers again
+    assert network.weight.grad is not None and bool(network.weight.grad.any(1).all())
+
+
+def test_what_holding_refuses_and_that_it_ends_with_an_error() -> None:
+    model, _, bank = zoo("lora", ["a", "b"])
+    plain, good = Net()(inputs()).detach(), held(bank, ["a", "b"])
+    first = next(iter(good))
+    own = good[first]
+    for tensors, reason in (
+        ({k: v for k, v in good.items() if k != first}, f"no target '{first}' among"),
+        (good | {"layers.0.q_prj": own}, "knows no target 'layers.0.q_prj'. Did you mean 'layers.0.q_proj'"),
+        (good | {first: {"residual_a": own["residual_a"]}}, f"no tensor of '{first}' 'residual_b' among"),
+        (good | {first: own | {"residual_c": own["residual_a"]}}, "knows no tensor of .* 'residual_c'"),
+        (good | {first: own | {"residual_b": own["residual_b"][..., :1]}}, r"has shape .*, it should be \(2, "),
+        (good | {first: {k: v[:1] for k, v in own.items()}}, "the same number everywhere"),
+        ({t: {k: v[:0] for k, v in own.items()} for t, own in good.items()}, "at least one adapter"),
+    ):
+        with pytest.raises(SmidgenError, match=reason), bank.holding(tensors):
+            pass
+    for row in (2, -2):
+        match = f"no row {row}: the tensors hold rows 0 to 1"
+        with pytest.raises(SmidgenError, match=match), bank.holding(good, rows=[0, row]):
+            pass
+    with pytest.raises(RuntimeError, match="stop"), bank.holding(good):
+        raise RuntimeError("stop")
+    testing.same(model(inputs()).detach(), plain, "after an error")

@@ -6,7 +6,7 @@ users in one batch, trains many adapters at once on one frozen base, and runs se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -99,15 +99,73 @@ class Bank:
 
         A batch of k times as many rows repeats the names k times (classifier-free guidance stacks its halves so).
         """
-        rows = torch.tensor([self.index(name) for name in names])
-        before = {name: layer.bank_rows for name, layer in self.layers.items()}
+        with self._set([self.index(name) for name in names], None):
+            yield
+
+    @contextmanager
+    def holding(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], rows: Sequence[int | None] | None = None
+    ) -> Iterator[None]:
+        """Within: row i of every batch goes through adapter ``rows[i]`` of ``tensors`` instead of the bank's own.
+
+        Gradients flow into ``tensors``, so a network may predict them; the backward pass belongs inside the block when
+        the model checkpoints its activations.
+
+        Args:
+            tensors: target -> name -> tensor [G, *shape], all trained tensors of all layers, G any number
+                (``Layout.unpack`` of rows [G, numbers] gives these).
+            rows: of 0 .. G-1, None or -1 for the base model; each of the G once in order when left out. A batch of k
+                times as many rows repeats them k times.
+
+        Raises:
+            SmidgenError: a target or tensor is missing, unknown or of another shape, or there is no such row.
+
+        Example:
+            >>> net = smidgen.adapt(nn.Sequential(nn.Linear(8, 8)), "lora", r=2, target_modules=["0"])
+            >>> bank = Bank(net, net.peft_config["default"], ["ann"])
+            >>> predicted = {"0": {"residual_a": torch.randn(3, 2, 8), "residual_b": torch.randn(3, 8, 2)}}
+            >>> with bank.holding(predicted, rows=[2, None, 0, 0]):
+            ...     y = net(torch.randn(4, 8))
+        """
+        count = self._check_held(tensors)
+        indices = list(range(count)) if rows is None else [-1 if row is None else int(row) for row in rows]
+        for row in indices:
+            if not -1 <= row < count:
+                raise SmidgenError(
+                    f"There is no row {row}: the tensors hold rows 0 to {count - 1}, -1 is the base model."
+                )
+        with self._set(indices, tensors):
+            yield
+
+    @contextmanager
+    def _set(self, rows: list[int], held: Mapping[str, Mapping[str, Tensor]] | None) -> Iterator[None]:
+        before = {name: (layer.bank_rows, layer.bank_held) for name, layer in self.layers.items()}
+        index = torch.tensor(rows)
         try:
-            for layer in self.layers.values():
-                layer.bank_rows = rows
+            for name, layer in self.layers.items():
+                layer.bank_rows, layer.bank_held = index, held[name] if held is not None else None
             yield
         finally:
             for name, layer in self.layers.items():
-                layer.bank_rows = before[name]
+                layer.bank_rows, layer.bank_held = before[name]
+
+    def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+        """Number of adapters that ``tensors`` hold."""
+        _check_names("target", tensors, self.layers)
+        count = None
+        for target, layer in self.layers.items():
+            trained = self._slot(layer).trained()
+            _check_names(f"tensor of {target!r}", tensors[target], trained)
+            for name, value in tensors[target].items():
+                count = count if count is not None or not value.ndim else len(value)
+                wanted = (count or 1, *trained[name].shape[1:])
+                if tuple(value.shape) != wanted:
+                    raise SmidgenError(
+                        f"{name!r} of {target!r} has shape {tuple(value.shape)}, it should be {wanted}: "
+                        "[adapters, *shape of one], at least one adapter and the same number everywhere."
+                    )
+        assert count is not None
+        return count
 
     @staticmethod
     def _slot(layer: AdaptedLayer) -> Slot:
@@ -122,6 +180,13 @@ class Bank:
             else:
                 bank.register_buffer(name, value, persistent=False)
         bank.ready = bank.pinned = True
+
+
+def _check_names(what: str, given: Collection[str], wanted: Collection[str]) -> None:
+    if missing := sorted(set(wanted) - set(given)):
+        raise SmidgenError(f"There is no {what} {missing[0]!r} among the given, and all of them are needed.")
+    if extra := sorted(set(given) - set(wanted)):
+        raise SmidgenError(f"The bank knows no {what} {extra[0]!r}.{did_you_mean(extra[0], wanted)}")
 
 
 def _misfit(bank: Slot, source: Slot) -> str:

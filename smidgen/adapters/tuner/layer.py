@@ -10,7 +10,7 @@ switched off it is exactly the base layer; the base weight is never rewritten ex
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class ShiftLayer(nn.Module):
         self.r: dict[str, int] = {}
         self.bank: Slot | None = None
         self.bank_rows: Tensor | None = None
+        self.bank_held: Mapping[str, Tensor] | None = None  # in place of the bank's own trained tensors
         self._kept: Tensor | None = None
 
     # ---- slots -------------------------------------------------------------------------------------------------------
@@ -149,7 +150,8 @@ class ShiftLayer(nn.Module):
             raise SmidgenError(f"The bank has {len(rows)} rows set, which do not divide a batch of {x.shape[0]}.")
         rows = rows.repeat(x.shape[0] // len(rows)).to(x.device)
         on = (rows >= 0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        picked = {name: value.index_select(0, rows.clamp(min=0)) for name, value in slot.trained().items()}
+        trained = slot.trained() if self.bank_held is None else self.bank_held
+        picked = {name: value.index_select(0, rows.clamp(min=0)) for name, value in trained.items()}
         shifted = x
         if slot.transform is not None:
             shifted = x + on * (torch.vmap(lambda row, t: self._row_transform(slot, row, t))(x, picked) - x)
