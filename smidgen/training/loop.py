@@ -68,6 +68,7 @@ class LoopConfig:
     eval_steps: int = 0  # steps between evaluations, the first before any step; 0: never
     early_stopping_patience: int = 0  # end after so many evaluations without a better one; 0: never
     load_best: bool = True  # end with the trained numbers of the best evaluation
+    ema_decay: float = 0.0  # end with a moving average of the trained numbers, this much of it kept at a step; 0: never
     report_to: Literal["none", "tensorboard", "trackio", "wandb", "comet_ml"] = "none"
     seed: int = 0  # decides every random number of the run
 
@@ -82,6 +83,10 @@ class LoopConfig:
             raise ConfigError(
                 f"max_grad_norm must be above 0, not {self.max_grad_norm}; a large number switches it off."
             )
+        if not 0 <= self.ema_decay < 1 or (self.ema_decay and self.eval_steps):
+            raise ConfigError(
+                f"ema_decay {self.ema_decay} must be below 1, and 0 with evaluations: they measure the numbers themselves."
+            )
         if self.early_stopping_patience and not self.eval_steps:
             raise ConfigError(
                 f"early_stopping_patience {self.early_stopping_patience} needs evaluations: set eval_steps."
@@ -93,7 +98,8 @@ class TrainResult:
     """What a finished run leaves: mean loss of each step, seconds of all its parts, and where it was taken up.
 
     ``steps`` were trained (fewer than asked for after an early stop); ``evaluations`` are ``{"step": n, **metrics}``.
-    The model holds the numbers of ``best_step`` with ``load_best``, those of ``steps`` otherwise.
+    The model holds the numbers of ``best_step`` with ``load_best``, the moving average with ``ema_decay``, those of
+    ``steps`` otherwise.
     """
 
     steps: int
@@ -189,6 +195,8 @@ class _Run:
             best = self.judge.best_step(self.evaluations) if self.judge else None
             if config.load_best and best not in (None, done):
                 snapshots.put(self.trained, self.store.read(best).trained)
+            if config.ema_decay:
+                snapshots.put(self.trained, snapshots.averages(self.trained, self.optimizer.optimizer))
         finally:
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).train(was_training)
             for tracker in self.accelerator.trackers:
@@ -212,6 +220,8 @@ class _Run:
 
     def _after_step(self, done: int, stopping: bool) -> None:
         config, accelerator = self.config, self.accelerator
+        if config.ema_decay:
+            snapshots.update_averages(self.trained, self.optimizer.optimizer, config.ema_decay, done)
         accelerator.log({"loss": self.losses[-1], "lr": self.optimizer.param_groups[0]["lr"]}, step=done)
         better = False
         if self.judge and (done % config.eval_steps == 0 or done == config.max_train_steps):

@@ -45,6 +45,21 @@ def moments(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     }
 
 
+def update_averages(trained: Trained, optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Moves the average of each of ``trained`` after optimizer step ``step`` (from 1); it lives with Adam's moments, so
+    that checkpoints hold it. Early on it forgets faster: decay is at most (1 + step) / (10 + step)."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    with torch.no_grad():
+        for parameter in trained.values():
+            state = optimizer.state[parameter]
+            state["ema"] = state["ema"].lerp_(parameter, share) if "ema" in state else parameter.detach().clone()
+
+
+def averages(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The averages by name; the number itself where nothing has been averaged."""
+    return {name: optimizer.state[parameter].get("ema", parameter) for name, parameter in trained.items()}
+
+
 def put_moments(trained: Trained, optimizer: torch.optim.Optimizer, found: Mapping[str, Tensor]) -> None:
     """Give the optimizer back what ``moments`` took."""
     for key, value in found.items():

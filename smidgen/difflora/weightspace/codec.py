@@ -189,6 +189,15 @@ class Prepared:
         return self.codec.prepare(self.rows.take(indices))
 
 
+def known_codec(name: str) -> type[Codec]:
+    """The codec called ``name``; DataError with the nearest names otherwise."""
+    from smidgen.difflora.weightspace import basis, conv_autoencoder, pca, token_autoencoder  # noqa: F401, they register
+
+    if name not in CODECS:
+        raise DataError(f"There is no codec {name!r}.{did_you_mean(name, CODECS)} Known: {', '.join(sorted(CODECS))}.")
+    return CODECS[name]
+
+
 def load_codec(folder: str | os.PathLike[str], layout: Layout | None = None) -> Codec:
     """The codec in ``folder``.
 
@@ -198,24 +207,22 @@ def load_codec(folder: str | os.PathLike[str], layout: Layout | None = None) -> 
     Raises:
         DataError: no codec, a damaged one, one of another format or layout.
     """
-    from smidgen.difflora.weightspace import conv_autoencoder, pca, token_autoencoder  # noqa: F401, they register
-
     folder = Path(folder)
     try:
         described = json.loads((folder / JSON).read_text())
         content = (folder / TENSORS).read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no codec that can be read ({error}).") from error
-    if described.get("format") != FORMAT or described.get("codec") not in CODECS:
-        hint = did_you_mean(str(described.get("codec")), CODECS)
-        raise DataError(f"{folder / JSON} is of a kind this version does not know: {described.get('codec')!r}.{hint}")
+    if described.get("format") != FORMAT:
+        raise DataError(f"{folder / JSON} has format {described.get('format')}; this version reads format {FORMAT}.")
+    kind = known_codec(str(described.get("codec")))
     if hashlib.sha256(content).hexdigest() != described.get("sha256"):
         raise DataError(f"{folder / TENSORS} ({len(content):,} bytes) is not the file that {JSON} was written with.")
     own = Layout.from_json(json.dumps(described["layout"]), f"The layout in {folder / JSON}")
     if layout is not None:
         layout.check_same(own, f"The rows that {folder} was fitted on")
     try:
-        codec = CODECS[described["codec"]](own, normalise=described["normalise"], **described["settings"])
+        codec = kind(own, normalise=described["normalise"], **described["settings"])
         numbers = load_tensors(content)
         codec.reference = numbers["reference"]
         codec.normaliser = Normaliser(numbers["shift"], numbers["width"])

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 import smidgen.models.embedded as embedded
-from smidgen.training.recipes.embedded_base import autoencoder, card, diffusion, draw, judge
+from smidgen.training.recipes.embedded_base import autoencoder, card, diffusion, draw, encoders, judge
 from smidgen.training.recipes.embedded_base import export as exporting
 from smidgen.training.recipes.embedded_base.config import PRESETS, Config, preset
 
-STAGES = ("render", "judge", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
+STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
 
 
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
@@ -22,6 +22,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
     actions = {
         "render": lambda: draw.render(config, folder),
         "judge": lambda: judge.train(config, folder, out / "judge_weights"),
+        "encoders": lambda: encoders.train(config, folder, out / "encoder_weights"),
         "autoencoder": lambda: autoencoder.autoencode(config, folder),
         "latents": lambda: autoencoder.freeze(config, folder),
         "diffusion": lambda: diffusion.train(config, folder),

@@ -32,6 +32,7 @@ class Config:
     train_pictures: int = 40_000
     test_pictures: int = 2_000
     judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
+    encoders: Budget = Budget(steps=1800, batch=64, lr=2e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
@@ -48,6 +49,7 @@ PRESETS = {
         train_pictures=96,
         test_pictures=32,
         judge=Budget(steps=6, batch=16),
+        encoders=Budget(steps=6, batch=16),
         autoencoder=Budget(steps=6, batch=4),
         decoder=Budget(steps=4, batch=4),
         diffusion=Budget(steps=6, batch=8),

@@ -1,0 +1,136 @@
+"""Train a generator: the paper's two stages on a zoo, the denoising loss end to end, or the one after the other.
+
+    generator = fit(GeneratorConfig(out=Path("generator")))
+
+Killed at any moment, the same call goes on from the last checkpoint. Read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smidgen.difflora.generator import encoders
+from smidgen.difflora.generator.encoders import PictureEncoder
+from smidgen.difflora.generator.generator import Generator
+from smidgen.difflora.generator.network import Network
+from smidgen.difflora.generator.people import Photos, people_of, photos_of
+from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig, TwoStage
+from smidgen.difflora.generator.tasks import EndToEndTask, LatentTask, Trained
+from smidgen.difflora.weightspace.basis import Basis
+from smidgen.difflora.weightspace.codec import Codec, known_codec
+from smidgen.difflora.zoo.group import Workshop
+from smidgen.difflora.zoo.settings import Gate, ZooConfig
+from smidgen.difflora.zoo.store import Zoo
+from smidgen.difflora.zoo.subjects import read_subjects
+from smidgen.training.checkpoints import replace_file
+from smidgen.training.loop import train
+from smidgen.training.randomness import derive
+from smidgen.training.settings import dump_yaml, to_dict
+from smidgen.training.tasks.personalize import make_task
+
+logger = logging.getLogger(__name__)
+Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
+
+
+def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
+    """Trains and saves the generator in ``config.out``; returns it.
+
+    Raises:
+        DataError: no people, no faces, or a zoo of another adapter.
+        BaseLockError: a zoo of another base.
+        TrainingInterrupted: on Ctrl-C or SIGTERM; the same call goes on.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    replace_file(config.out / "config.yaml", dump_yaml(config))
+    seen = encoders.load(config.encoders.face), encoders.load(config.encoders.image)
+    shop = Workshop(ZooConfig(adapter=config.adapter, base=config.base, gate=Gate(judged_pictures=0)))
+    codec: Codec | None = None
+    network: Network | None = None
+    if config.two_stage.zoo is not None:
+        codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, shop, seen, progress)
+    if config.end_to_end is not None:
+        codec, network = _end_to_end(config, config.end_to_end, shop, seen, codec, network, progress)
+    assert codec is not None and network is not None
+    generator = Generator(config.base, codec, network, config.encoders, config.model)
+    generator.save(config.out)
+    return generator
+
+
+def _two_stages(
+    config: GeneratorConfig, stage: TwoStage, folder: Path, shop: Workshop, seen: Seen, progress: bool
+) -> tuple[Codec, Network]:
+    """The codec of the zoo, and the transformer on its latents."""
+    zoo = Zoo(folder)
+    shop.layout.check_same(zoo.layout, f"The adapters in {folder}")
+    rows = zoo.rows("train")
+    codec = known_codec(stage.codec)(zoo.layout).fit(rows, config.out / "codec_fit", progress)
+    wanted = {person.id: person for person in read_subjects(folder)}
+    people = [wanted[name] for name in rows.ids]
+    photos = photos_of(folder, people, seen[0], seen[1], shop.base.resolution, progress)
+    place = {name: number for number, name in enumerate(rows.ids)}
+    latents = codec.encode(rows.take([place[name] for name in photos.ids])).flatten(1)
+    network = _network(config, photos, latents.shape[1], seen)
+    task = LatentTask(latents, photos, stage.batch_size, stage.condition_dropout, config.seed)
+    groups = [{"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0}]
+    identity = {"stage": to_dict(stage), "model": to_dict(config.model), "rows": zoo.digest()}
+    train(
+        task, network, groups, replace(stage.train, seed=config.seed), config.out / "two_stage", resume="latest",
+        identity=identity, progress=progress,
+    )  # fmt: skip
+    return codec, network
+
+
+def _end_to_end(
+    config: GeneratorConfig, stage: EndToEnd, shop: Workshop, seen: Seen, codec: Codec | None, network: Network | None,
+    progress: bool,
+) -> tuple[Codec, Network]:  # fmt: skip
+    """The transformer and the decoder, from the two stages' weights or from nothing."""
+    photos, encoded = people_of(config.out / "people", stage.people, shop.base, seen[0], seen[1], progress)
+    bank = shop.fresh_bank(["start"])
+    codec = _decoder(config, shop.layout, shop.layout.pack(bank.get("start")), codec)
+    network = network or _network(config, photos, torch.Size(codec.latent_shape).numel(), seen)
+    decoder: torch.nn.Module = codec.numbers if isinstance(codec, Basis) else codec.network  # type: ignore[attr-defined]
+    model = Trained(network, decoder).requires_grad_(True)
+    shop.base.release_encoders()
+    if stage.gradient_checkpointing:
+        shop.base.unet.enable_gradient_checkpointing()
+    pictures = make_task(shop.base, encoded, batch_size=stage.batch_size * stage.pictures, seed=config.seed)
+    task = EndToEndTask(photos, pictures, shop.unet, bank, codec, stage, config.seed)
+    groups = [
+        {"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
+        {"params": list(decoder.parameters()), "lr": stage.decoder_learning_rate, "weight_decay": 0.0},
+    ]
+    identity: dict[str, Any] = {"stage": to_dict(stage), "model": to_dict(config.model), "shared": config.shared}
+    identity |= {"layout": shop.layout.digest, "zoo": str(config.two_stage.zoo)}
+    try:
+        train(
+            task, model, groups, replace(stage.train, seed=config.seed), config.out / "end_to_end", resume="latest",
+            identity=identity, progress=progress,
+        )  # fmt: skip
+    finally:
+        task.release()
+    model.requires_grad_(False)
+    return codec, network
+
+
+def _decoder(config: GeneratorConfig, layout: Any, start: Tensor, codec: Codec | None) -> Codec:
+    """A codec whose decoder can be trained."""
+    if codec is None:
+        return Basis.fresh(layout, start, config.model.latents, config.seed, config.shared)
+    return codec if hasattr(codec, "network") else Basis.of(codec)
+
+
+def _network(config: GeneratorConfig, photos: Photos, latents: int, seen: Seen) -> Network:
+    """A fresh network that knows mean and deviation of the training photos' features."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, "network"))
+        network = Network(seen[0].width, seen[1].width, latents, config.model)
+    usable = torch.tensor([place for own in photos.usable for place in own])
+    network.mixing.standardise(photos.face[usable], photos.image[usable])
+    return network

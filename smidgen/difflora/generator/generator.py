@@ -1,0 +1,176 @@
+"""A trained generator: photos in, rows of adapter numbers out, in a folder that travels.
+
+generator.json          format, sizes, encoders, base, sampler's defaults, hashes
+network.safetensors     the network in 16 bits
+codec/                  what turns latents into adapters, with the layout and the base's lock
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from smidgen.difflora.generator import encoders
+from smidgen.difflora.generator.encoders import PictureEncoder
+from smidgen.difflora.generator.network import Network
+from smidgen.difflora.generator.settings import Encoders, Model
+from smidgen.difflora.weightspace.codec import Codec, load_codec
+from smidgen.difflora.weightspace.layout import Layout
+from smidgen.errors import ConfigError, DataError
+from smidgen.training.checkpoints import replace_file
+from smidgen.training.randomness import stream
+from smidgen.training.settings import from_dict, to_dict
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+JSON, TENSORS, CODEC = "generator.json", "network.safetensors", "codec"
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "embedded"
+
+
+class Generator:
+    """Photos of a person -> latents -> adapters.
+
+    Args:
+        base: name of the base that the adapters are for, as ``load_base`` takes it.
+        codec: latents <-> rows; its layout says what a row is.
+        network: photos' features -> latents.
+        sees: names of the two encoders.
+        model: sizes, and the sampler's defaults.
+
+    Example:
+        >>> generator = load_generator()
+        >>> row = generator.predict([photo])[0]
+        >>> write_adapter(generator.layout, row, base.unet, "adapter")
+    """
+
+    def __init__(self, base: str, codec: Codec, network: Network, sees: Encoders, model: Model) -> None:
+        self.base, self.codec, self.sees, self.model = base, codec, sees, model
+        self.network = network.eval().requires_grad_(False)
+
+    @property
+    def layout(self) -> Layout:
+        """What each number of a row is."""
+        return self.codec.layout
+
+    @cached_property
+    def face(self) -> PictureEncoder:
+        return encoders.load(self.sees.face)
+
+    @cached_property
+    def image(self) -> PictureEncoder:
+        return encoders.load(self.sees.image)
+
+    # ---- photos to adapters ----------------------------------------------------------------------------------------
+
+    def features(self, photos: Sequence[Image], names: Sequence[str] | None = None) -> tuple[Tensor, Tensor]:
+        """What the encoders see [1, photos, width] each; DataError naming a photo without a face."""
+        if not photos:
+            raise DataError("Give at least one photo.")
+        face, image = self.face.encode(photos), self.image.encode(photos)
+        for number, seen in enumerate(zip(face, image, strict=True)):
+            if any(values.isnan().any() for values in seen):
+                name = names[number] if names else f"photo {number + 1}"
+                raise DataError(
+                    f"No face was found in {name} ({photos[number].width} x {photos[number].height} pixels); give a picture "
+                    "with one face, upright and in front of the camera."
+                )
+        return face[None], image[None]
+
+    @torch.no_grad()
+    def condition(self, photos: Sequence[Image], names: Sequence[str] | None = None) -> Tensor:
+        """The condition [1, width] of one person's photos."""
+        return self.network.mixing(*self.features(photos, names))  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def latents(
+        self, condition: Tensor | None, seeds: Sequence[int], steps: int | None = None, guidance: float | None = None
+    ) -> Tensor:
+        """Latents [n, size], one for each seed: under ``condition`` ([n, width], or [1, width] for all), or of people who
+        do not exist (None)."""
+        noise = torch.stack([torch.randn(self.network.latents, generator=stream(seed, "latent")) for seed in seeds])
+        if condition is not None:
+            condition = condition.expand(len(seeds), -1)
+        guidance = self.model.guidance_scale if guidance is None else guidance
+        return self.network.sample(noise, condition, self._steps(steps), guidance)
+
+    @torch.no_grad()
+    def rows(self, latents: Tensor) -> Tensor:
+        """Adapters [n, numbers] of latents [n, size]."""
+        return self.codec.decode(latents.reshape(-1, *self.codec.latent_shape)).float()
+
+    def predict(
+        self,
+        photos: Sequence[Image],
+        seeds: Sequence[int] = (0,),
+        steps: int | None = None,
+        guidance: float | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Adapters [seeds, numbers] of the person in ``photos``.
+
+        Raises:
+            DataError: no photo, or one without a face (``names`` are what to call them).
+        """
+        return self.rows(self.latents(self.condition(photos, names), seeds, steps, guidance))
+
+    def _steps(self, steps: int | None) -> int:
+        steps = self.model.inference_steps if steps is None else steps
+        if not 1 <= steps <= 1000:
+            raise ConfigError(f"The sampler takes 1 to 1000 steps, not {steps}.")
+        return steps
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the generator's folder, each file in one step."""
+        folder = Path(folder)
+        self.codec.save(folder / CODEC)
+        content = save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
+        described = {
+            "format": FORMAT, "base": self.base, "encoders": to_dict(self.sees), "model": to_dict(self.model),
+            "widths": {"face": self.face.width, "image": self.image.width}, "latents": self.network.latents,
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }  # fmt: skip
+        replace_file(folder / TENSORS, content)
+        replace_file(folder / JSON, json.dumps(described, indent=1, sort_keys=True))
+        return folder
+
+
+def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
+    """The generator in ``folder``, or the shipped one for the embedded base.
+
+    Raises:
+        DataError: there is none, or it is damaged or of another format.
+    """
+    folder = SHIPPED if folder is None else Path(folder)
+    try:
+        described: dict[str, Any] = json.loads((folder / JSON).read_text())
+        content = (folder / TENSORS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder} holds no generator that can be read ({error}). `smidgen generator train` makes one."
+        ) from error
+    if described.get("format") != FORMAT:
+        raise DataError(f"{folder / JSON} has format {described.get('format')}; this version reads format {FORMAT}.")
+    if hashlib.sha256(content).hexdigest() != described.get("sha256"):
+        raise DataError(f"{folder / TENSORS} ({len(content):,} bytes) is not the file that {JSON} was written with.")
+    try:
+        model, sees = from_dict(Model, described["model"]), from_dict(Encoders, described["encoders"])
+        network = Network(described["widths"]["face"], described["widths"]["image"], described["latents"], model)
+        network.load_state_dict({name: value.float() for name, value in load_tensors(content).items()})
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder} is damaged: {error}") from error
+    return Generator(described["base"], load_codec(folder / CODEC), network, sees, model)

@@ -1,0 +1,125 @@
+"""The settings of a generator: frozen sections, presets, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from smidgen.difflora.zoo.settings import Subjects
+from smidgen.errors import ConfigError
+from smidgen.training.loop import LoopConfig
+from smidgen.training.pipelines import EMBEDDED
+from smidgen.training.recipes.personalize_settings import Adapter
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What sees the photo; both stay frozen. Names as in ``smidgen.difflora.generator.encoders``."""
+
+    face: str = "embedded-face"  # or arcface:FILE.onnx
+    image: str = "embedded-scene"  # or clip, dinov2, or a transformers folder
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of the mixing of features and of the diffusion transformer."""
+
+    gate: Literal["softmax", "sigmoid"] = "softmax"  # shares of face and image, or each by itself
+    width: int = 128  # of the condition and of the transformer
+    depth: int = 4  # blocks
+    heads: int = 4
+    latents: int = 64  # numbers that an adapter is made from; a fitted codec has its own
+    tokens: int = 8  # pieces that the latents are cut into
+    prediction: Literal["x0", "v", "flow"] = "x0"  # what the transformer answers
+    inference_steps: int = 1  # of the sampler, unless asked otherwise
+    guidance_scale: float = 1.0  # away from nobody in particular, unless asked otherwise
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "latents", "tokens", "inference_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.width % self.heads:
+            raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
+
+
+@dataclass(frozen=True)
+class TwoStage:
+    """The paper's stage: a diffusion over the latents of a zoo's adapters."""
+
+    zoo: Path | None = None  # the zoo; None leaves this stage out
+    codec: Literal["pca", "conv_autoencoder", "token_autoencoder"] = "pca"
+    batch_size: int = 64  # adapters in a step
+    learning_rate: float = 1e-3
+    condition_dropout: float = 0.1  # share of photos that are hidden, for guidance
+    train: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            max_train_steps=3000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
+        )
+    )
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """The stage that generalises: the denoising loss through decoder, adapter and frozen base."""
+
+    people: Subjects = field(
+        default_factory=lambda: Subjects(people=3000, held_out=0, pictures=6, same_scenes=False, people_seed=1)
+    )
+    batch_size: int = 16  # people in a step
+    pictures: int = 2  # of each that its adapter has to draw
+    references: int = 3  # photos of each at most that the generator sees
+    learning_rate: float = 1e-3  # of the transformer
+    decoder_learning_rate: float = 2e-3  # of what turns latents into adapters
+    base_loss_weight: float = 0.1  # of the diffusion over its own latents, with which nobody in particular is drawn
+    gradient_checkpointing: bool = False  # less memory, slower steps
+    train: LoopConfig = field(
+        default_factory=lambda: LoopConfig(
+            max_train_steps=8000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
+        )
+    )
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """One generator. A stage without steps (``max_train_steps`` 0 is not one: leave the zoo, or the people, out) is
+    skipped; both stages together go from the zoo to the denoising loss."""
+
+    adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=1))
+    shared: Literal["none", "learned", "random"] = "none"  # LoRA's A: predicted, one for all, or one that stays random
+    encoders: Encoders = field(default_factory=Encoders)
+    model: Model = field(default_factory=Model)
+    two_stage: TwoStage = field(default_factory=TwoStage)
+    end_to_end: EndToEnd | None = field(default_factory=EndToEnd)
+    base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
+    out: Path = Path("generator")  # where everything goes
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.two_stage.zoo is None and self.end_to_end is None:
+            raise ConfigError("Nothing to train: give a zoo for the paper's stage, or keep the end-to-end stage.")
+
+
+PRESETS = {
+    "default": GeneratorConfig(),
+    "paper": GeneratorConfig(
+        model=Model(inference_steps=50, guidance_scale=1.0),
+        two_stage=TwoStage(zoo=Path("zoo"), codec="conv_autoencoder"),
+        end_to_end=None,
+    ),
+    "debug": GeneratorConfig(
+        model=Model(width=16, depth=1, heads=2, latents=8, tokens=2),
+        end_to_end=EndToEnd(
+            people=Subjects(people=6, held_out=0, pictures=2, same_scenes=False, people_seed=1),
+            batch_size=2,
+            pictures=1,
+            train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
+        ),
+        two_stage=TwoStage(batch_size=4, train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2)),
+    ),
+}
+
+
+def without_zoo(config: GeneratorConfig) -> GeneratorConfig:
+    """The same, from nothing."""
+    return replace(config, two_stage=replace(config.two_stage, zoo=None))
