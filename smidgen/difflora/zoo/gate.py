@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,18 @@ class Verdict:
 
 
 class Drawer:
-    """Draws the same scenes with each adapter of a bank and with the base, from the same noise."""
+    """Draws the same scenes with each adapter of a bank and with the base, from the same noise.
 
-    def __init__(self, base: Base, judge: Judge, gate: Gate, seed: int) -> None:
+    Args:
+        gate: how many of the judge's scenes, and how they are sampled.
+        seed: of the scenes and of the noise.
+        others: further prompts, drawn after the scenes and not judged.
+    """
+
+    def __init__(self, base: Base, judge: Judge, gate: Gate, seed: int, others: Sequence[str] = ()) -> None:
         self.base, self.judge, self.gate, self.seed = base, judge, gate, seed
         self.texts = judge.prompts(gate.judged_pictures, seed)
-        self.prompts: Prompts = encode_prompts(base, self.texts)
+        self.prompts: Prompts = encode_prompts(base, [*self.texts, *others])
         self.negative: Prompts = encode_prompts(base, [""])
         self._base_pictures: list[Image] | None = None
 
@@ -43,35 +50,35 @@ class Drawer:
         self, bank: Bank, names: Sequence[str], references: Sequence[Sequence[Image]]
     ) -> list[tuple[float, float]]:
         """(score with the adapter, score of the base) for each name; ``references`` are the people's own pictures."""
-        if self._base_pictures is None:
-            self._base_pictures = self._draw(None, [None])[0]
-        drawn = self._draw(bank, list(names))
+        drawn = self.draw(bank.rows(names), len(names))
         return [
-            (self._score(pictures, own), self._score(self._base_pictures, own))
+            (self.scores(pictures, own)["identity"], self.scores(self.base_pictures(), own)["identity"])
             for pictures, own in zip(drawn, references, strict=True)
         ]
 
-    def _draw(self, bank: Bank | None, names: list[Any]) -> list[list[Image]]:
-        """The pictures of each name; each scene is drawn for all names at once."""
+    def base_pictures(self) -> list[Image]:
+        """What the base draws; drawn once."""
+        if self._base_pictures is None:
+            self._base_pictures = self.draw(nullcontext(), 1)[0]
+        return self._base_pictures
+
+    def draw(self, adapters: AbstractContextManager[Any], count: int) -> list[list[Image]]:
+        """Pictures [adapter][prompt] within ``adapters``: ``rows`` or ``holding`` of a bank, ``count`` of them. Each
+        prompt is drawn for all at once."""
         columns = []
-        for number in range(self.gate.judged_pictures):
-            same = self.prompts[[number] * len(names)]
-            seeds = [derive(self.seed, "gate", number)] * len(names)
-            options: dict[str, Any] = {
-                "steps": self.gate.inference_steps,
-                "guidance": self.gate.guidance_scale,
-                "batch": len(names),
-            }
-            if bank is None:
+        with adapters:
+            for number in range(len(self.prompts)):
+                same = self.prompts[[number] * count]
+                seeds = [derive(self.seed, "gate", number)] * count
+                steps, guidance = self.gate.inference_steps, self.gate.guidance_scale
+                options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch": count}
                 latents = draw_latents(self.base, same, seeds, negative=self.negative, **options)
-            else:
-                with bank.rows(names):
-                    latents = draw_latents(self.base, same, seeds, negative=self.negative, **options)
-            columns.append(decode(self.base, latents, batch=16))
+                columns.append(decode(self.base, latents, batch=16))
         return [list(pictures) for pictures in zip(*columns, strict=True)]
 
-    def _score(self, pictures: Sequence[Image], own: Sequence[Image]) -> float:
-        return float(self.judge.scores(list(pictures), self.texts, list(own))["identity"])
+    def scores(self, pictures: Sequence[Image], own: Sequence[Image]) -> dict[str, float]:
+        """All that the judge says of one adapter's pictures of the scenes, beside the person's ``own``."""
+        return self.judge.scores(list(pictures[: len(self.texts)]), self.texts, list(own))
 
 
 def decide(gate: Gate, loss: float, base_loss: float, scores: tuple[float, float] | None) -> Verdict:
