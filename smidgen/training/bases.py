@@ -120,7 +120,7 @@ def load_language_model(name: str, precision: str, dropout: float | None) -> Loa
 def load_tokenizer(name: str) -> Any:
     """The fast tokenizer of ``name``, with a padding token."""
     transformers = _transformers()
-    with _hub_errors(name):
+    with hub_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -133,22 +133,26 @@ def load_tokenizer(name: str) -> Any:
 def load_config(name: str) -> Any:
     """The transformers config of ``name``."""
     transformers = _transformers()
-    with _hub_errors(name):
+    with hub_errors(name):
         return transformers.AutoConfig.from_pretrained(locate(name))
+
+
+def image_processor(name: str) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` of the base says of sizes, ``image_mean`` and ``image_std`` (ImageNet's if none)."""
+    transformers = _transformers()
+    try:
+        values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(locate(name))[0]
+    except (OSError, ValueError):
+        logger.warning("%s has no preprocessor_config.json; pixels are scaled by ImageNet's mean and deviation.", name)
+        values = {}
+    imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+    return values | {key: values.get(key) or value for key, value in imagenet.items()}
 
 
 def image_statistics(name: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [3] of pixels in 0..1 that the base's image processor names (ImageNet's if none)."""
-    transformers = _transformers()
-    folder = locate(name)
-    try:
-        values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(folder)[0]
-    except (OSError, ValueError):
-        logger.warning("%s has no preprocessor_config.json; pixels are scaled by ImageNet's mean and deviation.", name)
-        values = {}
-    mean = values.get("image_mean") or (0.485, 0.456, 0.406)
-    std = values.get("image_std") or (0.229, 0.224, 0.225)
-    return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+    values = image_processor(name)
+    return tuple(torch.tensor(values[key], dtype=torch.float32) for key in ("image_mean", "image_std"))  # type: ignore[return-value]
 
 
 def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ...]:
@@ -190,7 +194,7 @@ def _load(auto: str, name: str, precision: str, dropout: float | None, **options
             setattr(config, key, dropout)
     for key, value in options.items():
         setattr(config, key, value)
-    with _hub_errors(name), quiet():
+    with hub_errors(name), quiet():
         model, info = getattr(transformers, auto).from_pretrained(
             locate(name), config=config, dtype=DTYPES[precision], ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -226,7 +230,8 @@ def _all_new(model: nn.Module, path: str, new: set[str]) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Iterator[None]:
+    """What the hub and damaged folders raise, as ConfigError."""
     try:
         yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:

@@ -58,6 +58,7 @@ class Generator:
 
     def __init__(self, base: str, codec: Codec, network: Network, sees: Encoders, model: Model) -> None:
         self.base, self.codec, self.sees, self.model = base, codec, sees, model
+        self.saw: dict[str, str] = {}  # the encoders' full names when it was made, where they are known
         self.network = network.eval().requires_grad_(False)
 
     @property
@@ -67,11 +68,21 @@ class Generator:
 
     @cached_property
     def face(self) -> PictureEncoder:
-        return encoders.load(self.sees.face)
+        return self._encoder("face")
 
     @cached_property
     def image(self) -> PictureEncoder:
-        return encoders.load(self.sees.image)
+        return self._encoder("image")
+
+    def _encoder(self, side: str) -> PictureEncoder:
+        """An encoder with the very weights that the generator was made with."""
+        encoder = encoders.load(getattr(self.sees, side))
+        if self.saw.get(side, encoder.name) != encoder.name:
+            raise ConfigError(
+                f"The generator was made with {self.saw[side]} for the {side}, and {getattr(self.sees, side)} is now "
+                f"{encoder.name}: other weights give other features. Put the file of then back, or correct its path in {JSON}."
+            )
+        return encoder
 
     # ---- photos to adapters ----------------------------------------------------------------------------------------
 
@@ -141,6 +152,7 @@ class Generator:
         content = save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
         described = {
             "format": FORMAT, "base": self.base, "encoders": to_dict(self.sees), "model": to_dict(self.model),
+            "saw": {"face": self.face.name, "image": self.image.name},
             "widths": {"face": self.face.width, "image": self.image.width}, "latents": self.network.latents,
             "sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
@@ -173,4 +185,6 @@ def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
         network.load_state_dict({name: value.float() for name, value in load_tensors(content).items()})
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder} is damaged: {error}") from error
-    return Generator(described["base"], load_codec(folder / CODEC), network, sees, model)
+    generator = Generator(described["base"], load_codec(folder / CODEC), network, sees, model)
+    generator.saw = described.get("saw", {})
+    return generator

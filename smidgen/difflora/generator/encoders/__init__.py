@@ -1,16 +1,21 @@
 """Picture encoders by name: what a generator sees of a photo. All are frozen.
 
-embedded-face, embedded-scene    small networks for the embedded base
+embedded-face, embedded-scene            small networks for the embedded base
+arcface:FILE.onnx[,DETECTOR.onnx]        a face recognition model, with the detector that aligns faces for it
+clip[:NAME], dinov2[:NAME]               of the transformers family: a folder, a packaged name, a hub name
+vision:NAME                              any other model of pictures
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from smidgen.difflora.generator.encoders.arcface import ArcFace
 from smidgen.difflora.generator.encoders.embedded import EmbeddedFace, EmbeddedScene
+from smidgen.difflora.generator.encoders.vision import Clip, Dinov2, Vision
 from smidgen.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PictureEncoder(Protocol):
-    """Pictures -> features."""
+    """Pictures -> features. ``name`` tells the very weights: caches and generators hold to it."""
 
     name: str
     width: int
@@ -29,7 +34,14 @@ class PictureEncoder(Protocol):
         ...
 
 
-KINDS = {"embedded-face": EmbeddedFace, "embedded-scene": EmbeddedScene}
+KINDS: dict[str, Callable[[str], PictureEncoder]] = {
+    "embedded-face": EmbeddedFace,
+    "embedded-scene": EmbeddedScene,
+    "arcface": ArcFace,
+    "clip": Clip,
+    "dinov2": Dinov2,
+    "vision": Vision,
+}
 
 
 def load(name: str) -> PictureEncoder:
