@@ -1,4 +1,4 @@
-"""The commands ``smidgen zoo build | status | import``; their flags are these functions' signatures."""
+"""The commands ``smidgen zoo build | status | import | evaluate``; their flags are these functions' signatures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +11,13 @@ SUMMARY = {
     "build": "train an adapter for each of many people, many at once",
     "status": "say how a zoo stands",
     "import": "make a zoo of LoRA files",
+    "evaluate": "judge a generator on held-out people, beside everything simpler",
 }
 
 
 def overview() -> str:
     """The commands, one a line."""
-    lines = [f"  {name.ljust(6)}  {text}" for name, text in SUMMARY.items()]
+    lines = [f"  {name.ljust(8)}  {text}" for name, text in SUMMARY.items()]
     return "usage: smidgen zoo COMMAND [OPTIONS]\n\n" + "\n".join(lines) + "\n\nsmidgen zoo COMMAND --help says more."
 
 
@@ -28,6 +29,8 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
         )
     if name == "build":
         return build_command(words)
+    if name == "evaluate":
+        return evaluate_command(words)
     return status if name == "status" else import_
 
 
@@ -55,6 +58,32 @@ def build_command(words: Sequence[str]) -> Callable[..., None]:
     build.__annotations__["settings"] = Annotated[ZooConfig, load_tyro().conf.arg(name="")]
     build.__annotations__["preset"] = Literal[tuple(PRESETS)]
     return build
+
+
+def evaluate_command(words: Sequence[str]) -> Callable[..., None]:
+    """The command with the defaults that ``--preset`` among ``words`` names."""
+    from smidgen.difflora.audit.settings import PRESETS, EvaluateConfig
+
+    named = value_of(words, "--preset") or "default"
+    if named not in PRESETS:
+        raise ConfigError(f"There is no preset {named!r}.{did_you_mean(named, PRESETS)} Known: {', '.join(PRESETS)}.")
+
+    def evaluate(zoo: Path, /, settings: Any = PRESETS[named], preset: Any = named) -> None:
+        """Judge generators on the held-out people of ZOO, beside everything simpler. Run it again to go on.
+
+        Args:
+            zoo: the zoo's folder.
+            settings: what is judged, on whom, and how.
+            preset: settings to start from.
+        """
+        from smidgen.difflora.audit.evaluate import evaluate as run
+
+        print(run(zoo, settings))
+
+    conf = load_tyro().conf
+    evaluate.__annotations__["settings"] = Annotated[EvaluateConfig, conf.arg(name=""), conf.UseAppendAction]
+    evaluate.__annotations__["preset"] = Literal[tuple(PRESETS)]
+    return evaluate
 
 
 def status(zoo: Path, /, verify: bool = False) -> None:
