@@ -73,6 +73,7 @@ class Simple:
         yield Contender(f"noise around it (x {self.config.noise:g})", zoo, self.noise, (*names, *chance))
         yield Contender("ridge", zoo, self.ridge, names, traced=True)
         yield Contender("PCA regression", zoo, self.regression, names, traced=True)
+        yield Contender("zoo's trained adapter", zoo, self.own, traced=True)
 
     # ---- how they are made -------------------------------------------------------------------------------------------
 
@@ -108,9 +109,18 @@ class Simple:
         cut[:kept] = 1
         return self._regressed(replace(fitted, weights=fitted.weights * cut, offset=fitted.offset * cut))
 
+    def own(self) -> Made:
+        """The sitters' adapters in the zoo, trained on all their pictures; seconds are the build's."""
+        return Made(self.trained()[None], status(self.zoo.folder).seconds_per_adapter or 0.0)
+
+    def trained(self) -> Tensor:
+        """Those adapters [sitter, numbers]."""
+        lines = {line.id: line for line in self.zoo.rows("test").lines}
+        return self.zoo.read([lines[person.id] for person in self.people])
+
     def _regressed(self, fitted: Callable[[Tensor], Tensor]) -> Made:
         start = time.process_time()
-        rows = self.codec.decode(fitted(self.features) / self.codec.latent_width).float()
+        rows = self.codec.decode(fitted(self.features) / self.widths).float()
         return Made(rows[None], self.encoded[0] + (time.process_time() - start) / len(self.people))
 
     # ---- what they are made of ---------------------------------------------------------------------------------------
@@ -122,6 +132,12 @@ class Simple:
         codec.fit(self.rows, progress=False)
         return codec
 
+    @property
+    def widths(self) -> Tensor:
+        """Deviation of each component in the normalised rows [k]; latents times this are the components themselves."""
+        assert self.codec.latent_width is not None
+        return self.codec.latent_width
+
     @cached_property
     def photos(self) -> Photos:
         return training_photos(self.zoo, self.rows.ids, self.seen, self.resolution, self.cache, self.progress)
@@ -131,7 +147,7 @@ class Simple:
         """Features [photo, width] of every training photo with a face, components [photo, k] of its person's adapter in
         the size they have in the normalised rows, and whose each is."""
         place = {name: number for number, name in enumerate(self.rows.ids)}
-        components = self.codec.encode(self.rows.load().values) * self.codec.latent_width
+        components = self.codec.encode(self.rows.load().values) * self.widths
         photos = [(photo, number) for number, own in enumerate(self.photos.usable) for photo in own]
         seen = torch.cat([self.photos.face, self.photos.image], 1)[[photo for photo, _ in photos]]
         owners = [place[self.photos.ids[number]] for _, number in photos]
@@ -164,15 +180,3 @@ class Simple:
         there = torch.nn.functional.normalize(self.photos.face[[photo for photo, _ in usable]], dim=1)
         found = torch.nn.functional.normalize(self.encoded[1][0], dim=1) @ there.T
         return [place[usable[best][1]] for best in found.argmax(1).tolist()]
-
-
-def of_zoo(zoo: Zoo, people: Sequence[Sitter]) -> Contender:
-    """The sitters' own adapters of the zoo, trained on all their pictures."""
-    records = {line.id: line for line in zoo.rows("test").lines}
-
-    def make() -> Made:
-        return Made(
-            zoo.read([records[person.id] for person in people])[None], status(zoo.folder).seconds_per_adapter or 0.0
-        )
-
-    return Contender("zoo's trained adapter", zoo.layout, make, traced=True)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from smidgen.difflora.audit.contenders import Contender, Made, Simple, of_zoo
+from smidgen.difflora.audit.contenders import Contender, Made, Simple
 from smidgen.difflora.audit.distances import comparable, distances, nearest
 from smidgen.difflora.audit.learned import Personalized, Predicted
+from smidgen.difflora.audit.memorisation import memorised, write_memorisation
 from smidgen.difflora.audit.people import Sitter, sitters, subjects
 from smidgen.difflora.audit.report import REAL, Report, write_report
 from smidgen.difflora.audit.scores import Score, Scores, key_of
@@ -77,6 +78,10 @@ class Audit:
             self.zoo, self.people, config, (first.face, first.image), studio.base.resolution,
             config.out / "features.safetensors", progress,
         )  # fmt: skip
+        self.predicted = [
+            Predicted(name, generator, digest, self.people, config, self.studio)
+            for name, (generator, digest) in self.generators.items()
+        ]
         self.scores = Scores(config.out)
         self.keys: dict[str, str] = {}  # of each contender, in the order of the table
         shared = to_dict(replace(config, out=Path(), generator=()))
@@ -100,11 +105,8 @@ class Audit:
 
     def contenders(self) -> list[Contender]:
         """All of them, in the order of the table."""
-        found = [*self.simple, of_zoo(self.zoo, self.people)]
-        found += Personalized.rows_of(self.config, self.base, self.people)
-        for name, (generator, digest) in self.generators.items():
-            found += Predicted(name, generator, digest, self.people, self.config, self.studio)
-        return found
+        found = [*self.simple, *Personalized.rows_of(self.config, self.base, self.people)]
+        return found + [contender for one in self.predicted for contender in one]
 
     def bar(self, contenders: Sequence[Contender]) -> Iterator[Contender]:
         """The contenders under a progress bar that names the one at work."""
@@ -197,8 +199,10 @@ class Audit:
         """The scores of all contenders, in the order of the table."""
         lines = {name: self.scores.lines[key] for name, key in self.keys.items()}
         shown = {name: self.scores.shown(key) for name, key in self.keys.items()}
-        first = next(iter(self.generators))
-        return Report(self.zoo.folder, self.config, self.judge_name, first, lines, shown)
+        first = self.predicted[0].name
+        found = [memorised(self.simple, one, lines) for one in self.predicted]
+        note = write_memorisation(found, self.simple, self.predicted, self.config.out)
+        return Report(self.zoo.folder, self.config, self.judge_name, first, lines, shown, (note,))
 
 
 def named_generators(folders: Sequence[Path]) -> dict[str, tuple[Generator, str]]:

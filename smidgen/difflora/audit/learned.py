@@ -63,6 +63,14 @@ class Predicted:
         seconds = (time.process_time() - start) / len(self.people) / len(seeds)
         return Made(torch.stack(rows, 1), seconds)
 
+    @torch.no_grad()
+    def of_features(self, face: Tensor, image: Tensor, usable: Sequence[Sequence[int]]) -> Tensor:
+        """Adapters [person, numbers] of people by the features [picture, width] of the first of their usable photos."""
+        first = [photos[0] for photos in usable]
+        condition = self.generator.network.mixing(face[first, None], image[first, None])
+        rows = [self.generator.rows(self.generator.latents(part, [0] * len(part))) for part in condition.split(256)]
+        return torch.cat(rows)
+
     def shuffled(self) -> Made:
         """Everybody with the adapter of somebody else: half of the list further on."""
         assert self.made.rows is not None
