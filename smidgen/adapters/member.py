@@ -98,6 +98,7 @@ class Residual(Member):
     """D of ``W' = W T + D``: an additive update, zero at the start."""
 
     diagonal_between: ClassVar[bool] = False  # a trained diagonal between two frozen factors
+    stacks: ClassVar[bool] = False  # ``factors`` takes trained numbers with a leading axis [adapters, ...] just as well
 
     def __init__(self, rows: int, cols: int) -> None:
         self.rows, self.cols = rows, cols

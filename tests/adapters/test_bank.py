@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import smidgen
 from smidgen import testing
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.rows import LowRankShift
 from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.errors import SmidgenError
 
@@ -50,6 +51,41 @@ def test_a_batch_of_several_halves_repeats_the_names() -> None:
     testing.close(found, torch.cat([wanted, wanted]), "two halves")
     with bank.rows(["a", "b", "a"]), pytest.raises(SmidgenError, match="do not divide a batch of 4"):
         model(inputs(rows=4))
+
+
+@pytest.mark.parametrize("method", ["lora", "svfit", "tlora(2,2)"])
+@pytest.mark.parametrize(
+    "rows", [["b", "b", "a", "a"], ["a", "b"], ["b"], ["a", "a", None, None], [None, None, None, "b"]]
+)
+def test_runs_of_rows_through_one_adapter(method: str, rows: list[str | None]) -> None:
+    model, _, bank = zoo(method, ["a", "b"])
+    alone = {None: Net()} | {n: trained(method, seed=i, net=Net()) for i, n in enumerate(("a", "b"))}
+    x = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(4), requires_grad=True)  # with an axis of tokens
+    with bank.rows(rows):
+        found = model(x)
+    wanted = torch.cat([alone[name](x[i : i + 1]) for i, name in enumerate(rows * (8 // len(rows)))])
+    testing.close(found, wanted.detach(), "output")
+    ours, theirs = (torch.autograd.grad(y.square().sum(), x)[0] for y in (found, wanted))
+    testing.close(ours, theirs, "gradient of the input", factor=5)
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_gradients_of_the_low_rank_shift(r: int) -> None:
+    shapes = (4, 3, 5), (4, 3, 6), (2, 5, r), (2, r, 6)
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(LowRankShift.apply, tensors)
+
+
+@pytest.mark.parametrize("method", ["lora", "svfit", "oft"])
+def test_a_bank_in_mixed_precision(method: str) -> None:
+    model, _, bank = zoo(method, ["a", "b"])
+    with bank.rows(["b", "a", "a", None]):
+        wanted = model(inputs()).detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(inputs())
+        found.float().square().sum().backward()
+    testing.close(found.float(), wanted, "in bf16", torch.bfloat16)
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in bank.parameters())
 
 
 def test_blocks_nest_and_end_with_an_error() -> None:

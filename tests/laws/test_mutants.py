@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,11 @@ def disable_forgets_the_transform(patch: pytest.MonkeyPatch) -> None:
 def bank_reads_one_row_for_all(patch: pytest.MonkeyPatch) -> None:
     right = ShiftLayer.banked
     patch.setattr(
-        ShiftLayer, "banked", lambda self, x, rows, *a, **k: right(self, x, rows[:1].expand(len(rows)), *a, **k)
+        ShiftLayer,
+        "banked",
+        lambda self, x, rows, *a, **k: right(
+            self, x, replace(rows, index=rows.index[:1].expand(len(rows.index))), *a, **k
+        ),
     )
 
 

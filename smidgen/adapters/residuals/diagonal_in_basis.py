@@ -16,7 +16,7 @@ class DiagonalInBasis(Residual):
     """D = s up diag(delta) down with frozen ``up`` and ``down``. Trained: delta [r]. Count: min(r, rows, cols)."""
 
     decomposes = True
-    diagonal_between = True
+    diagonal_between = stacks = True
 
     def __init__(self, rows: int, cols: int, r: int | str = 64, alpha: float | None = None, scaling: str = "plain"):
         super().__init__(rows, cols)

@@ -23,6 +23,7 @@ class LowRank(Residual):
     """
 
     name = "low_rank"
+    stacks = True
 
     def __init__(self, rows: int, cols: int, r: int = 8, alpha: float | None = None, scaling: str = "plain") -> None:
         super().__init__(rows, cols)

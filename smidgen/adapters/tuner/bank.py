@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, make_slot, stored_tensors
+from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
 from smidgen.errors import SmidgenError, did_you_mean
 
@@ -140,10 +141,10 @@ class Bank:
     @contextmanager
     def _set(self, rows: list[int], held: Mapping[str, Mapping[str, Tensor]] | None) -> Iterator[None]:
         before = {name: (layer.bank_rows, layer.bank_held) for name, layer in self.layers.items()}
-        index = torch.tensor(rows)
+        runs = Rows.of(rows)
         try:
             for name, layer in self.layers.items():
-                layer.bank_rows, layer.bank_held = index, held[name] if held is not None else None
+                layer.bank_rows, layer.bank_held = runs, held[name] if held is not None else None
             yield
         finally:
             for name, layer in self.layers.items():

@@ -7,6 +7,7 @@ terms of the shift law, y = base(x + (T - I) x) + D x.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smidgen.adapters.member import Factors
+from smidgen.adapters.tuner.rows import LowRankShift
 
 Map = Callable[[Tensor], Tensor]
 Layer = Any  # an nn.Module, whose every attribute torch types as Tensor | Module
@@ -62,6 +64,17 @@ class LinearKind:
             return y + F.linear(hidden, factors.up.to(hidden.dtype)).to(y.dtype)
         rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), factors.up.to(y.dtype).T)
         return rows.view(y.shape)
+
+    def add_output_shifts(self, y: Tensor, factors: Factors, x: Tensor) -> Tensor:
+        """y + D x with a D of its own for each run of rows: trained factors lead with [runs], frozen ones are shared."""
+        x, up, down, device = x.to(y.dtype), factors.up.to(y.dtype), factors.down.to(y.dtype), y.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            if factors.diagonal is None:
+                return LowRankShift.apply(y, x, up, down)  # type: ignore[no-any-return]
+            hidden = (x @ down.mT).unflatten(0, (len(factors.diagonal), -1))  # [runs, rows, ..., k]
+            diagonal = factors.diagonal.to(y.dtype).unflatten(0, (-1, *[1] * (hidden.dim() - 2)))
+            scaled = hidden * diagonal
+            return y + scaled.flatten(0, 1) @ up.mT
 
     @staticmethod
     def _hidden(factors: Factors, x: Tensor) -> Tensor:

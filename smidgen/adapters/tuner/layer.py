@@ -10,15 +10,16 @@ switched off it is exactly the base layer; the base weight is never rewritten ex
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind
+from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
-from smidgen.errors import SmidgenError
 
 logger = logging.getLogger("smidgen")
 
@@ -45,8 +46,8 @@ class ShiftLayer(nn.Module):
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.bank: Slot | None = None
-        self.bank_rows: Tensor | None = None
-        self.bank_held: Mapping[str, Tensor] | None = None  # in place of the bank's own trained tensors
+        self.bank_rows: Rows | None = None
+        self.bank_held: Tensors | None = None  # in place of the bank's own trained tensors
         self._kept: Tensor | None = None
 
     # ---- slots -------------------------------------------------------------------------------------------------------
@@ -142,26 +143,30 @@ class ShiftLayer(nn.Module):
                 y = y.index_add(0, rows, shift.to(y.dtype))
         return y
 
-    def banked(self, x: Tensor, rows: Tensor, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
-        """Row i of the batch through adapter ``rows[i]`` of the bank; -1 is the base layer."""
+    def banked(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
+        """Row i of the batch through its adapter of the bank, or of ``bank_held``."""
         assert self.bank is not None
+        rows = rows.over(len(x))
+        if not rows.adapted:
+            return self.base_layer(x, *args, **kwargs)
         slot = self.prepared(self.bank)
-        if x.shape[0] % len(rows):
-            raise SmidgenError(f"The bank has {len(rows)} rows set, which do not divide a batch of {x.shape[0]}.")
-        rows = rows.repeat(x.shape[0] // len(rows)).to(x.device)
-        on = (rows >= 0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-        trained = slot.trained() if self.bank_held is None else self.bank_held
-        picked = {name: value.index_select(0, rows.clamp(min=0)) for name, value in trained.items()}
+        given = slot.trained() if self.bank_held is None else self.bank_held
+        picked = {name: rows.pick(value) for name, value in given.items()}
         shifted = x
         if slot.transform is not None:
-            shifted = x + on * (torch.vmap(lambda row, t: self._row_transform(slot, row, t))(x, picked) - x)
+            moved = rows.apply(lambda run, t: self._row_transform(slot, run, t), x, picked)
+            shifted = x + rows.masked(moved - x) if rows.plain else moved
         y = self.base_layer(shifted, *args, **kwargs)
-        if slot.residual is not None:
-            shift = torch.vmap(lambda row, t: self.kind.output_shift(slot.factors(t), row, self.base_layer))(x, picked)
-            y = y + (on.reshape(-1, *[1] * (shift.dim() - 1)) * shift).to(y.dtype)
-        return y
+        if slot.residual is None:
+            return y
+        if isinstance(self.kind, LinearKind) and slot.residual.stacks:
+            up, diagonal, down = slot.factors(picked)
+            masked = (rows.masked(up), None, down) if diagonal is None else (up, rows.masked(diagonal), down)
+            return self.kind.add_output_shifts(y, Factors(*masked), x)
+        shift = rows.apply(lambda run, t: self.kind.output_shift(slot.factors(t), run, self.base_layer), x, picked)
+        return y + rows.masked(shift).to(y.dtype)
 
-    def _row_transform(self, slot: Slot, row: Tensor, trained: dict[str, Tensor]) -> Tensor:
+    def _row_transform(self, slot: Slot, row: Tensor, trained: Tensors) -> Tensor:
         return self.kind.transform(lambda a: slot.transformed(a, trained), row, self.base_layer)
 
     # ---- the matrix form -------------------------------------------------------------------------------------------

@@ -1,0 +1,107 @@
+"""Rows of a batch through the adapters of a bank: which adapter each goes through, and the low-rank product for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from smidgen.adapters.member import Tensors
+from smidgen.errors import SmidgenError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch as runs of ``length`` rows, each run through one adapter: products are then one a run, not one a row.
+
+    Args:
+        index: the adapter of each run [runs]; -1 is the base model.
+        length: rows of each run.
+        whole: the runs are adapters 0 .. runs - 1 in this order.
+        adapted: some run goes through an adapter.
+        plain: some run goes through the base model.
+    """
+
+    index: Tensor
+    length: int
+    whole: bool
+    adapted: bool
+    plain: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[int]) -> Rows:
+        """The adapter of each row of a batch as runs, as long as they come.
+
+        Example:
+            >>> Rows.of([2, 2, 2, 2, 0, 0]).index
+            tensor([2, 2, 0])
+        """
+        if not rows:
+            raise SmidgenError("A batch through a bank has at least one row; none was given.")
+        length = gcd(*(len(list(run)) for _, run in groupby(rows)))
+        runs = list(rows[::length])
+        return cls(torch.tensor(runs), length, runs == list(range(len(runs))), max(runs) >= 0, min(runs) < 0)
+
+    def over(self, batch: int) -> Rows:
+        """The rows repeated to fill a batch."""
+        size = len(self.index) * self.length
+        if batch % size:
+            raise SmidgenError(f"The bank has {size} rows set, which do not divide a batch of {batch}.")
+        if batch == size:
+            return self
+        if len(self.index) == 1:
+            return replace(self, length=batch)
+        return replace(self, index=self.index.repeat(batch // size), whole=False)
+
+    def pick(self, value: Tensor) -> Tensor:
+        """The adapters' tensors [adapters, ...] -> the runs' [runs, ...]; any adapter's for a run of the base model."""
+        if self.whole and len(value) == len(self.index):
+            return value
+        return value.index_select(0, self.index.clamp(min=0).to(value.device))
+
+    def apply(self, function: Callable[[Tensor, Tensors], Tensor], x: Tensor, picked: Tensors) -> Tensor:
+        """``function(rows, tensors)`` of each run: x [batch, ...], tensors [runs, ...] -> [batch, ...]."""
+        runs = x.unflatten(0, (len(self.index), self.length))
+        return torch.vmap(function)(runs, picked).flatten(0, 1)
+
+    def masked(self, value: Tensor) -> Tensor:
+        """[runs or batch, ...] with zeros where the base model is."""
+        if not self.plain:
+            return value
+        on = (self.index >= 0).to(value).repeat_interleave(len(value) // len(self.index))
+        return value * on.reshape(-1, *[1] * (value.dim() - 1))
+
+
+class LowRankShift(torch.autograd.Function):
+    """y + x down^T up^T, each run of rows with factors of its own, in one pass over y.
+
+    Shapes: y [batch, ..., rows], x [batch, ..., cols], up [runs, rows, k], down [runs, k, cols]; one dtype. The order of
+    the products is what batched kernels like: others take up to ten times as long at k = 1.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        hidden = torch.bmm(down, _runs(x, down).mT)  # [runs, k, n]
+        ctx.save_for_backward(x, up, down, hidden)
+        sums = torch.addcmul if hidden.shape[1] == 1 else torch.baddbmm
+        return sums(_runs(y, up), hidden.mT, up.mT).reshape(y.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
+        x, up, down, hidden = ctx.saved_tensors
+        runs, grads = _runs(x, down), _runs(grad, up)
+        grad_hidden = torch.bmm(up.mT, grads.mT)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            product = torch.mul if hidden.shape[1] == 1 else torch.bmm
+            grad_x = product(grad_hidden.mT, down).reshape(x.shape)
+        return grad, grad_x, torch.bmm(hidden, grads).mT, torch.bmm(grad_hidden, runs)
+
+
+def _runs(x: Tensor, factor: Tensor) -> Tensor:
+    """[batch, ..., width] -> [runs, n, width], n tokens a run."""
+    return x.reshape(len(factor), -1, x.shape[-1])
