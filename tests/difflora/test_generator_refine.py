@@ -116,15 +116,15 @@ def refine_losses(shop, rows, config):
 
     tasks = []
 
-    class Kept(refine.RefineTask):
-        def __init__(self, *args):
-            super().__init__(*args)
+    class Kept(refine.PhotoTask):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             tasks.append(self)
 
         def batch(self, index):
             return super().batch(0)
 
-    with patch.object(refine, "RefineTask", Kept):
+    with patch.object(refine, "PhotoTask", Kept):
         return refine_rows(shop, rows, photos(1), config), tasks[0]
 
 

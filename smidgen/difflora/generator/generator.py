@@ -74,6 +74,17 @@ class Generator:
     def image(self) -> PictureEncoder:
         return self._encoder("image")
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the numbers that turn photos into adapters, as its files hold them."""
+        digest = hashlib.sha256(self._content())
+        for _, value in sorted(self.codec._numbers().items()):
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _content(self) -> bytes:
+        return save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
+
     def _encoder(self, side: str) -> PictureEncoder:
         """An encoder with the very weights that the generator was made with."""
         encoder = encoders.load(getattr(self.sees, side))
@@ -149,7 +160,7 @@ class Generator:
         """Writes the generator's folder, each file in one step."""
         folder = Path(folder)
         self.codec.save(folder / CODEC)
-        content = save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
+        content = self._content()
         described = {
             "format": FORMAT, "base": self.base, "encoders": to_dict(self.sees), "model": to_dict(self.model),
             "saw": {"face": self.face.name, "image": self.image.name},

@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.difflora.generator.carrier import Carries, banked
 from smidgen.difflora.weightspace.canonical import canonical_rows, refactor
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.zoo.task import GroupTask
@@ -62,16 +62,8 @@ class Refine:
             raise ConfigError(f"timesteps is a range inside 0 to 1, such as (0.2, 1.0), not {self.timesteps}.")
 
 
-class Shop(Protocol):
-    """A base whose ``unet`` carries an adapter of ``layout``; a zoo's ``Workshop`` is one."""
-
-    base: Base
-    unet: nn.Module
-    layout: Layout
-
-
 def refine_rows(
-    shop: Shop,
+    shop: Carries,
     rows: Tensor,
     people: Sequence[Sequence[Image]],
     config: Refine | None = None,
@@ -97,7 +89,10 @@ def refine_rows(
     for at in range(0, len(rows), config.group_size):
         group = slice(at, at + config.group_size)
         texts = captions[group] if captions is not None else [[CAPTION] * len(photos) for photos in people[group]]
-        tasks = [_task(shop.base, photos, own, config) for photos, own in zip(people[group], texts, strict=True)]
+        tasks = [
+            photo_task(shop.base, photos, own, config.batch_size, config.seed)
+            for photos, own in zip(people[group], texts, strict=True)
+        ]
         parts.append(_refined(shop, layout, rows[group], tasks, config, progress))
     return _finished(torch.cat(parts), layout, shop.layout, config)
 
@@ -124,36 +119,42 @@ def widened(layout: Layout, extra: int) -> Layout:
     return replace(layout, entries=tuple(entries), config=config)
 
 
-class RefineTask(GroupTask):
-    """Each person's photos under that person's own row; satisfies ``training.loop.Task`` for :class:`_Moving` rows."""
+class PhotoTask(GroupTask):
+    """Each person's photos under that person's own row; satisfies ``training.loop.Task`` for a model that answers rows
+    [people, numbers] of ``layout`` and how far they are from their start.
+
+    Args:
+        shop: carries ``bank``, which is of ``layout``.
+        anchor: weight of the squared distance from the start.
+        timesteps: share of the noise schedule, from clean to noise.
+    """
 
     def __init__(
-        self, shop: Shop, bank: Bank, layout: Layout, people: Sequence[PersonalizeTask], config: Refine
-    ) -> None:
+        self, shop: Carries, bank: Bank, layout: Layout, people: Sequence[PersonalizeTask], anchor: float = 0.0,
+        timesteps: tuple[float, float] = (0.0, 1.0),
+    ) -> None:  # fmt: skip
         super().__init__(people)
-        self.unet, self.bank, self.layout, self.config = shop.unet, bank, layout, config
+        self.unet, self.bank, self.layout, self.anchor, self.timesteps = shop.unet, bank, layout, anchor, timesteps
         self.owners = [row for row in range(len(self.people)) for _ in range(self.batch_size)]
         self._held = ExitStack()
 
     def batch(self, index: int) -> dict[str, Any]:
-        batch, (low, high) = super().batch(index), self.config.timesteps
-        total = len(self.people[0].alphas)
-        batch["timesteps"] = (low * total + batch["timesteps"] * (high - low)).long()
+        batch, (low, high) = super().batch(index), self.timesteps
+        batch["timesteps"] = (low * len(self.people[0].alphas) + batch["timesteps"] * (high - low)).long()
         return batch
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        rows = model()
         self.release()
-        self._held.enter_context(self.bank.holding(self.layout.unpack(rows), self.owners))
+        self._held.enter_context(self.bank.holding(self.layout.unpack(model()), self.owners))
         losses = super().losses(self.unet, batch)
-        return losses + self.config.anchor * (rows - model.start).square().sum(1)  # type: ignore[operator]
+        return losses + self.anchor * model.distances() if self.anchor else losses  # type: ignore[operator]
 
     def release(self) -> None:
         """Lets the last batch's rows go. They stay until here, as gradient checkpointing runs layers in backward."""
         self._held.close()
 
 
-class _Moving(nn.Module):
+class Moving(nn.Module):
     """rows = start + pace * change [people, size]: ``change`` starts at 0; ``pace`` [size] is 0 for a frozen number and
     otherwise its learning rate over the residual's."""
 
@@ -169,34 +170,39 @@ class _Moving(nn.Module):
     def forward(self) -> Tensor:
         return self.start + self.pace * self.change
 
+    def distances(self) -> Tensor:
+        """Squared distance of each row from its start [people]."""
+        return (self.pace * self.change).square().sum(1)
+
 
 def _refined(
-    shop: Shop, layout: Layout, rows: Tensor, tasks: list[PersonalizeTask], config: Refine, progress: bool
+    shop: Carries, layout: Layout, rows: Tensor, tasks: list[PersonalizeTask], config: Refine, progress: bool
 ) -> Tensor:
     """One group, trained by the one loop."""
-    carried = {name: module.bank for name, module in shop.unet.named_modules() if hasattr(module, "bank_held")}
-    bank = Bank(shop.unet, SmidgenConfig(**layout.config), ["row"])
-    try:
-        if layout is shop.layout:
-            bank.put("row", shop.unet, _carrier(shop.unet))  # frozen factors are shared with the carrier
+    with banked(shop, layout) as bank:
         rate, transform_pace = _rates(shop.base, layout, config)
         start, pace = _start(rows, shop.layout, layout, bank, config, transform_pace)
-        model = _Moving(start.to(shop.base.device), pace.to(shop.base.device))
-        task = RefineTask(shop, bank, layout, tasks, config)
-        groups = [{"params": [model.change], "lr": rate, "weight_decay": 0.0}]
-        loop = LoopConfig(
-            max_train_steps=config.steps, lr_scheduler="constant", lr_warmup_steps=min(3, config.steps),
-            checkpointing_steps=config.steps, seed=config.seed,
-        )  # fmt: skip
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                train(task, model, groups, loop, scratch, progress=progress)
-            finally:
-                task.release()
+        model = Moving(start.to(shop.base.device), pace.to(shop.base.device))
+        task = PhotoTask(shop, bank, layout, tasks, config.anchor, config.timesteps)
+        descend(task, model, rate, config.steps, config.seed, progress)
         return model().detach().cpu()
-    finally:
-        for name, own in carried.items():
-            shop.unet.get_submodule(name).bank = own
+
+
+def descend(task: PhotoTask, model: nn.Module, rate: float, steps: int, seed: int, progress: bool) -> None:
+    """Trains ``model.change`` by the one loop at a steady rate."""
+    groups = [{"params": [model.change], "lr": rate, "weight_decay": 0.0}]
+    loop = LoopConfig(
+        max_train_steps=steps,
+        lr_scheduler="constant",
+        lr_warmup_steps=min(3, steps),
+        checkpointing_steps=steps,
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            train(task, model, groups, loop, scratch, progress=progress)
+        finally:
+            task.release()
 
 
 def _start(
@@ -235,14 +241,17 @@ def _finished(rows: Tensor, wide: Layout, narrow: Layout, config: Refine) -> tup
     return kept, narrow
 
 
-def _task(base: Base, photos: Sequence[Image], captions: Sequence[str], config: Refine) -> PersonalizeTask:
+def photo_task(
+    base: Base, photos: Sequence[Image], captions: Sequence[str], batch_size: int, seed: int
+) -> PersonalizeTask:
+    """Denoising of one person's photos, ``batch_size`` noised copies at a time."""
     pictures = [fit(upright(photo), base.resolution) for photo in photos]
     mean, std = encode_pictures(base, to_tensor(pictures))
     size = (base.resolution, base.resolution)
     ids = torch.stack([time_ids(size, base.resolution)] * len(pictures)) if base.family == "sdxl" else None
     names = tuple(f"photo {number + 1}" for number in range(len(pictures)))
     encoded = Encoded(mean, std, encode_prompts(base, captions), ids, names)
-    return make_task(base, encoded, batch_size=config.batch_size, seed=config.seed)
+    return make_task(base, encoded, batch_size=batch_size, seed=seed)
 
 
 def _rates(base: Base, layout: Layout, config: Refine) -> tuple[float, float]:
@@ -250,10 +259,6 @@ def _rates(base: Base, layout: Layout, config: Refine) -> tuple[float, float]:
     table = EMBEDDED_RATES if base.name == EMBEDDED else RATES
     usual = table.get(str(layout.config.get("method")), table["lora"])
     return config.learning_rate or SHARE * usual.residual, usual.transform / usual.residual
-
-
-def _carrier(unet: Any) -> str:
-    return str(next(iter(unet.peft_config)))
 
 
 def _check(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from smidgen.models.embedded.encoders import FaceEncoder, load_encoder
+from smidgen.models.embedded.words import ATTRIBUTES, SCENE_ATTRIBUTES
+from smidgen.models.embedded.world import Scene, caption
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +25,11 @@ class _Embedded:
 
     def encode(self, pictures: Sequence[Image]) -> Tensor:
         return self.network.embed(list(pictures))
+
+    def read(self, pictures: Sequence[Image]) -> dict[str, dict[str, Tensor]]:
+        """Attribute -> word -> how likely each picture shows it [n], 0 to 1."""
+        read = self.network.read(self.network.embed(list(pictures)))
+        return {name: dict(zip(ATTRIBUTES[name], logits.softmax(-1).T, strict=True)) for name, logits in read.items()}
 
 
 class EmbeddedFace(_Embedded):
@@ -42,3 +49,13 @@ class EmbeddedScene(_Embedded):
 
     def __init__(self, options: str = "") -> None:
         super().__init__("embedded-scene", "scene")
+
+    def captions(self, pictures: Sequence[Image]) -> list[str]:
+        """What the base's captions would say of each picture's scene, as far as this encoder can see."""
+        read, captions = self.read(pictures), []
+        for number in range(len(pictures)):
+            likely = {n: {w: float(p[number]) for w, p in read[n].items()} for n in SCENE_ATTRIBUTES}
+            likely["eyes"]["hidden"] = 0.0
+            words = {name: max(shares, key=shares.__getitem__) for name, shares in likely.items()}
+            captions.append(caption(Scene(**words | ({"eyes": "hidden"} if words["glasses"] == "sunglasses" else {}))))
+        return captions
