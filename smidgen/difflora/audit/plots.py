@@ -20,12 +20,13 @@ def distance_plot(found: Memorised, path: Path) -> Path:
     figure = _figure(8, 0.6 + 1.1 * len(found.spaces))
     panels = figure.subplots(len(found.spaces), 1, squeeze=False)[:, 0]
     for axes, (space, people) in zip(panels, found.spaces.items(), strict=True):
-        for place, (who, one) in enumerate(people.items()):
+        for place, (color, one) in enumerate(zip(("C0", "C1", "C2"), people.values(), strict=False)):
             low, middle, high = one.nearest
-            axes.plot([low, high], [-place, -place], color=f"C{place}", linewidth=3, solid_capstyle="butt")
-            axes.plot([middle], [-place], "o", color=f"C{place}")
-            axes.annotate(who, (middle, -place), (0, 6), textcoords="offset points", ha="center", fontsize=7)
-        axes.set(yticks=[], ylim=(0.7 - len(people), 0.9))
+            axes.plot([low, high], [-place, -place], color=color, linewidth=3, solid_capstyle="butt")
+            axes.plot([middle], [-place], "o", color=color)
+        axes.set(
+            yticks=[-place for place in range(len(people))], yticklabels=list(people), ylim=(0.5 - len(people), 0.5)
+        )
         axes.set_title(f"distance to the nearest, {space}", fontsize=8)
         axes.tick_params(labelsize=7)
     return _write(figure, path)
@@ -40,7 +41,7 @@ def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) 
     axes.plot(row.tolist(), ".", color="black", label="generated")
     axes.set_xlabel(f"{len(row)} numbers chosen at random", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.legend(frameon=False, fontsize=7, ncols=4)
+    axes.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _write(figure, path)
 
 
