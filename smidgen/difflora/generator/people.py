@@ -1,30 +1,35 @@
-"""People with their pictures as the generator trains on them: latents and captions for the base, features for itself."""
+"""People with their pictures as the generator trains on them: latents and captions for the base, features for itself.
+
+What the base needs is read from files batch by batch; the features, some kilobytes a picture, are in memory.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from smidgen.difflora.generator.encoders import PictureEncoder
+from smidgen.difflora.generator.shards import Shards
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.subjects import TABLE, Subject, make_subjects, read_pictures, read_subjects
 from smidgen.errors import DataError
-from smidgen.training.checkpoints import replace_file
+from smidgen.training.bases import fingerprint as weights_of
 from smidgen.training.images import load_picture, to_tensor
-from smidgen.training.pipelines import Base, encode_pictures, encode_prompts, fingerprint, time_ids
+from smidgen.training.pipelines import Base, Prompts, encode_pictures, encode_prompts, time_ids
 from smidgen.training.tasks.personalize import Encoded
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 logger = logging.getLogger(__name__)
-CACHE = "people.safetensors"
+ENCODED = "encoded"  # the folder of what was computed, below the people's
 CHUNK = 64  # pictures decoded at a time
 
 
@@ -63,32 +68,33 @@ def photos_of(
     Raises:
         DataError: nobody has a picture with a face.
     """
-    faces, images, places = [], [], []
-    total = 0
-    for contents in _chunks(folder, people, progress):
-        pictures = [load_picture(io.BytesIO(content), resolution) for content in contents]
-        faces.append(face.encode(pictures))
-        images.append(image.encode(pictures))
+    faces, images = [], []
+    single = _singly(people)
+    with _bar(len(single), progress) as bar:
+        for pictures in _opened(folder, single, resolution, bar):
+            faces.append(face.encode(pictures))
+            images.append(image.encode(pictures))
+    return _photos(people, torch.cat(faces), torch.cat(images))
+
+
+def _photos(people: Sequence[Subject], face: Tensor, image: Tensor) -> Photos:
+    places, total = [], 0
     for person in people:
         places.append(tuple(range(total, total + len(person.pictures))))
         total += len(person.pictures)
-    return _photos([person.id for person in people], torch.cat(faces), torch.cat(images), places)
-
-
-def _photos(ids: Sequence[str], face: Tensor, image: Tensor, places: Sequence[tuple[int, ...]]) -> Photos:
     seen = ~(face.isnan().any(1) | image.isnan().any(1))
     usable = tuple(tuple(place for place in own if seen[place]) for own in places)
-    faceless = [name for name, own in zip(ids, usable, strict=True) if not own]
-    if len(faceless) == len(ids):
-        raise DataError(f"No face was found in any picture of {len(ids)} people, {ids[0]!r} among them.")
+    faceless = [person.id for person, own in zip(people, usable, strict=True) if not own]
+    if len(faceless) == len(people):
+        raise DataError(f"No face was found in any picture of {len(people)} people, {faceless[0]!r} among them.")
     if faceless:
         logger.warning("%d people are left out: no face in any of their pictures (%s).", len(faceless), faceless[0])
     kept = [number for number, own in enumerate(usable) if own]
     return Photos(
-        tuple(ids[n] for n in kept),
+        tuple(people[n].id for n in kept),
         torch.nan_to_num(face),
         torch.nan_to_num(image),
-        tuple(tuple(places[n]) for n in kept),
+        tuple(places[n] for n in kept),
         tuple(usable[n] for n in kept),
     )
 
@@ -97,67 +103,73 @@ def people_of(
     folder: Path, wanted: Subjects, base: Base, face: PictureEncoder, image: PictureEncoder, progress: bool = True
 ) -> tuple[Photos, Encoded]:
     """The people that ``wanted`` names, made or read in ``folder``: their photos, and the same pictures encoded by the
-    base. What was computed is kept in ``people.safetensors`` and used again while it fits."""
+    base. What was computed is kept in ``encoded/``, used again while it fits, and gone on with after a kill."""
     if not (folder / TABLE).exists():
         make_subjects(folder, wanted)
     people = [person for person in read_subjects(folder) if person.split == "train"]
-    asked = _asked(people, base, face, image)
-    found = _cached(folder / CACHE, asked)
-    if found is None:
-        found = _computed(folder, people, base, face, image, progress)
-        replace_file(folder / CACHE, save(found, metadata={"asked": asked}))
-    captions = [caption for person in people for caption in person.captions]
+    pictures, texts = _singly(people), sorted({caption for person in people for caption in person.captions})
+    seen, said = encoded_shards(folder, people, base, face, image)
+
+    def look(places: range) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "face": [], "image": []}
+        for opened in _opened(folder, pictures[places.start : places.stop], base.resolution, bar):
+            mean, std = encode_pictures(base, to_tensor(opened), batch=16)
+            for name, value in zip(parts, (mean, std, face.encode(opened), image.encode(opened)), strict=True):
+                parts[name].append(value)
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def read(places: range) -> dict[str, Tensor]:
+        found = encode_prompts(base, texts[places.start : places.stop], batch=64)
+        return {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled})
+
+    with _bar(seen.missing(), progress) as bar:
+        seen.fill(look)
+    said.fill(read)
+    place = {text: number for number, text in enumerate(texts)}
+    captions = [place[picture.captions[0]] for picture in pictures]
+    pooled = said.column("pooled", captions) if base.family == "sdxl" else None
+    ids = torch.stack([time_ids((base.resolution, base.resolution), base.resolution)] * len(pictures))
     names = tuple(f"{person.id} picture {n}" for person in people for n in range(len(person.pictures)))
-    ids = torch.stack([time_ids((base.resolution, base.resolution), base.resolution)] * len(names))
     encoded = Encoded(
-        found["mean"].float(), found["std"].float(), encode_prompts(base, captions, batch=64),
+        seen.column("mean"), seen.column("std"), Prompts(said.column("embeds", captions), pooled),
         ids if base.family == "sdxl" else None, names,
     )  # fmt: skip
-    total, places = 0, []
-    for person in people:
-        places.append(tuple(range(total, total + len(person.pictures))))
-        total += len(person.pictures)
-    return _photos([person.id for person in people], found["face"], found["image"], places), encoded
+    return _photos(people, seen.whole("face"), seen.whole("image")), encoded
 
 
-def _computed(
-    folder: Path, people: Sequence[Subject], base: Base, face: PictureEncoder, image: PictureEncoder, progress: bool
-) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "face": [], "image": []}
-    for contents in _chunks(folder, people, progress):
-        pictures = [load_picture(io.BytesIO(content), base.resolution) for content in contents]
-        mean, std = encode_pictures(base, to_tensor(pictures), batch=16)
-        parts["mean"].append(mean)
-        parts["std"].append(std)
-        parts["face"].append(face.encode(pictures))
-        parts["image"].append(image.encode(pictures))
-    return {name: torch.cat(values) for name, values in parts.items()}
+def encoded_shards(
+    folder: Path, people: Sequence[Subject], base: Base, face: PictureEncoder, image: PictureEncoder
+) -> tuple[Shards, Shards]:
+    """Where the encoded pictures and the encoded captions (each once) of ``people`` are or will be."""
+    texts = sorted({caption for person in people for caption in person.captions})
+    digests = [digest for person in people for digest in person.digests]
+    sees = [weights_of(base.pipe.vae), base.resolution, face.name, image.name]
+    both = (base.pipe.text_encoder, getattr(base.pipe, "text_encoder_2", None))
+    reads = [str(base.unet.dtype), *(weights_of(part) for part in both if part is not None)]
+    return (
+        Shards(folder / ENCODED, "pictures", (sees, digests), len(digests)),
+        Shards(folder / ENCODED, "captions", (reads, texts), len(texts)),
+    )
 
 
-def _chunks(folder: Path, people: Sequence[Subject], progress: bool):  # type: ignore[no-untyped-def]
-    """The files of all pictures in order, at most CHUNK at a time."""
+def _singly(people: Sequence[Subject]) -> list[Subject]:
+    """A subject for each picture of each person."""
+    return [
+        replace(person, pictures=(picture,), captions=(caption,), digests=(digest,))
+        for person in people
+        for picture, caption, digest in zip(person.pictures, person.captions, person.digests, strict=True)
+    ]
+
+
+def _opened(folder: Path, pictures: Sequence[Subject], resolution: int, bar: Any) -> Iterator[list[Image]]:
+    """The pictures in order, at most CHUNK at a time."""
+    for start in range(0, len(pictures), CHUNK):
+        part = pictures[start : start + CHUNK]
+        yield [load_picture(io.BytesIO(read_pictures(folder, one)[0]), resolution) for one in part]
+        bar.update(len(part))
+
+
+def _bar(total: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    total, waiting = sum(len(person.pictures) for person in people), []
-    with tqdm(total=total, desc="pictures", unit="picture", disable=not progress, dynamic_ncols=True) as bar:
-        for number, person in enumerate(people):
-            waiting += read_pictures(folder, person)
-            while len(waiting) >= CHUNK or (waiting and number == len(people) - 1):
-                yield waiting[:CHUNK]
-                bar.update(len(waiting[:CHUNK]))
-                waiting = waiting[CHUNK:]
-
-
-def _asked(people: Sequence[Subject], base: Base, face: PictureEncoder, image: PictureEncoder) -> str:
-    told = [fingerprint(base), face.name, image.name, [person.digests for person in people]]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
-
-
-def _cached(path: Path, asked: str) -> dict[str, Tensor] | None:
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("asked") == asked:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        pass
-    return None
+    return tqdm(total=total, desc="pictures", unit="picture", disable=not progress or not total, dynamic_ncols=True)
