@@ -130,7 +130,7 @@ def encode_pictures(base: Base, pixels: Tensor, batch: int = 4) -> tuple[Tensor,
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     means, stds = [], []
     with torch.no_grad():
-        for part in pixels.split(batch):
+        for part in pixels.split(_at_once(batch, pixels.shape[-1])):
             encoded = vae.encode(part.to(base.device, torch.float32))
             if hasattr(encoded, "latent_dist"):
                 mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -178,10 +178,15 @@ def decode(base: Base, latents: Tensor, batch: int = 4) -> "list[Image]":
     shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
     images: list[Image] = []
     with torch.no_grad():
-        for part in latents.split(batch):
+        for part in latents.split(_at_once(batch, latents.shape[-1] * base.pipe.vae_scale_factor)):
             pixels = vae.decode(part.to(base.device, torch.float32) / scale + shift, return_dict=False)[0]
             images += base.pipe.image_processor.postprocess(pixels, output_type="pil")
     return images
+
+
+def _at_once(batch: int, size: int) -> int:
+    """Pictures that the VAE takes at once: two of 1024 pixels, whose activations are gigabytes each."""
+    return min(batch, max(1, 2**21 // size**2))
 
 
 def time_ids(size: tuple[int, int], resolution: int) -> Tensor:

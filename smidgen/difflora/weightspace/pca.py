@@ -19,9 +19,12 @@ from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Mode
 from smidgen.errors import ConfigError
 
+NUMBERS = 2**28  # of a block at most: 1 GiB in fp32, which a fit holds about six times (two blocks, also in fp64)
+
 
 class PCA(Codec):
-    """Args: ``components`` at most (fewer when the rows span less); ``block`` rows in memory at a time, twice."""
+    """Args: ``components`` at most (fewer when the rows span less); ``block`` rows in memory at a time, twice, or as many
+    as have NUMBERS numbers."""
 
     name = "pca"
 
@@ -38,12 +41,13 @@ class PCA(Codec):
         return {"components": self.components, "block": self.block}
 
     def _fit(self, rows: Prepared, folder: Path | None, progress: bool) -> None:
-        mean = sum(block.double().sum(0) for block in rows.blocks(self.block)) / len(rows)
+        size = min(self.block, max(1, NUMBERS // self.layout.size))
+        mean = sum(block.double().sum(0) for block in rows.blocks(size)) / len(rows)
         gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
         at = 0
-        for first in rows.blocks(self.block):
+        for first in rows.blocks(size):
             left, beside = first.double() - mean, 0
-            for second in rows.blocks(self.block):  # the upper triangle is enough
+            for second in rows.blocks(size):  # the upper triangle is enough
                 if beside >= at:
                     product = left @ (second.double() - mean).T
                     gram[at : at + len(first), beside : beside + len(second)] = product
@@ -56,7 +60,7 @@ class PCA(Codec):
         kept = max(1, min(self.components, spanned, len(rows) - 1))
         mix = vectors[:, :kept] / values[:kept].clamp(min=1e-30).sqrt()
         basis, at = torch.zeros(kept, self.layout.size, dtype=torch.float64), 0
-        for block in rows.blocks(self.block):
+        for block in rows.blocks(size):
             basis += mix[at : at + len(block)].T @ (block.double() - mean)
             at += len(block)
         total = float(values.sum())

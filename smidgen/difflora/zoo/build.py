@@ -76,8 +76,8 @@ def open_zoo(config: ZooConfig) -> Zoo:
 
 
 def settings_of(config: ZooConfig) -> dict[str, Any]:
-    """What decides the zoo's bytes, as JSON; where it lies does not."""
-    return {name: value for name, value in to_dict(config).items() if name != "out"}
+    """What decides the zoo's bytes, as JSON; where it lies and what it costs does not."""
+    return {name: value for name, value in to_dict(config).items() if name not in ("out", "gradient_checkpointing")}
 
 
 def config_of(folder: Path) -> ZooConfig:

@@ -91,6 +91,8 @@ class Workshop:
         self.config = config
         self.base = load_base(config.base, config.train.mixed_precision, default_device())
         self.unet: nn.Module = self.base.unet
+        if config.gradient_checkpointing:
+            self.base.unet.enable_gradient_checkpointing()
         smidgen.adapt(self.unet, adapter_config(config))
         self.own: smidgen.SmidgenConfig = self.unet.peft_config["default"]  # type: ignore[index,assignment]
         self.layout = layout_of(self.unet, self.own)

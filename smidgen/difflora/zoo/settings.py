@@ -76,7 +76,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class ZooConfig:
-    """One zoo. All but ``out`` is kept in ``zoo.json``, and a zoo is only gone on with by the same settings."""
+    """One zoo. All but ``out`` and ``gradient_checkpointing`` is kept in ``zoo.json``, and a zoo is only gone on with by the
+    same settings."""
 
     subjects: Subjects = field(default_factory=Subjects)
     adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=1))
@@ -85,6 +86,7 @@ class ZooConfig:
     )
     group: Group = field(default_factory=Group)
     gate: Gate = field(default_factory=Gate)
+    gradient_checkpointing: bool = False  # less memory, slower steps, the same numbers
     base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
     out: Path = Path("zoo")  # where everything goes
 
