@@ -28,14 +28,16 @@ from smidgen.difflora.zoo.group import Workshop
 from smidgen.difflora.zoo.settings import Gate, ZooConfig
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
+from smidgen.errors import ConfigError
 from smidgen.training.checkpoints import replace_file
-from smidgen.training.loop import train
+from smidgen.training.loop import LoopConfig, train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
 from smidgen.training.tasks.personalize import make_task
 
 logger = logging.getLogger(__name__)
 Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
+ROWS = 64  # adapters in memory at a time
 
 
 def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
@@ -49,7 +51,8 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     config.out.mkdir(parents=True, exist_ok=True)
     replace_file(config.out / "config.yaml", dump_yaml(config))
     seen = encoders.load(config.encoders.face), encoders.load(config.encoders.image)
-    shop = Workshop(ZooConfig(adapter=config.adapter, base=config.base, gate=Gate(judged_pictures=0)))
+    loop = LoopConfig(mixed_precision=_precision(config))
+    shop = Workshop(ZooConfig(adapter=config.adapter, train=loop, base=config.base, gate=Gate(judged_pictures=0)))
     codec: Codec | None = None
     network: Network | None = None
     if config.two_stage.zoo is not None:
@@ -60,6 +63,25 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     generator = Generator(config.base, codec, network, config.encoders, config.model)
     generator.save(config.out)
     return generator
+
+
+def _precision(config: GeneratorConfig) -> Any:
+    """What the frozen base is held in; a zoo's adapters are of a base to the bit.
+
+    Raises:
+        ConfigError: the zoo was built in another precision than the end-to-end stage asks for.
+    """
+    stage, folder = config.end_to_end, config.two_stage.zoo
+    asked = None if stage is None else stage.train.mixed_precision
+    if folder is None:
+        return asked
+    built = Zoo(folder).settings.get("train", {}).get("mixed_precision", "no")
+    if asked not in (None, built):
+        raise ConfigError(
+            f"The zoo in {folder} was built with mixed_precision {built!r}, the end-to-end stage asks for {asked!r}, and its "
+            f"adapters belong to the base as it was then: set end_to_end.train.mixed_precision to {built!r}."
+        )
+    return built
 
 
 def _two_stages(
@@ -74,7 +96,8 @@ def _two_stages(
     people = [wanted[name] for name in rows.ids]
     photos = photos_of(folder, people, seen[0], seen[1], shop.base.resolution, progress)
     place = {name: number for number, name in enumerate(rows.ids)}
-    latents = codec.encode(rows.take([place[name] for name in photos.ids])).flatten(1)
+    chosen = torch.tensor([place[name] for name in photos.ids]).split(ROWS)
+    latents = torch.cat([codec.encode(rows.take(part.tolist())) for part in chosen]).flatten(1)
     network = _network(config, photos, latents.shape[1], seen)
     task = LatentTask(latents, photos, stage.batch_size, stage.condition_dropout, config.seed)
     groups = [{"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0}]
