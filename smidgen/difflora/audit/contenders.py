@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from smidgen.difflora.audit.people import Sitter, training_photos
-from smidgen.difflora.audit.regression import LEAST, choose_components, choose_strength, ridge
+from smidgen.difflora.audit.regression import (
+    LEAST,
+    Regression,
+    choose_components,
+    choose_strength,
+    principal_components,
+    ridge,
+    stretch,
+)
 from smidgen.difflora.audit.settings import EvaluateConfig
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.difflora.weightspace.layout import Layout
+from smidgen.difflora.weightspace.normalise import Normaliser, Statistics
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.zoo.status import status
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.errors import DataError
 from smidgen.training.randomness import stream
+
+COMPONENTS = 64  # in which memorisation is measured; in all n - 1 of them n rows are equally far from each other
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,15 @@ class Simple:
         yield Contender("nearest training identity", zoo, self.nearest, names)
         yield Contender(f"noise around it (x {self.config.noise:g})", zoo, self.noise, (*names, *chance))
         yield Contender("ridge", zoo, self.ridge, names, traced=True)
+        yield Contender("ridge at full length", zoo, self.full_length, names, traced=True)
         yield Contender("PCA regression", zoo, self.regression, names, traced=True)
         yield Contender("zoo's trained adapter", zoo, self.own, traced=True)
 
     # ---- how they are made -------------------------------------------------------------------------------------------
 
     def mean(self) -> Made:
-        """The mean of the training rows, in canonical form."""
-        assert self.codec.normaliser is not None
-        return Made(self.codec.normaliser.shift.expand(1, len(self.people), -1))
+        """The mean of the training rows."""
+        return Made(self.normaliser.shift.expand(1, len(self.people), -1))
 
     def nearest(self) -> Made:
         """The adapter of the training identity one of whose photos is the most like the sitter's, by the face encoder."""
@@ -88,26 +99,23 @@ class Simple:
 
     def noise(self) -> Made:
         """That adapter, and Gaussian noise in deviations of the training rows around their mean, tensor by tensor."""
-        assert self.codec.normaliser is not None
-        start = canonical_rows(self.rows.take(self.neighbours), self.zoo.layout, self.codec.reference)
-        shape = (self.config.seeds, *start.shape)
-        noise = torch.randn(shape, generator=stream(self.config.seed, "around"))
-        return Made(start + self.config.noise * self.codec.normaliser.width * noise, self.encoded[0])
+        start = self.space(self.rows.take(self.neighbours))
+        noise = torch.randn((self.config.seeds, *start.shape), generator=stream(self.config.seed, "around"))
+        return Made(start + self.config.noise * self.normaliser.width * noise, self.encoded[0])
 
     def ridge(self) -> Made:
         """Features -> all components."""
-        features, targets, owners = self.training
-        fitted = ridge(features, targets, choose_strength(features, targets, owners))
-        return self._regressed(fitted)
+        return self._regressed(ridge(self.seen_by, self.coordinates, self.strength))
+
+    def full_length(self) -> Made:
+        """The same, its distance from the mean stretched to that of training adapters."""
+        longer = stretch(self.seen_by, self.coordinates, self.owners, self.strength)
+        return self._regressed(ridge(self.seen_by, self.coordinates, self.strength), longer)
 
     def regression(self) -> Made:
         """Features -> the first components."""
-        features, targets, owners = self.training
-        kept = choose_components(features, targets, owners)
-        fitted = ridge(features, targets, LEAST)
-        cut = torch.zeros_like(fitted.offset)
-        cut[:kept] = 1
-        return self._regressed(replace(fitted, weights=fitted.weights * cut, offset=fitted.offset * cut))
+        kept = torch.arange(self.coordinates.shape[1]) < choose_components(self.seen_by, self.coordinates, self.owners)
+        return self._regressed(ridge(self.seen_by, self.coordinates, LEAST), kept.float())
 
     def own(self) -> Made:
         """The sitters' adapters in the zoo, trained on all their pictures; seconds are the build's."""
@@ -118,40 +126,70 @@ class Simple:
         lines = {line.id: line for line in self.zoo.rows("test").lines}
         return self.zoo.read([lines[person.id] for person in self.people])
 
-    def _regressed(self, fitted: Callable[[Tensor], Tensor]) -> Made:
+    def _regressed(self, fitted: Regression, factor: float | Tensor = 1.0) -> Made:
         start = time.process_time()
-        rows = self.codec.decode(fitted(self.features) / self.widths).float()
+        rows = self.normaliser.inverse((factor * fitted(self.features)) @ self.basis)
         return Made(rows[None], self.encoded[0] + (time.process_time() - start) / len(self.people))
 
     # ---- what they are made of ---------------------------------------------------------------------------------------
 
     @cached_property
     def codec(self) -> PCA:
-        """All components of the training rows, a mean for each number and a deviation for each tensor."""
-        codec = PCA(self.zoo.layout, "centred", components=len(self.rows))
-        codec.fit(self.rows, progress=False)
-        return codec
+        """Principal components of the training adapters in canonical form: what memorisation is measured in."""
+        return cast(PCA, PCA(self.zoo.layout, "centred", components=COMPONENTS).fit(self.rows, progress=False))
+
+    @cached_property
+    def training(self) -> Tensor:
+        """The training rows [n, numbers]."""
+        return self.rows.load().values
+
+    def space(self, rows: Tensor) -> Tensor:
+        """Rows [n, numbers] as means and regressions take them: as they are when all adapters grew from one start, else
+        in canonical form, without which unrelated factors cannot be averaged."""
+        if self.zoo.settings.get("group", {}).get("shared_start"):
+            return rows
+        return canonical_rows(rows, self.zoo.layout, self.codec.reference)
+
+    @cached_property
+    def normaliser(self) -> Normaliser:
+        """Mean of each number and deviation around it of each tensor."""
+        statistics = Statistics(self.zoo.layout.size)
+        statistics.add(self.space(self.training))
+        return statistics.normaliser(self.zoo.layout, "centred")
+
+    @cached_property
+    def components(self) -> tuple[Tensor, Tensor]:
+        """All principal components [k, numbers] of the normalised training rows, and those rows in them [n, k]."""
+        return principal_components(self.normaliser(self.space(self.training)))
 
     @property
-    def widths(self) -> Tensor:
-        """Deviation of each component in the normalised rows [k]; latents times this are the components themselves."""
-        assert self.codec.latent_width is not None
-        return self.codec.latent_width
+    def basis(self) -> Tensor:
+        return self.components[0]
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """For every training photo with a face the components [photo, k] of its person's adapter."""
+        return self.components[1][self.owners]
+
+    @cached_property
+    def strength(self) -> float:
+        return choose_strength(self.seen_by, self.coordinates, self.owners)
 
     @cached_property
     def photos(self) -> Photos:
         return training_photos(self.zoo, self.rows.ids, self.seen, self.resolution, self.cache, self.progress)
 
     @cached_property
-    def training(self) -> tuple[Tensor, Tensor, list[int]]:
-        """Features [photo, width] of every training photo with a face, components [photo, k] of its person's adapter in
-        the size they have in the normalised rows, and whose each is."""
+    def owners(self) -> list[int]:
+        """Whose each training photo with a face is, as a place among the rows."""
         place = {name: number for number, name in enumerate(self.rows.ids)}
-        components = self.codec.encode(self.rows.load().values) * self.widths
-        photos = [(photo, number) for number, own in enumerate(self.photos.usable) for photo in own]
-        seen = torch.cat([self.photos.face, self.photos.image], 1)[[photo for photo, _ in photos]]
-        owners = [place[self.photos.ids[number]] for _, number in photos]
-        return seen, components[owners], owners
+        return [place[name] for name, own in zip(self.photos.ids, self.photos.usable, strict=True) for _ in own]
+
+    @cached_property
+    def seen_by(self) -> Tensor:
+        """What the encoders see in those photos [photo, width]."""
+        places = [photo for own in self.photos.usable for photo in own]
+        return torch.cat([self.photos.face, self.photos.image], 1)[places]
 
     @cached_property
     def encoded(self) -> tuple[float, tuple[Tensor, Tensor]]:
@@ -175,8 +213,7 @@ class Simple:
     @cached_property
     def neighbours(self) -> list[int]:
         """Place among the training rows of the identity nearest to each sitter by the face encoder."""
-        place = {name: number for number, name in enumerate(self.rows.ids)}
-        usable = [(photo, name) for name, own in zip(self.photos.ids, self.photos.usable, strict=True) for photo in own]
-        there = torch.nn.functional.normalize(self.photos.face[[photo for photo, _ in usable]], dim=1)
+        width = self.photos.face.shape[1]
+        there = torch.nn.functional.normalize(self.seen_by[:, :width], dim=1)
         found = torch.nn.functional.normalize(self.encoded[1][0], dim=1) @ there.T
-        return [place[usable[best][1]] for best in found.argmax(1).tolist()]
+        return [self.owners[best] for best in found.argmax(1).tolist()]

@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 
 from smidgen.difflora.audit.contenders import Contender, Made, Simple
 from smidgen.difflora.audit.distances import comparable, distances, nearest
@@ -73,6 +72,11 @@ class Audit:
         self.studios: dict[str, Studio] = {}
         studio = self.studio(self.zoo.layout)
         self.people = sitters(self.zoo, config.people, config.photos, studio.base.resolution)
+        least = min(len(person.pictures) for person in self.people)
+        if config.personalize_photos > least:
+            raise ConfigError(
+                f"There are {least} pictures of each person, not {config.personalize_photos} to train on."
+            )
         first = next(iter(self.generators.values()))[0]
         self.simple = Simple(
             self.zoo, self.people, config, (first.face, first.image), studio.base.resolution,
@@ -180,7 +184,7 @@ class Audit:
         """Each sitter's training identity nearest in weights."""
         if not contender.traced or made.rows is None or not comparable(contender.layout, self.zoo.layout):
             return []
-        found = distances(made.rows[0], contender.layout, self.training_rows, self.zoo.layout)
+        found = distances(made.rows[0], contender.layout, self.simple.training, self.zoo.layout)
         return [self.simple.rows.ids[place] for place in nearest(found, 1)[1][:, 0].tolist()]
 
     def _likeness(self, studio: Studio, pictures: Sequence[Image], name: str) -> float:
@@ -188,10 +192,6 @@ class Audit:
         files = read_pictures(self.zoo.folder, self.subjects[name])
         own = [load_picture(io.BytesIO(content), studio.base.resolution) for content in files]
         return studio.scores(pictures, own)["identity"]
-
-    @property
-    def training_rows(self) -> Tensor:
-        return self.simple.rows.load().values
 
     # ---- what comes of it --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smidgen.difflora.audit.contenders import Simple
+from smidgen.difflora.audit.contenders import COMPONENTS, Simple
 from smidgen.difflora.audit.distances import comparable, distances, nearest
 from smidgen.difflora.audit.learned import Predicted
 from smidgen.difflora.audit.plots import distance_plot, weights_plot
@@ -28,7 +28,6 @@ from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.compare.statistics import Interval
 
-COMPONENTS = 64  # principal components; in all n - 1 of them n training rows are equally far from each other
 WEIGHTS = 64  # numbers of an adapter in the picture
 
 
@@ -72,7 +71,7 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
     zoo, layout = simple.zoo, predicted.generator.layout
     assert predicted.made.rows is not None
     generated = predicted.made.rows[0]
-    training = simple.rows.load().values
+    training = simple.training
     held = simple.trained()
     spaces: dict[str, dict[str, Spread]] = {}
     notes = []
@@ -88,7 +87,7 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
             "Its adapters are of another family than the zoo's, so their weights cannot be compared with them."
         )
     if layout.digest == zoo.layout.digest:
-        white = [components(simple, rows) for rows in (training, held, generated)]
+        white = [whitened(simple, rows) for rows in (training, held, generated)]
         spaces[f"first {white[0].shape[1]} principal components, whitened"] = {
             "training to training": spread(torch.cdist(white[0], white[0]), own=True),
             "held-out trained to training": spread(torch.cdist(white[1], white[0])),
@@ -106,7 +105,7 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
     return Memorised(predicted.name, spaces, alike, tuple(notes))
 
 
-def components(simple: Simple, rows: Tensor) -> Tensor:
+def whitened(simple: Simple, rows: Tensor) -> Tensor:
     """The first principal components [n, k] of rows, each of variance 1 over the training people."""
     found = simple.codec.encode(rows)
     return found[:, : max(1, min(COMPONENTS, len(simple.rows) // 4))].double()
@@ -131,7 +130,7 @@ def side_by_side(simple: Simple, predicted: Predicted) -> tuple[Tensor, Tensor, 
     """Some numbers [64] of the first sitter's generated adapter, those of the three nearest training ones [3, 64], and
     their names; all in canonical form."""
     assert predicted.made.rows is not None
-    layout, training = simple.zoo.layout, simple.rows.load().values
+    layout, training = simple.zoo.layout, simple.training
     row = predicted.made.rows[0, :1]
     places = nearest(distances(row, predicted.generator.layout, training, layout), 3)[1][0].tolist()
     chosen = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[:WEIGHTS]

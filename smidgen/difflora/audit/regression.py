@@ -3,6 +3,10 @@
     ridge            z = x W,  W = (X^T X + s n I)^-1 X^T Z         all components of the adapters
     PCA regression   the same with s ~ 0, and the first k components alone
 
+Regression to noisy targets answers short ones: much of an adapter's numbers is noise of its training, which no photo
+tells, and what is left is too small to draw with. So ridge also runs at full length, its distance from the mean stretched
+to that of training adapters.
+
 Features are standardised on training people; the strength s and the number k are those with the least error on a fifth
 of the training people that were left out.
 """
@@ -79,3 +83,27 @@ def choose_components(features: Tensor, targets: Tensor, owners: Sequence[int]) 
     predicted, wanted = ridge(features[~away], targets[~away], LEAST)(features[away]), targets[away]
     gained = ((predicted - wanted).square() - wanted.square()).sum(0).cumsum(0)
     return int(gained.argmin()) + 1 if float(gained.min()) < 0 else 1
+
+
+def stretch(features: Tensor, targets: Tensor, owners: Sequence[int], strength: float) -> float:
+    """Length of the targets (mean 0) over that of ridge's predictions, on people left out."""
+    away = left_out(owners)
+    if not away.any():
+        return 1.0
+    predicted = ridge(features[~away], targets[~away], strength)(features[away])
+    return float((targets[away].square().sum() / predicted.square().sum().clamp(min=1e-30)).sqrt())
+
+
+def principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Basis [k, numbers] of rows [n, numbers] of mean 0 through their Gram matrix, the largest first; and coordinates
+    [n, k].
+
+    Example:
+        >>> basis, coordinates = principal_components(torch.tensor([[3.0, 0.0], [-3.0, 0.0]]))
+        >>> torch.allclose(coordinates @ basis, torch.tensor([[3.0, 0.0], [-3.0, 0.0]]))
+        True
+    """
+    values, vectors = torch.linalg.eigh(rows.double() @ rows.double().T)
+    kept = values > values[-1].clamp(min=1e-30) * 1e-10
+    widths, vectors = values[kept].flip(0).sqrt(), vectors[:, kept].flip(1)
+    return (vectors.T.float() @ rows) / widths[:, None].float(), (vectors * widths).float()
