@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from smidgen.cli import comparing, telling, using, zoo
+from smidgen.cli import comparing, generator, telling, using, zoo
 from smidgen.cli.flags import ALIASES, TRAIN_ALIASES, familiar, run
 from smidgen.cli.recipes import RECIPES, find, overview, recipe_command
 from smidgen.errors import ConfigError, SmidgenError, did_you_mean
@@ -16,6 +16,12 @@ SUMMARY = {
     "pairs": "draw portraits with control pictures for the embedded base: train control on them",
     "generate": "draw pictures with an adapter",
     "zoo": "train the adapters of many people at once: zoo build|status|import",
+    "predict": "predict a person's adapter from photos, without training: predict PHOTO --out DIR",
+    "edit": "move a predicted person along attributes: edit PHOTO --set skin=dark:1.0 --out DIR",
+    "blend": "make somebody between two people: blend PHOTO PHOTO --out DIR",
+    "invert": "find the adapter that draws a photo best among those a generator can make",
+    "sample": "make adapters of people who do not exist: sample --seeds 0..7 --out DIR",
+    "generator": "train and look at what predicts: generator train|directions|inspect",
     "compare": "compare methods on a task by quality and bytes: compare EXPERIMENT",
     "verify": "prove that an adapter is on and belongs to its base",
     "inspect": "say what an adapter folder holds",
@@ -72,7 +78,11 @@ def _dispatch(words: list[str]) -> int:
         return _train(rest)
     if name == "zoo":
         return _zoo(rest)
-    if name == "personalize":
+    if name == "generator":
+        return _generator(rest)
+    if name in generator.COMMANDS:
+        run(generator.command(name), familiar(rest), f"smidgen {name}")
+    elif name == "personalize":
         run(recipe_command(RECIPES[name], rest), familiar(rest), f"smidgen {name}")
     else:
         run(COMMANDS[name], familiar(rest), f"smidgen {name}")
@@ -94,6 +104,15 @@ def _zoo(words: list[str]) -> int:
         print(zoo.overview())
         return 0
     run(zoo.find(words[0], words[1:]), familiar(words[1:]), f"smidgen zoo {words[0]}")
+    return 0
+
+
+def _generator(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(generator.overview())
+        return 0
+    found = generator.find(words[0], words[1:])
+    run(found, familiar(words[1:]), f"smidgen generator {words[0]}", sections=words[0] == "train")
     return 0
 
 

@@ -53,11 +53,12 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def run(command: Any, words: Sequence[str], prog: str) -> None:
-    """Parse ``words`` by the signature of ``command`` and call it."""
+def run(command: Any, words: Sequence[str], prog: str, sections: bool = False) -> None:
+    """Parse ``words`` by the signature of ``command`` and call it. ``sections``: settings are named with their section, as in
+    ``--end-to-end.learning-rate``, for a command whose sections share names."""
     tyro = load_tyro()
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    tyro.cli(command, args=list(words), prog=prog, config=omit)
+    tyro.cli(command, args=list(words), prog=prog, config=(tyro.conf.AvoidSubcommands,) if sections else omit)
 
 
 def load_tyro() -> Any:

@@ -1,0 +1,214 @@
+"""The commands around a generator: predict, edit, blend, invert, sample, and ``generator train | directions | inspect``."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from smidgen.cli.flags import load_tyro, value_of
+from smidgen.errors import ConfigError, did_you_mean
+
+SUMMARY = {
+    "train": "train a generator, on a zoo or end to end",
+    "directions": "learn what edit moves along: the attributes of training people",
+    "inspect": "say what a generator is",
+}
+
+
+def overview() -> str:
+    """The commands, one a line."""
+    lines = [f"  {name.ljust(10)}  {text}" for name, text in SUMMARY.items()]
+    return (
+        "usage: smidgen generator COMMAND [OPTIONS]\n\n"
+        + "\n".join(lines)
+        + "\n\nsmidgen generator COMMAND --help says more."
+    )
+
+
+def find(name: str, words: Sequence[str]) -> Callable[..., None]:
+    """The command ``generator NAME``; ConfigError with the nearest names otherwise."""
+    if name not in SUMMARY:
+        raise ConfigError(
+            f"There is no command 'generator {name}'.{did_you_mean(name, SUMMARY)} Known: {', '.join(SUMMARY)}."
+        )
+    if name == "train":
+        return train_command(words)
+    return directions if name == "directions" else inspect
+
+
+def train_command(words: Sequence[str]) -> Callable[..., None]:
+    """The command with the defaults that ``--preset`` among ``words`` names."""
+    from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
+
+    named = value_of(words, "--preset") or "default"
+    if named not in PRESETS:
+        raise ConfigError(f"There is no preset {named!r}.{did_you_mean(named, PRESETS)} Known: {', '.join(PRESETS)}.")
+
+    def train(settings: Any = PRESETS[named], preset: Any = named) -> None:
+        """Train a generator. Run it again to go on where it stopped.
+
+        Args:
+            settings: all that decides the generator.
+            preset: settings to start from; paper is the two-stage form on a zoo, default end to end.
+        """
+        from smidgen.difflora.generator.card import told
+        from smidgen.difflora.generator.fit import fit
+
+        print(told(fit(settings), settings.out))
+
+    train.__annotations__["settings"] = Annotated[GeneratorConfig, load_tyro().conf.arg(name="")]
+    train.__annotations__["preset"] = Literal[tuple(PRESETS)]
+    return train
+
+
+def directions(
+    generator: Path, /, people: Path, base: str | None = None, most: int = 1000, calibrate: bool = True
+) -> None:
+    """Learn attribute directions for GENERATOR from its latents of training people, and keep them in its folder.
+
+    Args:
+        generator: the generator's folder.
+        people: a zoo, or the folder people/ of a generator's training: a table with attributes, and pictures.
+        base: embedded, a pipeline folder, or a hub name (none: as the generator says).
+        most: people to learn from.
+        calibrate: draw pictures and set the length of each slider by what the face encoder reads in them.
+    """
+    from smidgen.difflora.generator.carrier import Carrier
+    from smidgen.difflora.generator.directions import learn, save_directions, table
+    from smidgen.difflora.generator.generator import load_generator
+
+    made = load_generator(generator)
+    found = learn(made, Carrier(base or made.base, made.layout), people, most, calibrate)
+    print(table(found))
+    print(f"\n{save_directions(found, generator, made)}: {len(found)} sliders")
+
+
+def inspect(generator: Path | None = None, /) -> None:
+    """Say what GENERATOR is: base, adapters, encoders, sizes, bytes, sliders.
+
+    Args:
+        generator: the generator's folder (none: the one that comes with the package).
+    """
+    from smidgen.difflora.generator.card import told
+    from smidgen.difflora.generator.generator import SHIPPED, load_generator
+
+    print(told(load_generator(generator), generator or SHIPPED))
+
+
+def predict(
+    photos: list[Path],
+    /,
+    work: Any,
+    seeds: str = "0",
+    refine: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    caption: str | None = None,
+    extra_rank: int = 1,
+    keep_rank: bool = False,
+    refine_rate: float | None = None,
+) -> None:
+    """Predict the adapter of the person in PHOTOS, without training; one adapter for each seed.
+
+    Args:
+        photos: one or more photos of one person.
+        work: where results go, and what makes them.
+        seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
+        refine: steps of training on the photos afterwards, such as 25.
+        steps: steps of the generator's sampler (none: its own default).
+        guidance: guidance of the generator's sampler (none: its own default).
+        caption: what the photos show, for --refine (none: what the image encoder reads, or a neutral caption).
+        extra_rank: rank that --refine adds to low-rank factors.
+        keep_rank: bring a refined adapter back to the prediction's rank.
+        refine_rate: learning rate of --refine (none: a tenth of personalize's).
+    """
+    from smidgen.difflora.generator.commands import parse_seeds
+    from smidgen.difflora.generator.commands import predict as run
+    from smidgen.difflora.generator.refine import Refine
+
+    chosen = Refine(steps=refine, extra_rank=extra_rank, keep_rank=keep_rank, learning_rate=refine_rate)
+    print(run(photos, work, parse_seeds(seeds), steps, guidance, caption, chosen))
+
+
+def edit(sources: list[Path], /, work: Any, sliders: Any, seed: int = 0) -> None:
+    """Edit the person in SOURCES (photos of one person, or an adapter that predict wrote) along attributes.
+
+    Args:
+        sources: photos, or one adapter folder.
+        work: where results go, and what makes them.
+        sliders: ATTRIBUTE=WORD:NUMBER, such as skin=dark:1.0; may be given several times. 0 changes nothing, 1 is as people
+            with the word are, less than 0 leads away from it.
+        seed: of the prediction from photos.
+    """
+    from smidgen.difflora.generator.commands import edit as run
+    from smidgen.difflora.generator.directions import parse_sliders
+
+    print(run(sources, work, parse_sliders(sliders), seed))
+
+
+def blend(first: Path, second: Path, /, work: Any, share: float = 0.5, seed: int = 0) -> None:
+    """Make the adapter of somebody between FIRST and SECOND, each a photo or an adapter that predict wrote.
+
+    Args:
+        first: share 0.
+        second: share 1.
+        work: where results go, and what makes them.
+        share: how much of the second.
+        seed: of the prediction from photos.
+    """
+    from smidgen.difflora.generator.commands import blend as run
+
+    print(run(first, second, work, share, seed))
+
+
+def sample(work: Any, seeds: str = "0", steps: int = 50) -> None:
+    """Make adapters of people who do not exist.
+
+    Args:
+        work: where results go, and what makes them.
+        seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
+        steps: steps of the generator's sampler.
+    """
+    from smidgen.difflora.generator.commands import parse_seeds
+    from smidgen.difflora.generator.commands import sample as run
+
+    print(run(work, parse_seeds(seeds), steps))
+
+
+def invert(
+    photos: list[Path], /, work: Any, settings: Any, from_prediction: bool = False, caption: str | None = None
+) -> None:
+    """Find the adapter that draws PHOTOS best among those that the generator can make: its latent alone is trained.
+
+    Args:
+        photos: one or more photos of one person.
+        work: where results go, and what makes them.
+        settings: how it is sought.
+        from_prediction: start from the prediction (otherwise from the mean adapter).
+        caption: what the photos show (none: what the image encoder reads, or a neutral caption).
+    """
+    from smidgen.difflora.generator.commands import invert_photos as run
+
+    print(run(photos, work, settings, from_prediction, caption))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "predict": predict,
+    "edit": edit,
+    "blend": blend,
+    "sample": sample,
+    "invert": invert,
+}
+
+
+def command(name: str) -> Callable[..., None]:
+    """The command called ``name``, its sections of settings in place."""
+    from smidgen.difflora.generator.commands import Work
+    from smidgen.difflora.generator.invert import Invert
+
+    tyro, found = load_tyro(), COMMANDS[name]
+    found.__annotations__["work"] = Annotated[Work, tyro.conf.arg(name="")]
+    if name == "invert":
+        found.__annotations__["settings"] = Annotated[Invert, tyro.conf.arg(name="")]
+    if name == "edit":
+        found.__annotations__["sliders"] = tyro.conf.UseAppendAction[Annotated[list[str], tyro.conf.arg(name="set")]]
+    return found

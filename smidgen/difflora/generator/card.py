@@ -1,0 +1,142 @@
+"""Model cards: of an adapter that a generator made, and of a generator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smidgen.difflora.generator.directions import FILE, load_directions
+from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
+from smidgen.difflora.weightspace.layout import Layout
+from smidgen.training.pipelines import EMBEDDED
+from smidgen.training.report import public_name
+
+FACES = (
+    "Faces are biometric data: whoever makes or shares an adapter of a real person needs that person's consent. Do not use it "
+    "to deceive anybody about a real person."
+)
+
+
+def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int, sheet: bool, lora: bool) -> str:
+    """README.md of an adapter folder; ``size`` in bytes, ``lora``: there is a file for diffusers too."""
+    base = public_name(base)
+    loaded = "smidgen.embedded_base()" if base == EMBEDDED else repr(base)
+    sampling = ", num_inference_steps=20, guidance_scale=3" if base == EMBEDDED else ""
+    kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
+    told = "\n".join(f"- {name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
+    picture = "![rows: what it was made from, the base, the adapters](contact_sheet.png)\n\n" if sheet else ""
+    diffusers = (
+        "\nWithout smidgen: `pipe.load_lora_weights(FOLDER)` reads `pytorch_lora_weights.safetensors`.\n"
+        if lora
+        else ""
+    )
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-to-image
+license: other
+license_name: same-as-base-model
+tags: [smidgen, difflora, {kind}, text-to-image, diffusers]
+---
+
+# A person as a {kind} adapter of {size:,} bytes
+
+{layout.size:,} numbers for `{base}`, made by a DiffLoRA generator of Smidgen.
+
+{picture}## Use
+
+The prompt says "a person", as for anybody.
+
+```python
+import smidgen
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({loaded})
+smidgen.load(pipe.unet, "path/of/this/folder")
+pipe("a portrait of a person, smiling"{sampling}).images[0]
+```
+
+After `import smidgen`, `peft.PeftModel.from_pretrained(unet, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
+is on.
+{diffusers}
+## Recipe
+
+{told}
+
+`recipe.json` holds it all with the latent, from which `smidgen edit` and `smidgen blend` go on.
+
+## Licence
+
+The adapter stands under the licence of its base model `{base}`. {FACES}
+"""
+
+
+def generator_card(generator: Generator, folder: Path, command: str | None = None) -> str:
+    """README.md of the generator saved in ``folder``. ``command`` makes it again."""
+    base = public_name(generator.base)
+    facts = "\n".join(f"- {name}: {value}" for name, value in facts_of(generator, folder).items())
+    again = f"\n## Made by\n\n    {command}\n" if command else ""
+    return f"""---
+base_model: {base}
+library_name: smidgen
+pipeline_tag: text-to-image
+tags: [smidgen, difflora]
+---
+
+# A DiffLoRA generator for `{base}`
+
+One photo of a person in, an adapter of that person for `{base}` out, without training (arXiv 2408.06740).
+
+    smidgen predict PHOTO --generator THIS_FOLDER --out ann
+    smidgen generate ann --prompt "a portrait of a person, smiling"
+
+## What it is
+
+{facts}
+{again}
+## Limits
+
+It draws people as its training people differ: what they had in common (one style, one crop) it takes for granted, and
+what an encoder does not see it cannot predict. {FACES}
+"""
+
+
+def facts_of(generator: Generator, folder: Path) -> dict[str, Any]:
+    """Sizes, base, encoders and bytes of the generator in ``folder``, for people."""
+    files = [
+        folder / JSON,
+        folder / TENSORS,
+        *sorted((folder / CODEC).glob("codec.*")),
+        *folder.glob("directions.safetensors"),
+    ]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files if path.is_file()}
+    layout, model = generator.layout, generator.model
+    numbers = sum(parameter.numel() for parameter in generator.network.parameters())
+    codec = sum(value.numel() for value in generator.codec._numbers().values())
+    kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
+    rank = f", rank {layout.config['r']}" if "r" in layout.config else ""
+    return {
+        "base": public_name(generator.base),
+        "adapters": f"{kind}{rank}: {layout.size:,} numbers on {len({entry.key for entry in layout.entries})} targets",
+        "encoders": f"{generator.sees.face} for the face, {generator.sees.image} for the picture; both frozen",
+        "network": f"{numbers:,} numbers: width {model.width}, {model.depth} blocks, {model.tokens} tokens",
+        "codec": f"{generator.codec.name}, {generator.network.latents} latents, {codec:,} numbers",
+        "predicts": f"{model.prediction}, {model.inference_steps} sampling step(s), guidance {model.guidance_scale:g}",
+        "bytes": f"{sum(sizes.values()):,} ({', '.join(f'{name} {size:,}' for name, size in sizes.items())})",
+        "digest": generator.digest[:16],
+    }
+
+
+def told(generator: Generator, folder: Path) -> str:
+    """The same as lines for a terminal, with the sliders there are."""
+    lines = [str(folder), *(f"  {name}: {value}" for name, value in facts_of(generator, folder).items())]
+    if (folder / FILE).is_file():
+        sliders = load_directions(folder, generator)
+        lines.append(f"  sliders: {', '.join(direction.name for direction in sliders)}")
+    return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

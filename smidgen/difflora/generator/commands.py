@@ -1,0 +1,338 @@
+"""What the commands do: predict, edit, blend, sample and invert, each one function from files to adapter folders.
+
+print(predict([Path("ann.jpg")], Work(out=Path("ann"))))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smidgen.difflora.generator import folders
+from smidgen.difflora.generator.card import adapter_card
+from smidgen.difflora.generator.carrier import Carrier, Sheet
+from smidgen.difflora.generator.directions import edited, load_directions
+from smidgen.difflora.generator.folders import Photo, new_folder, read_photos, write_folder
+from smidgen.difflora.generator.generator import SHIPPED, load_generator
+from smidgen.difflora.generator.invert import Invert, invert
+from smidgen.difflora.generator.refine import CAPTION, Refine, refine_rows
+from smidgen.difflora.generator.sources import Source, latent_of
+from smidgen.difflora.weightspace.layout import Layout
+from smidgen.errors import ConfigError
+from smidgen.training.contact_sheet import Row, contact_sheet, save_image
+from smidgen.training.images import fit
+
+TIMES = (-1.0, 0.0, 1.0, 2.0)  # of the sliders, on the sheet of an edit
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second, on the sheet of a blend
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where results go, and what makes them."""
+
+    out: Path  # the folder for the adapter
+    generator: Path | None = None  # the generator's folder; None: the one that comes with the package
+    base: str | None = None  # embedded, a pipeline folder, or a hub name; None: as the generator says
+    overwrite: bool = False  # write although --out holds files; those of other names stay
+    sheet: Sheet = field(default_factory=Sheet)
+
+
+@dataclass(frozen=True)
+class Made:
+    """One adapter: its row [numbers] of ``layout``, how it was made, and what it is called on the sheet. ``name`` is its folder
+    below ``--out``, "" for that one itself; None: it is only drawn."""
+
+    row: Tensor
+    layout: Layout
+    label: str
+    name: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written: folders with the bytes of their adapters, the sheet, seconds of each part, and remarks."""
+
+    folders: dict[Path, int]
+    sheet: Path | None
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{folder}: {size:,} bytes" for folder, size in self.folders.items()]
+        lines += [f"contact sheet: {self.sheet}"] if self.sheet else []
+        lines += [*self.notes, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())]
+        return "\n".join(lines)
+
+
+class Desk:
+    """A generator and the base its adapters are for, loaded; it keeps the time."""
+
+    def __init__(self, work: Work) -> None:
+        self.seconds: dict[str, float] = {}
+        with self.timed("loading"):
+            self.folder = work.generator or SHIPPED
+            self.generator = load_generator(self.folder)
+            self.carrier = Carrier(work.base or self.generator.base, self.generator.layout)
+            self.encoders = self.generator.face, self.generator.image
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def fitted(self, photos: Sequence[Photo]) -> list[Image.Image]:
+        """Photos as the base and the encoders see them: square, of the base's size."""
+        return [fit(photo.image, self.carrier.base.resolution) for photo in photos]
+
+    def captions(self, images: Sequence[Image.Image], caption: str | None) -> list[str]:
+        """What the photos show: as told, or as the generator's image encoder sees it, or nothing in particular."""
+        if caption is not None:
+            return [caption] * len(images)
+        seen = getattr(self.generator.image, "captions", None)
+        return list(seen(images)) if seen else [CAPTION] * len(images)
+
+    def row(self, latent: Tensor) -> Tensor:
+        """The adapter [1, numbers] of one latent [size]; one at a time, so that its bits do not depend on others."""
+        return self.generator.rows(latent[None])
+
+    def made(self, latent: Tensor, label: str, name: str | None = None, **told: Any) -> Made:
+        """The adapter of ``latent`` with its recipe."""
+        recipe = {"base": self.generator.base, "generator": self.generator.digest, **told, "latent": latent.tolist()}
+        return Made(self.row(latent)[0], self.generator.layout, label, name, recipe)
+
+
+def predict(
+    photos: Sequence[Path],
+    work: Work,
+    seeds: Sequence[int] = (0,),
+    steps: int | None = None,
+    guidance: float | None = None,
+    caption: str | None = None,
+    refine: Refine | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """Adapters of the person in ``photos``, one for each seed: in ``work.out`` itself, or in ``work.out/seed-3`` of several.
+
+    Args:
+        steps, guidance: of the generator's sampler; None: its own defaults.
+        caption: of the photos, for refinement; None: what the image encoder reads, or a neutral one.
+        refine: how to refine; None: not at all.
+
+    Raises:
+        DataError: a photo that cannot be read or shows no face, an ``out`` that is not empty, no generator.
+        BaseLockError: another base.
+    """
+    with new_folder(work.out, work.overwrite) as scratch:
+        found = read_photos(photos)
+        desk = Desk(work)
+        images = desk.fitted(found)
+        with desk.timed("prediction"):
+            condition = desk.generator.condition(images, [str(photo.path) for photo in found])
+            latents = [desk.generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds]
+        model = desk.generator.model
+        told = {
+            "command": "predict", "photos": [photo.digest for photo in found],
+            "steps": model.inference_steps if steps is None else steps,
+            "guidance": model.guidance_scale if guidance is None else guidance,
+        }  # fmt: skip
+        many = len(seeds) > 1
+        with desk.timed("prediction"):
+            made = [
+                desk.made(latent, f"seed {seed}", f"seed-{seed}" if many else "", **told, seed=seed)
+                for seed, latent in zip(seeds, latents, strict=True)
+            ]
+        if refine is not None and refine.steps:
+            made = _refined(desk, made, images, desk.captions(images, caption), refine, progress)
+        return _finish(work, desk, scratch, made, images)
+
+
+def edit(
+    sources: Sequence[Path], work: Work, wanted: Mapping[str, float], seed: int = 0, progress: bool = True
+) -> Outcome:
+    """The adapter of ``sources`` (photos of one person, or one adapter folder) with each slider of ``wanted`` at its value.
+
+    Raises:
+        ConfigError: no slider, or one that there is not.
+        DataError: as :func:`predict`; the generator has no directions; an adapter of another generator.
+    """
+    if not wanted:
+        raise ConfigError("Which sliders? Give --set ATTRIBUTE=WORD:NUMBER, such as --set skin=dark:1.0.")
+    with new_folder(work.out, work.overwrite) as scratch:
+        desk, source = _open(work, sources, seed)
+        directions = load_directions(desk.folder, desk.generator)
+        with desk.timed("prediction"):
+            latents = {times: edited(source.latent, directions, wanted, times) for times in TIMES}
+            words = ", ".join(f"{name} {value:g}" for name, value in wanted.items())
+            told = {"command": "edit", "set": dict(wanted), "from": source.told}
+            made = [
+                desk.made(latent, f"sliders x {times:g}", "" if times == 1 else None, **told)
+                for times, latent in latents.items()
+            ]
+        return _finish(work, desk, scratch, made, source.images, (*source.notes, f"edited: {words}"))
+
+
+def blend(first: Path, second: Path, work: Work, share: float = 0.5, seed: int = 0, progress: bool = True) -> Outcome:
+    """The adapter between ``first`` and ``second`` (each a photo or an adapter folder): ``share`` of the second's latent.
+
+    Raises:
+        ConfigError: the share is no finite number.
+        DataError: as :func:`edit`.
+    """
+    if not abs(share) < float("inf"):
+        raise ConfigError(f"--share is a number, 0 for the first and 1 for the second, not {share}.")
+    with new_folder(work.out, work.overwrite) as scratch:
+        desk, one = _open(work, [first], seed)
+        two = latent_of(desk, [second], seed)
+        with desk.timed("prediction"):
+            made = []
+            for part in sorted({*SHARES, share}):
+                told = {"command": "blend", "share": part, "from": one.told, "and": two.told}
+                latent = (1 - part) * one.latent + part * two.latent
+                made.append(desk.made(latent, f"share {part:g}", "" if part == share else None, **told))
+        return _finish(work, desk, scratch, made, [*one.images, *two.images], (*one.notes, *two.notes))
+
+
+def sample(
+    work: Work, seeds: Sequence[int], steps: int = 50, guidance: float | None = None, progress: bool = True
+) -> Outcome:
+    """Adapters of people who do not exist, one for each seed, by ``steps`` of the generator's sampler without a photo."""
+    with new_folder(work.out, work.overwrite) as scratch:
+        desk = Desk(work)
+        with desk.timed("prediction"):
+            made = []
+            for seed in seeds:
+                latent = desk.generator.latents(None, [seed], steps, guidance)[0]
+                told = {"command": "sample", "steps": steps, "seed": seed}
+                made.append(desk.made(latent, f"seed {seed}", f"seed-{seed}" if len(seeds) > 1 else "", **told))
+        return _finish(work, desk, scratch, made, [])
+
+
+def invert_photos(
+    photos: Sequence[Path],
+    work: Work,
+    config: Invert | None = None,
+    from_prediction: bool = False,
+    caption: str | None = None,
+    progress: bool = True,
+) -> Outcome:
+    """The adapter whose latent draws ``photos`` best, sought from the mean or from the prediction; see :mod:`invert`."""
+    config = config or Invert()
+    with new_folder(work.out, work.overwrite) as scratch:
+        found = read_photos(photos)
+        desk = Desk(work)
+        images, start = desk.fitted(found), None
+        if from_prediction:
+            with desk.timed("prediction"):
+                start = latent_of(desk, photos, config.seed).latent
+        captions = desk.captions(images, caption)
+        with desk.timed("inversion"):
+            latent = invert(desk.generator, desk.carrier, images, config, captions, start, progress)
+        told = {
+            "command": "invert", "photos": [photo.digest for photo in found], "captions": captions,
+            "from_prediction": from_prediction, **asdict(config),
+        }  # fmt: skip
+        begun = torch.zeros_like(latent) if start is None else start
+        made = [
+            desk.made(begun, "the prediction" if from_prediction else "the mean"),
+            desk.made(latent, "inverted", "", **told),
+        ]
+        return _finish(work, desk, scratch, made, images)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``"0..7"`` -> 0 to 7 with both ends, ``"0,3,5"``, ``"0..3,8"``.
+
+    Raises:
+        ConfigError: none of these, or a seed twice.
+
+    Example:
+        >>> parse_seeds("0..2,8")
+        (0, 1, 2, 8)
+    """
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dots, last = part.partition("..")
+            seeds += range(int(first), int(last) + 1) if dots else [int(first)]
+    except ValueError:
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or len(seeds) > 1000:
+        raise ConfigError(f"--seeds takes different numbers from 0 as in 0..7 or 0,3,5, at most 1,000; not {text!r}.")
+    return tuple(seeds)
+
+
+def _open(work: Work, sources: Sequence[Path], seed: int) -> tuple[Desk, Source]:
+    """The desk, and where an edit or a blend starts; photos are looked at before anything is loaded."""
+    if not any(path.is_dir() for path in sources):
+        read_photos(sources)
+    desk = Desk(work)
+    return desk, latent_of(desk, sources, seed)
+
+
+def _refined(
+    desk: Desk, made: Sequence[Made], images: list[Image.Image], captions: list[str], config: Refine, progress: bool
+) -> list[Made]:
+    with desk.timed("refinement"):
+        rows, layout = refine_rows(
+            desk.carrier,
+            torch.stack([one.row for one in made]),
+            [images] * len(made),
+            config,
+            [captions] * len(made),
+            progress,
+        )
+    told = {"refine": asdict(config), "captions": captions}
+    note = f"refined, {config.steps} steps"
+    return [
+        Made(row, layout, one.label, one.name, {**told, **one.recipe}, note)
+        for row, one in zip(rows, made, strict=True)
+    ]
+
+
+def _finish(
+    work: Work,
+    desk: Desk,
+    scratch: Path,
+    made: Sequence[Made],
+    images: Sequence[Image.Image],
+    notes: Sequence[str] = (),
+) -> Outcome:
+    """Draws the sheet and writes the folders into ``scratch``."""
+    sheet = _sheet(work, desk, made, images) if work.sheet.sheet else None
+    sizes: dict[Path, int] = {}
+    with desk.timed("writing"):
+        for one in made:
+            if one.name is None:
+                continue
+            folder = scratch / one.name
+            size = write_folder(one.layout, one.row, desk.carrier.unet, folder, dict(one.recipe))
+            own = sheet is not None and not one.name
+            card = adapter_card(one.layout, desk.generator.base, one.recipe, size, own, folders.is_lora(one.layout))
+            (folder / folders.CARD).write_text(card, encoding="utf-8")
+            sizes[work.out / one.name] = size
+        if sheet is not None:
+            save_image(sheet, scratch / folders.SHEET)
+    return Outcome(sizes, work.out / folders.SHEET if sheet else None, desk.seconds, tuple(notes))
+
+
+def _sheet(work: Work, desk: Desk, made: Sequence[Made], images: Sequence[Image.Image]) -> Image.Image:
+    """What it was made from, then the base and each adapter on the same scenes from the same noise."""
+    with desk.timed("drawing"):
+        scenes = desk.carrier.scenes(work.sheet)
+        layout = made[0].layout
+        drawn = desk.carrier.draw(torch.stack([one.row for one in made]), work.sheet, layout, with_base=True)
+    rows = [Row("made from", list(images)[: len(scenes)])] if images else []
+    rows.append(Row("base model", drawn[0]))
+    rows += [Row(one.label, own, one.note) for one, own in zip(made, drawn[1:], strict=True)]
+    return contact_sheet(f"{work.out.name}: same noise in each column", rows, scenes)

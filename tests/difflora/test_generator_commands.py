@@ -1,0 +1,482 @@
+"""predict, edit, blend, sample and invert, with a generator that was trained for a moment through the command line."""
+
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import smidgen
+from smidgen.cli import main
+from smidgen.difflora.generator import commands
+from smidgen.difflora.generator.carrier import Carrier, Sheet
+from smidgen.difflora.generator.commands import Work, parse_seeds
+from smidgen.difflora.generator.directions import (
+    calibrate,
+    edited,
+    fit_directions,
+    load_directions,
+    parse_sliders,
+    save_directions,
+)
+from smidgen.difflora.generator.folders import DIFFUSERS_NAME, digest_of, read_recipe
+from smidgen.difflora.generator.generator import load_generator
+from smidgen.difflora.generator.refine import Refine
+from smidgen.difflora.zoo.subjects import read_subjects
+from smidgen.errors import BaseLockError, ConfigError, DataError
+from smidgen.models.embedded import world
+from smidgen.training.gallery import answer
+from smidgen.training.pipelines import encode_prompts, load_base
+
+PLAIN = Sheet(sheet=False)
+QUICK = ["--num-prompts", "1", "--inference-steps", "1"]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("generator") / "debug"
+    words = [
+        "generator",
+        "train",
+        "--preset",
+        "debug",
+        "--end-to-end.people.people",
+        "12",
+        "--end-to-end.train.max-train-steps",
+        "6",
+        "--out",
+        str(out),
+    ]
+    assert main(words) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> list[Path]:
+    """One photo each of three held-out people."""
+    folder, found = tmp_path_factory.mktemp("photos"), []
+    for number in range(3):
+        rng = numpy.random.default_rng(number)
+        identity = world.sample_identity(rng, "test")
+        found.append(folder / f"{number}.png")
+        world.render(identity, world.sample_scene(rng)).save(found[-1])
+    return found
+
+
+@pytest.fixture(scope="session")
+def predicted(trained, photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("predicted") / "ann"
+    commands.predict([photos[0]], Work(out, trained, sheet=PLAIN))
+    return out
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return load_base("embedded")
+
+
+@pytest.fixture(scope="session")
+def sliders(trained) -> list:
+    assert main(["generator", "directions", str(trained), "--people", str(trained / "people"), "--no-calibrate"]) == 0
+    return load_directions(trained, load_generator(trained))
+
+
+def work(out: Path, trained: Path, **options) -> Work:
+    return Work(out, trained, sheet=PLAIN, **options)
+
+
+# ---- an ordinary adapter folder -----------------------------------------------------------------------------------
+
+
+def test_predict_writes_what_it_says(trained, photos, tmp_path, capsys):
+    out = tmp_path / "ann"
+    assert main(["predict", str(photos[0]), "--out", str(out), "--generator", str(trained), *QUICK]) == 0
+    said = capsys.readouterr().out
+    size = sum((out / name).stat().st_size for name in ("adapter_config.json", WEIGHTS))
+    assert f"{out}: {size:,} bytes" in said
+    assert all(f"{part} " in said for part in ("loading", "prediction", "drawing", "writing"))
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_config.json", WEIGHTS, DIFFUSERS_NAME, "recipe.json", "README.md", "contact_sheet.png"
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["ann"]
+    recipe, generator = json.loads((out / "recipe.json").read_text()), load_generator(trained)
+    assert recipe["generator"] == generator.digest and recipe["photos"] == [digest_of(photos[0])]
+    assert recipe["seed"] == 0 and recipe["base"] == "embedded" and len(recipe["latent"]) == 8
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.height > 3 * 128  # photo, base, adapter
+
+
+def test_its_numbers_are_the_generators(trained, photos, predicted):
+    generator = load_generator(trained)
+    image = Image.open(photos[0]).convert("RGB")
+    row = generator.predict([image])[0]
+    tensors = load_file(predicted / DIFFUSERS_NAME)
+    for a, b in generator.layout.factor_pairs():
+        assert torch.equal(tensors[f"unet.{a.key}.lora_A.weight"], row[a.columns].reshape(a.shape))
+        assert torch.equal(tensors[f"unet.{b.key}.lora_B.weight"], row[b.columns].reshape(b.shape))
+
+
+def test_smidgen_peft_and_diffusers_read_the_same_adapter(predicted):
+    import peft
+
+    def answers(put) -> torch.Tensor:
+        base = load_base("embedded")
+        put(base)
+        with torch.no_grad():
+            return answer(base, encode_prompts(base, ["a portrait of a person"]), 64)
+
+    def by_peft(base) -> None:
+        peft.PeftModel.from_pretrained(base.unet, str(predicted))
+
+    plain = answers(lambda base: None)
+    ours = answers(lambda base: smidgen.load(base.unet, predicted))
+    assert (ours - plain).norm() > 1e-4 * plain.norm()
+    assert torch.allclose(answers(by_peft), ours, atol=1e-6)
+    theirs = answers(lambda base: base.pipe.load_lora_weights(str(predicted), weight_name=DIFFUSERS_NAME))
+    assert torch.allclose(theirs, ours, atol=1e-5)
+    merged = answers(lambda base: smidgen.merge(smidgen.load(base.unet, predicted)))
+    assert torch.allclose(merged, ours, atol=1e-4)
+
+
+def test_it_can_be_trained_further(predicted, embedded):
+    base = load_base("embedded")
+    smidgen.load(base.unet, predicted)
+    answer(base, encode_prompts(base, ["a portrait of a person"]), 64).square().mean().backward()
+    trained = [p for p in base.unet.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+
+
+def test_verify_and_generate_take_it(predicted, tmp_path):
+    assert main(["verify", str(predicted)]) == 0
+    out = str(tmp_path / "a.png")
+    assert main(["generate", str(predicted), "--prompt", "a portrait of a person", "--steps", "1", "--out", out]) == 0
+
+
+# ---- seeds --------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_give_seeds(trained, photos, predicted, tmp_path):
+    many = tmp_path / "many"
+    commands.predict([photos[0]], work(many, trained), seeds=(0, 3), steps=4)
+    commands.predict([photos[0]], work(tmp_path / "three", trained), seeds=(3,), steps=4)
+    assert sorted(path.name for path in many.iterdir()) == ["seed-0", "seed-3"]
+    weights = {name: (tmp_path / name / WEIGHTS).read_bytes() for name in ("many/seed-0", "many/seed-3", "three")}
+    assert weights["many/seed-3"] == weights["three"] != weights["many/seed-0"]
+
+
+def test_the_same_command_writes_the_same_adapter(trained, photos, predicted, tmp_path):
+    commands.predict([photos[0]], work(tmp_path / "again", trained))
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
+
+
+def test_seeds_in_words():
+    assert parse_seeds("0..7") == tuple(range(8)) and parse_seeds("0,3,5") == (0, 3, 5)
+    for text in ("", "a", "3..1", "1,1", "-1", "0..5000"):
+        with pytest.raises(ConfigError, match="--seeds"):
+            parse_seeds(text)
+
+
+# ---- photos -------------------------------------------------------------------------------------------------------
+
+
+def test_a_turned_transparent_or_large_photo_is_the_same_person(trained, photos, predicted, tmp_path):
+    image = Image.open(photos[0]).convert("RGB")
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    for name in ("turned", "alpha"):
+        commands.predict([tmp_path / f"{name}.png"], work(tmp_path / name, trained))
+        assert (tmp_path / name / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
+    image.resize((700, 700), Image.Resampling.NEAREST).save(tmp_path / "large.png")
+    commands.predict([tmp_path / "large.png"], work(tmp_path / "large", trained))
+    assert read_recipe(tmp_path / "large")["latent"] == pytest.approx(read_recipe(predicted)["latent"], abs=0.02)
+
+
+def bomb(path: Path) -> None:
+    """A PNG that says it is 40,000 pixels on a side."""
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("1.png", r"1.png does not exist\. Did you mean '0.png'"), ("folder", "is a folder, not a photo"),
+     ("text.png", "cannot be read as a photo"), ("cut.png", "cannot be read as a photo"), ("bomb.png", "bomb.png cannot be read"),
+     ("large.png", "more than 100 million pixels"), ("dot.png", "smaller than 16 pixels"),
+     ("wall.png", r"No face was found in .*wall.png \(64 x 64 pixels\)")],
+)  # fmt: skip
+def test_photos_that_are_none(trained, photos, tmp_path, name, message, monkeypatch, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "folder").mkdir()
+    (folder / "0.png").write_bytes(photos[0].read_bytes())
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes(photos[0].read_bytes()[:300])
+    bomb(folder / "bomb.png")
+    Image.new("L", (12_000, 9_000)).save(folder / "large.png")
+    Image.new("RGB", (8, 8)).save(folder / "dot.png")
+    Image.new("RGB", (64, 64), "teal").save(folder / "wall.png")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=message):
+        commands.predict([photos[1], folder / name], work(out, trained))
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_no_photo_at_all(trained, tmp_path, capsys):
+    assert main(["predict", "--out", str(tmp_path / "a"), "--generator", str(trained)]) == 2
+    assert "at least one photo" in capsys.readouterr().err
+
+
+# ---- other things that are wrong ----------------------------------------------------------------------------------
+
+
+def test_files_are_not_overwritten_unasked(trained, photos, tmp_path, predicted):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "notes.txt").write_text("keep me")
+    (out / WEIGHTS).write_text("old")
+    with pytest.raises(DataError, match="--overwrite"):
+        commands.predict([photos[0]], work(out, trained))
+    assert (out / WEIGHTS).read_text() == "old"
+    commands.predict([photos[0]], work(out, trained, overwrite=True))
+    assert (out / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
+    assert (out / "notes.txt").read_text() == "keep me"
+    with pytest.raises(DataError, match="is a file"):
+        commands.predict([photos[0]], work(out / "notes.txt", trained))
+
+
+def test_another_base_is_refused(trained, photos, tmp_path, base):
+    with pytest.raises(BaseLockError, match="another base"):
+        commands.predict([photos[0]], work(tmp_path / "a", trained, base=str(base)))
+    assert not (tmp_path / "a").exists()
+
+
+def test_no_generator(photos, tmp_path, capsys):
+    words = ["predict", str(photos[0]), "--out", str(tmp_path / "a"), "--generator", str(tmp_path / "none")]
+    assert main(words) == 2
+    assert "holds no generator" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+# ---- refinement ---------------------------------------------------------------------------------------------------
+
+
+def test_a_refined_prediction_is_an_adapter_too(trained, photos, tmp_path, predicted, embedded):
+    out = tmp_path / "ann"
+    assert (
+        main(["predict", str(photos[0]), "--out", str(out), "--generator", str(trained), "--refine", "2", "--no-sheet"])
+        == 0
+    )
+    recipe = read_recipe(out)
+    assert recipe["refine"]["steps"] == 2 and recipe["latent"] == read_recipe(predicted)["latent"]
+    assert recipe["captions"][0].startswith("a portrait of a person")
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2
+    base = load_base("embedded")
+    smidgen.load(base.unet, out)
+    assert smidgen.verify(base.unet, out).ok
+    commands.predict([photos[0]], work(tmp_path / "kept", trained), refine=Refine(steps=2, keep_rank=True))
+    assert json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["r"] == 1
+    commands.predict([photos[0]], work(tmp_path / "zero", trained), refine=Refine(steps=0))
+    assert (tmp_path / "zero" / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
+
+
+# ---- edit ---------------------------------------------------------------------------------------------------------
+
+
+def test_directions_leave_other_attributes_alone():
+    """Two attributes that go together in people: each direction is its own effect, not the other's."""
+    rng = torch.Generator().manual_seed(0)
+    first = torch.rand(400, generator=rng) < 0.5
+    second = torch.where(torch.rand(400, generator=rng) < 0.8, first, ~first)
+    latents = torch.stack([first.float(), second.float()], 1) + 0.01 * torch.randn(400, 2, generator=rng)
+    people = [{"hat": "yes" if a else "no", "scarf": "yes" if b else "no"} for a, b in zip(first, second, strict=True)]
+    found = {d.name: d.vector for d in fit_directions(latents, people)}
+    assert torch.allclose(found["hat=yes"], torch.tensor([0.5, 0.0]), atol=0.01)
+    assert torch.allclose(found["scarf=no"], torch.tensor([0.0, -0.5]), atol=0.01)
+    with pytest.raises(DataError, match="No attribute tells"):
+        fit_directions(latents, [{"hat": "yes"}] * 400)
+
+
+def test_an_edit_of_nothing_changes_nothing(trained, sliders, photos, predicted, tmp_path):
+    name = sliders[0].name
+    for number, source in enumerate((photos[0], predicted)):
+        out = tmp_path / str(number)
+        commands.edit([source], work(out, trained), {name: 0.0})
+        assert (out / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
+
+
+def test_an_edit_moves_the_latent_along_its_direction(trained, sliders, predicted, tmp_path):
+    slider, out = sliders[0], tmp_path / "edited"
+    words = ["edit", str(predicted), "--set", f"{slider.name}:0.5", "--set", f"{sliders[1].name}:-1", "--out", str(out)]
+    assert main([*words, "--generator", str(trained), *QUICK]) == 0
+    before, after = (torch.tensor(read_recipe(folder)["latent"]) for folder in (predicted, out))
+    assert torch.allclose(after - before, 0.5 * slider.vector - sliders[1].vector, atol=1e-5)
+    assert read_recipe(out)["set"] == {slider.name: 0.5, sliders[1].name: -1.0}
+    assert (out / "contact_sheet.png").is_file()
+
+
+def test_sliders_that_are_none(trained, sliders, predicted, tmp_path):
+    with pytest.raises(ConfigError, match=r"no attribute 'hairs'\. Did you mean 'hair"):
+        edited(torch.zeros(8), sliders, {"hairs=long": 1.0})
+    name = sliders[0].name
+    with pytest.raises(ConfigError, match=f"There is no slider '{name}x'. Did you mean"):
+        edited(torch.zeros(8), sliders, {name + "x": 1.0})
+    assert parse_sliders(["skin=dark:1.5", "hair=long parted"]) == {"skin=dark": 1.5, "hair=long parted": 1.0}
+    for text in ("skin", "skin=:1", "skin=dark:much", "skin=dark:nan"):
+        with pytest.raises(ConfigError, match="ATTRIBUTE=WORD:NUMBER"):
+            parse_sliders([text])
+    with pytest.raises(ConfigError, match="Which sliders"):
+        commands.edit([predicted], work(tmp_path / "a", trained), {})
+
+
+def test_directions_belong_to_one_generator(trained, sliders, tmp_path):
+    generator = load_generator(trained)
+    with pytest.raises(DataError, match="no directions"):
+        load_directions(tmp_path, generator)
+    path = save_directions(sliders, tmp_path, generator)
+    again = load_directions(tmp_path, generator)
+    assert [d.name for d in again] == [d.name for d in sliders] and torch.equal(again[0].vector, sliders[0].vector)
+    with torch.no_grad():
+        generator.network.nobody += 1.0
+    del generator.digest
+    with pytest.raises(DataError, match="another generator"):
+        load_directions(tmp_path, generator)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match="damaged"):
+        load_directions(tmp_path, generator)
+
+
+def test_calibration_takes_the_least_length_at_which_the_word_is_read(trained, sliders, monkeypatch):
+    """Pictures are stood in for by the latents themselves; the reader sees the word from a length of 2 on."""
+    from smidgen.difflora.generator import directions
+
+    generator = load_generator(trained)
+    people = [person.attributes for person in read_subjects(trained / "people")]
+    direction = sliders[0]
+    attribute, _, word = direction.name.partition("=")
+    latents = torch.zeros(len(people), 8)
+    latents[[own[attribute] == word for own in people]] = 5 * direction.vector
+
+    class Reader:
+        def read(self, pictures):
+            along = torch.stack(pictures) @ direction.vector / direction.vector.square().sum()
+            sure = (along >= 1.99).float()
+            return {attribute: {word: sure, "else": 1 - sure}, "other": {"x": sure * 0 + 1, "y": sure * 0}}
+
+    class Table:
+        def draw(self, rows, sheet):
+            return [[row] for row in rows]
+
+    monkeypatch.setattr(directions, "Carrier", Table)
+    generator.__dict__["face"] = Reader()
+    monkeypatch.setattr(generator, "rows", lambda latents: latents)
+    found = calibrate(generator, Table(), [direction], latents, people, progress=False)[0]
+    assert found.length == 2.0 and torch.allclose(found.vector, 2 * direction.vector)
+    assert (found.before, found.read, found.own, found.kept) == (0.0, 1.0, 1.0, 1.0)
+
+
+# ---- blend, sample, invert ----------------------------------------------------------------------------------------
+
+
+def test_a_blend_ends_at_its_ends(trained, photos, predicted, tmp_path):
+    commands.predict([photos[1]], work(tmp_path / "bob", trained))
+    for share, end in ((0.0, predicted), (1.0, tmp_path / "bob")):
+        out = tmp_path / str(share)
+        commands.blend(predicted, photos[1], work(out, trained), share)
+        assert (out / WEIGHTS).read_bytes() == (end / WEIGHTS).read_bytes()
+    out = tmp_path / "half"
+    assert (
+        main(["blend", str(photos[0]), str(tmp_path / "bob"), "--out", str(out), "--generator", str(trained), *QUICK])
+        == 0
+    )
+    ends = [torch.tensor(read_recipe(end)["latent"]) for end in (predicted, tmp_path / "bob")]
+    assert torch.allclose(torch.tensor(read_recipe(out)["latent"]), (ends[0] + ends[1]) / 2)
+
+
+def test_an_adapter_of_another_generator_has_no_latent_here(trained, predicted, photos, tmp_path):
+    other = tmp_path / "other"
+    words = [
+        "generator",
+        "train",
+        "--preset",
+        "debug",
+        "--seed",
+        "1",
+        "--end-to-end.train.max-train-steps",
+        "1",
+        "--out",
+        str(other),
+    ]
+    assert main(words) == 0
+    with pytest.raises(DataError, match="made by another generator"):
+        commands.blend(predicted, photos[0], work(tmp_path / "a", other))
+    with pytest.raises(DataError, match="one adapter folder, or photos"):
+        commands.edit([predicted, photos[0]], work(tmp_path / "a", trained), {"a=b": 1.0})
+
+
+def test_an_adapter_without_a_recipe_is_encoded(trained, predicted, tmp_path, photos):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", WEIGHTS):
+        (bare / name).write_bytes((predicted / name).read_bytes())
+    outcome = commands.blend(bare, photos[1], work(tmp_path / "a", trained))
+    assert "no recipe" in outcome.notes[0] and "loses" in outcome.notes[0]
+    (predicted_copy := tmp_path / "copy").mkdir()
+    (predicted_copy / "recipe.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match="damaged"):
+        commands.blend(predicted_copy, photos[1], work(tmp_path / "b", trained))
+
+
+def test_sample_makes_people(trained, tmp_path):
+    out = tmp_path / "people"
+    assert (
+        main(["sample", "--seeds", "0..2", "--out", str(out), "--generator", str(trained), "--steps", "3", *QUICK]) == 0
+    )
+    made = [read_recipe(out / f"seed-{seed}")["latent"] for seed in range(3)]
+    assert made[0] != made[1] != made[2] and (out / "contact_sheet.png").is_file()
+
+
+def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, tmp_path):
+    from smidgen.difflora.generator.invert import Invert, invert
+    from smidgen.difflora.generator.refine import PhotoTask, photo_task
+
+    generator = load_generator(trained)
+    carrier = Carrier("embedded", generator.layout)
+    image = Image.open(photos[0]).convert("RGB")
+    latent = invert(generator, carrier, [image], Invert(invert_steps=12, invert_batch=4))
+    task = photo_task(carrier.base, [image], ["a portrait of a person"], 8, seed=5)
+
+    def loss(latent: torch.Tensor) -> float:
+        from smidgen.difflora.generator.carrier import banked
+
+        with torch.no_grad(), banked(carrier, generator.layout) as bank:
+            measured = PhotoTask(carrier, bank, generator.layout, [task])
+            value = measured.loss(lambda: generator.rows(latent[None]), measured.batch(0))
+            measured.release()
+        return float(value)
+
+    assert loss(latent) < loss(torch.zeros(8))
+
+
+def test_invert_writes_an_adapter(trained, photos, predicted, tmp_path):
+    out = tmp_path / "ann"
+    words = ["invert", str(photos[0]), "--out", str(out), "--generator", str(trained), "--invert-steps", "2", *QUICK]
+    assert main([*words, "--from-prediction", "--invert-batch", "1"]) == 0
+    recipe = read_recipe(out)
+    assert recipe["invert_steps"] == 2 and recipe["from_prediction"] is True
+    assert recipe["latent"] != read_recipe(predicted)["latent"]
+
+
+def test_inspect_tells_what_a_generator_is(trained, sliders, capsys):
+    assert main(["generator", "inspect", str(trained)]) == 0
+    said = capsys.readouterr().out
+    assert "lora, rank 1: 11,200 numbers" in said and f"sliders: {sliders[0].name}" in said
+    assert main(["generator", "inspct"]) == 2
+    assert "Did you mean 'inspect'" in capsys.readouterr().err
