@@ -38,17 +38,22 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
 def train_command(words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--preset`` among ``words`` names."""
     from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
+    from smidgen.training.settings import load_yaml
 
-    named = value_of(words, "--preset") or "default"
-    if named not in PRESETS:
+    named, written = value_of(words, "--preset"), value_of(words, "--config")
+    if named and written:
+        raise ConfigError("Give --config or --preset, not both.")
+    if named and named not in PRESETS:
         raise ConfigError(f"There is no preset {named!r}.{did_you_mean(named, PRESETS)} Known: {', '.join(PRESETS)}.")
+    start = load_yaml(GeneratorConfig, written) if written else PRESETS[named or "default"]
 
-    def train(settings: Any = PRESETS[named], preset: Any = named) -> None:
+    def train(settings: Any = start, preset: Any = named or "default", config: Path | None = None) -> None:
         """Train a generator. Run it again to go on where it stopped.
 
         Args:
             settings: all that decides the generator.
             preset: settings to start from; paper is the two-stage form on a zoo, default end to end.
+            config: a config.yaml to start from instead, such as the one in a generator's folder.
         """
         from smidgen.difflora.generator.card import told
         from smidgen.difflora.generator.fit import fit

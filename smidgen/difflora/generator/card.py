@@ -10,6 +10,7 @@ from typing import Any
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
+from smidgen.training.checkpoints import replace_file
 from smidgen.training.pipelines import EMBEDDED
 from smidgen.training.report import public_name
 
@@ -73,11 +74,15 @@ The adapter stands under the licence of its base model `{base}`. {FACES}
 """
 
 
-def generator_card(generator: Generator, folder: Path, command: str | None = None) -> str:
-    """README.md of the generator saved in ``folder``. ``command`` makes it again."""
+def write_card(generator: Generator, folder: Path) -> None:
+    """Writes README.md into the generator's folder."""
+    replace_file(folder / "README.md", generator_card(generator, folder))
+
+
+def generator_card(generator: Generator, folder: Path) -> str:
+    """README.md of the generator saved in ``folder``."""
     base = public_name(generator.base)
     facts = "\n".join(f"- {name}: {value}" for name, value in facts_of(generator, folder).items())
-    again = f"\n## Made by\n\n    {command}\n" if command else ""
     return f"""---
 base_model: {base}
 library_name: smidgen
@@ -87,19 +92,23 @@ tags: [smidgen, difflora]
 
 # A DiffLoRA generator for `{base}`
 
-One photo of a person in, an adapter of that person for `{base}` out, without training (arXiv 2408.06740).
+A photo of a person in, an adapter of that person for `{base}` out, without training (arXiv 2408.06740).
 
     smidgen predict PHOTO --generator THIS_FOLDER --out ann
-    smidgen generate ann --prompt "a portrait of a person, smiling"
+    smidgen generate ann --prompt "a portrait of a person"
 
 ## What it is
 
 {facts}
-{again}
+
+## Made by
+
+    smidgen generator train --config THIS_FOLDER/config.yaml --out ANOTHER_FOLDER
+
 ## Limits
 
-It draws people as its training people differ: what they had in common (one style, one crop) it takes for granted, and
-what an encoder does not see it cannot predict. {FACES}
+It knows people as its training people differ. What they had in common (one style, one crop) it takes for granted; what its
+encoders do not see it cannot predict. {FACES}
 """
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from smidgen.difflora.generator import encoders
+from smidgen.difflora.generator.card import write_card
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.generator.network import Network
@@ -62,6 +63,7 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     assert codec is not None and network is not None
     generator = Generator(config.base, codec, network, config.encoders, config.model)
     generator.save(config.out)
+    write_card(generator, config.out)
     return generator
 
 
