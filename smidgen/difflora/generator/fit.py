@@ -125,7 +125,8 @@ def _end_to_end(
     shop.base.release_encoders()
     if stage.gradient_checkpointing:
         shop.base.unet.enable_gradient_checkpointing()
-    pictures = make_task(shop.base, encoded, batch_size=stage.batch_size * stage.pictures, seed=config.seed)
+    rows = stage.batch_size * stage.pictures
+    pictures = make_task(shop.base, encoded, batch_size=rows, seed=config.seed, snr_gamma=stage.snr_gamma)
     task = EndToEndTask(photos, pictures, shop.unet, bank, codec, stage, config.seed)
     groups = [
         {"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
@@ -147,7 +148,7 @@ def _end_to_end(
 def _decoder(config: GeneratorConfig, layout: Any, start: Tensor, codec: Codec | None) -> Codec:
     """A codec whose decoder can be trained."""
     if codec is None:
-        return Basis.fresh(layout, start, config.model.latents, config.seed, config.shared)
+        return Basis.fresh(layout, start, config.model.latents, config.shared)
     return codec if hasattr(codec, "network") else Basis.of(codec)
 
 

@@ -71,6 +71,7 @@ class EndToEnd:
     references: int = 3  # photos of each at most that the generator sees
     learning_rate: float = 1e-3  # of the transformer
     decoder_learning_rate: float = 2e-3  # of what turns latents into adapters
+    snr_gamma: float | None = None  # min-SNR weighting of the base's loss; None: off
     base_loss_weight: float = 0.1  # of the diffusion over its own latents, with which nobody in particular is drawn
     gradient_checkpointing: bool = False  # less memory, slower steps
     train: LoopConfig = field(

@@ -1,7 +1,7 @@
 """A basis whose numbers can be trained: row = mean + z B, with the mean [size] and the basis B [latents, size].
 
-It starts from the adapter's own start values and small noise (``fresh``), so that the latent 0 is the untrained adapter, or
-from any codec that decodes by one matrix (``of``). The denoising loss then shapes mean and basis end to end.
+It starts from the adapter's own start values and a basis of zeros (``fresh``), so that every latent is the untrained adapter
+and the first gradient already tells latents apart, or from any codec that decodes by one matrix (``of``). The denoising loss then shapes mean and basis end to end.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Mode, Normaliser
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.errors import ConfigError
-from smidgen.training.randomness import stream
 
 Shared = Literal["none", "learned", "random"]
-SPREAD = 0.02  # deviation of a fresh basis
 
 
 class Basis(Codec):
@@ -39,7 +37,7 @@ class Basis(Codec):
         return {"latents": self.latents, "half": self.half}
 
     @classmethod
-    def fresh(cls, layout: Layout, start: Tensor, latents: int, seed: int = 0, shared: Shared = "none") -> Basis:
+    def fresh(cls, layout: Layout, start: Tensor, latents: int, shared: Shared = "none") -> Basis:
         """An untrained basis around the adapter ``start`` [size]. ``shared`` keeps LoRA's A out of the prediction: one
         for all that is learnt, or one that stays at random.
 
@@ -49,7 +47,6 @@ class Basis(Codec):
         codec = cls(layout, latents=latents)
         with torch.no_grad():
             codec.numbers.mean.copy_(start)
-            codec.numbers.basis.copy_(torch.randn(latents, layout.size, generator=stream(seed, "basis")) * SPREAD)
         pairs = list(layout.factor_pairs())
         if shared != "none" and not pairs:
             raise ConfigError(f"shared={shared!r} is about LoRA's factor A; {layout.config.get('method')!r} has none.")
