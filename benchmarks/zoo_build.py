@@ -2,133 +2,179 @@
 
     python -m benchmarks.zoo_build
 
-One thread, processor seconds, contenders interleaved in every round, medians. A *sample* is one picture at one timestep,
-forward and backward. The limit is the frozen base alone at its best batch size, gradients flowing through all of its
-layers but into no weight. With ``--people N`` a small zoo is built as well and its scores are printed.
+One thread, processor seconds, contenders interleaved in every round, medians over whole training steps (batch, forward,
+backward, clipping, optimizer; what comes once a run, such as its checkpoint, is left out, which favours one by one). A
+*sample* is one picture at one timestep. The limit is the frozen base alone at its best batch size: forward and backward,
+gradients flowing to its input, no weight trained. Loss curves of one group are compared with those of its people trained
+one by one, as ``personalize`` does it.
 """
 
 import argparse
+import copy
+import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import smidgen
 from benchmarks._harness import write_result
-from smidgen.difflora.zoo.build import build, job_of, open_zoo
+from smidgen.difflora.zoo.build import job_of, open_zoo
 from smidgen.difflora.zoo.group import Workshop, workshop
 from smidgen.difflora.zoo.settings import PRESETS, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.difflora.zoo.task import GroupTask
-from smidgen.training.loop import train
+from smidgen.training.fitting import fit
 from smidgen.training.pipelines import load_base
 from smidgen.training.tasks.personalize import PersonalizeTask
 
 SATURATION = (16, 32, 64)  # batch sizes tried for the limit
+SIZES = (8, 16, 32)  # adapters in a group
+PICTURES = (1, 4)  # of each person in a step; the zoo's own number is 1
+BRIEF = 7  # steps of a timed run, the first of which is left out
 
 
-def frozen_step(unet: torch.nn.Module, batch: int) -> None:
-    """Forward and backward of the base alone; only its input takes a gradient."""
-    latents = torch.randn(batch, 16, 8, 8, requires_grad=True)
-    times, words = torch.randint(0, 1000, (batch,)), torch.randn(batch, 48, 96)
-    unet(latents, times, encoder_hidden_states=words, return_dict=False)[0].square().mean().backward()
+class Clocked:
+    """A task that notes the processor's time at every batch, so that the differences are whole steps."""
+
+    def __init__(self, task: Any) -> None:
+        self.task, self.times = task, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def batch(self, index: int) -> dict[str, Any]:
+        self.times.append(time.process_time())
+        return self.task.batch(index)  # type: ignore[no-any-return]
+
+    def steps(self) -> list[float]:
+        """Seconds of the steps but the first and the last."""
+        return [end - start for start, end in zip(self.times[1:-1], self.times[2:], strict=True)]
 
 
-def train_alone(config: ZooConfig, unet: torch.nn.Module, task: PersonalizeTask) -> list[float]:
-    """One adapter as ``personalize`` trains it; returns its loss curve."""
-    smidgen.adapt(unet, adapter_config(config), "alone")
-    rate = rates(config)
-    groups = smidgen.parameter_groups(unet, lr=rate.residual, transform_lr=rate.transform)
+def frozen_steps(unet: torch.nn.Module, batch: int) -> list[float]:
+    """Seconds of steps of the base alone, where only its input takes a gradient."""
+    times = [time.process_time()]
+    for _ in range(2):
+        latents = torch.randn(batch, 16, 8, 8, requires_grad=True)
+        at, words = torch.randint(0, 1000, (batch,)), torch.randn(batch, 48, 96)
+        unet(latents, at, encoder_hidden_states=words, return_dict=False)[0].square().mean().backward()
+        times.append(time.process_time())
+    return [end - start for start, end in itertools.pairwise(times)]
+
+
+def train_alone(config: ZooConfig, plain: torch.nn.Module, task: Any) -> list[float]:
+    """One adapter as ``personalize`` trains it; its loss curve."""
+    unet, decay = copy.deepcopy(plain), config.adapter.weight_decay
     with tempfile.TemporaryDirectory() as folder:
-        losses = train(task, unet, groups, config.train, folder, progress=False).losses
-    from smidgen.adapters.tuner.peft_bridge import remove
-
-    remove(unet, "alone")
-    return losses
+        options: dict[str, Any] = {"weight_decay": decay, "progress": False}
+        target = Path(folder) / "adapter"
+        return fit("alone", unet, task, adapter_config(config), rates(config), config.train, target, **options).losses
 
 
-def train_group(shop: Workshop, names: list[str], tasks: list[PersonalizeTask]) -> torch.Tensor:
-    """A group as the zoo trains it; returns loss curves [step, person]."""
-    bank, task = shop.fresh_bank(names), GroupTask(tasks)
+def train_group(shop: Workshop, names: list[str], task: Any) -> torch.Tensor:
+    """A group as the zoo trains it; loss curves [step, person]."""
+    bank = shop.fresh_bank(names)
     with tempfile.TemporaryDirectory() as folder, bank.rows([n for n in names for _ in range(task.batch_size)]):
         shop.train(task, bank, names, Path(folder))
     return torch.stack(task.history)
 
 
-def seconds(run) -> float:  # type: ignore[no-untyped-def]
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+class Bench:
+    """The base, people with their pictures, and the contenders' runs; each gives the seconds of some of its steps."""
+
+    def __init__(self, config: ZooConfig) -> None:
+        self.config, zoo = config, open_zoo(config)
+        everybody = replace(config, group=replace(config.group, group_size=config.subjects.people))
+        people = job_of(everybody, zoo, read_subjects(config.out), 0, keep_work=False).people
+        self.shop, self.plain = workshop(config), load_base(config.base).unet.requires_grad_(False)
+        self.names = [person.id for person in people]
+        self.tasks = [self.shop.task(person, self.shop.encode(person)) for person in people]
+
+    def task(self, person: int, pictures: int) -> PersonalizeTask:
+        return replace(self.tasks[person], batch_size=pictures)
+
+    def group_task(self, size: int, pictures: int) -> GroupTask:
+        return GroupTask([self.task(person, pictures) for person in range(size)])
+
+    def alone(self, pictures: int) -> list[float]:
+        task = Clocked(self.task(0, pictures))
+        train_alone(self.config, self.plain, task)
+        return task.steps()
+
+    def group(self, size: int, pictures: int) -> list[float]:
+        task = Clocked(self.group_task(size, pictures))
+        train_group(self.shop, self.names[:size], task)
+        return task.steps()
+
+    def curves(self, size: int, steps: int) -> dict[str, float]:
+        """How far the loss curves of a group are from those of its people trained one by one."""
+        config = replace(self.config, train=replace(self.config.train, max_train_steps=steps))
+        alone = torch.tensor([train_alone(config, self.plain, self.task(person, 1)) for person in range(size)]).T
+        shop = copy.copy(self.shop)
+        shop.config = config
+        together = train_group(shop, self.names[:size], self.group_task(size, 1))
+        apart = (together - alone).abs()
+        return {
+            "curves_people": size,
+            "curves_steps": steps,
+            "curves_largest_difference": float(apart.max()),
+            "curves_largest_relative_difference": float((apart / alone).max()),
+            "curves_mean_fall_of_the_loss": float((alone[:5].mean(0) - alone[-5:].mean(0)).mean()),
+        }
 
 
-def throughput(config: ZooConfig, sizes: tuple[int, ...], rounds: int) -> dict[str, float]:
-    """Samples per second of each contender, their ratios, and how far the loss curves are apart."""
-    shop, zoo = workshop(config), open_zoo(config)
-    everybody = replace(config, group=replace(config.group, group_size=max(sizes)))
-    people = job_of(everybody, zoo, read_subjects(config.out), 0, keep_work=False).people
-    tasks = [shop.task(person, shop.encode(person)) for person in people]
-    names = [person.id for person in people]
-    plain, steps, batch = load_base(config.base).unet, config.train.max_train_steps, config.group.train_batch_size
-    runs = {f"limit_batch_{n}": (lambda n=n: frozen_step(plain, n)) for n in SATURATION}
-    runs["one_by_one"] = lambda: train_alone(config, plain, tasks[0])
-    runs |= {f"group_{g}": (lambda g=g: train_group(shop, names[:g], tasks[:g])) for g in sizes}
-    samples = {f"limit_batch_{n}": n for n in SATURATION} | {"one_by_one": steps * batch}
-    samples |= {f"group_{g}": g * steps * batch for g in sizes}
+def throughput(bench: Bench, rounds: int) -> dict[str, float]:
+    """Milliseconds per sample of each contender, adapters per second against one by one, shares of the limit."""
+    runs: dict[str, Callable[[], list[float]]] = {}
+    samples: dict[str, int] = {}
+    for n in SATURATION:
+        runs[f"limit_batch_{n}"], samples[f"limit_batch_{n}"] = lambda n=n: frozen_steps(bench.plain, n), n  # type: ignore[misc]
+    for k in PICTURES:
+        name = f"one_by_one_pictures_{k}"
+        runs[name], samples[name] = lambda k=k: bench.alone(k), k  # type: ignore[misc]
+    for size, k in [*((size, PICTURES[0]) for size in SIZES), (SIZES[0], PICTURES[1])]:
+        name = f"group_{size}_pictures_{k}"
+        runs[name], samples[name] = lambda size=size, k=k: bench.group(size, k), size * k  # type: ignore[misc]
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for name in runs:
-        runs[name]()  # warm
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, run in runs.items():
-            taken[name].append(seconds(run))
-    figures = {f"{name}_samples_per_s": samples[name] / statistics.median(t) for name, t in taken.items()}
-    limit = max(figures[f"limit_batch_{n}_samples_per_s"] for n in SATURATION)
-    for g in sizes:
-        figures[f"group_{g}_over_one_by_one"] = (
-            figures[f"group_{g}_samples_per_s"] / figures["one_by_one_samples_per_s"]
-        )
-        figures[f"group_{g}_over_limit"] = figures[f"group_{g}_samples_per_s"] / limit
-    together = train_group(shop, names[: sizes[0]], tasks[: sizes[0]])
-    alone = torch.tensor([train_alone(config, plain, task) for task in tasks[: sizes[0]]]).T
-    figures["loss_curves_largest_relative_difference"] = float(((together - alone).abs() / alone).max())
-    return {name: round(value, 6) for name, value in figures.items()}
-
-
-def small_zoo(config: ZooConfig, people: int) -> dict[str, float]:
-    """Scores and seconds of a zoo of ``people`` by the default settings."""
-    start = time.process_time()
-    found = build(replace(config, subjects=replace(config.subjects, people=people, held_out=0)), progress=False)
-    print(found)
-    spent = {"zoo_cpu_seconds_per_adapter": (time.process_time() - start) / people, "zoo_kept": found.kept}
-    spent |= {"zoo_identity": found.identity or 0.0, "zoo_base_identity": found.base_identity or 0.0}
-    return {name: round(value, 4) for name, value in spent.items()}
+            found = run()
+            taken[name] += found if number else []  # the first round warms up
+    cost = {name: 1000 * statistics.median(found) / samples[name] for name, found in taken.items()}
+    limit = min(cost[f"limit_batch_{n}"] for n in SATURATION)
+    figures = {f"{name}_ms_per_sample": value for name, value in cost.items()}
+    for name in cost:
+        if name.startswith("group"):
+            figures[f"{name}_adapters_per_s_over_one_by_one"] = cost[f"one_by_one_{name[-10:]}"] / cost[name]
+        if not name.startswith("limit"):
+            figures[f"{name}_share_of_limit"] = limit / cost[name]
+    return figures
 
 
 def main() -> None:
     """Runs everything and writes benchmarks/results/zoo_build.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16, 32])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=1, help="pictures of each person in a step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--people", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curves", type=int, nargs=2, default=[16, 50], metavar=("PEOPLE", "STEPS"))
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
-        config = PRESETS["default"]
-        brief = replace(config.train, max_train_steps=args.steps, lr_warmup_steps=2)
-        people = Subjects(people=max(args.sizes), held_out=0)
-        group = replace(config.group, train_batch_size=args.batch)
-        timed = replace(config, subjects=people, train=brief, group=group, out=Path(scratch) / "timed")
-        figures = throughput(timed, tuple(args.sizes), args.rounds)
-        if args.people:
-            workshop.cache_clear()
-            figures |= small_zoo(replace(config, out=Path(scratch) / "zoo"), args.people)
+        default = PRESETS["default"]
+        people = Subjects(people=max(*SIZES, args.curves[0]), held_out=0)
+        brief = replace(default.train, max_train_steps=BRIEF, lr_warmup_steps=2)
+        bench = Bench(replace(default, subjects=people, train=brief, out=Path(scratch) / "zoo"))
+        figures = throughput(bench, args.rounds) | bench.curves(*args.curves)
+    figures["cpu_seconds_of_this_benchmark"] = time.process_time() - start
+    figures = {name: round(value, 6) for name, value in figures.items()}
     for name, value in figures.items():
-        print(f"{name:45} {value}")
-    command = f"python -m benchmarks.zoo_build --batch {args.batch} --steps {args.steps} --people {args.people}"
+        print(f"{name:55} {value}")
+    command = f"python -m benchmarks.zoo_build --rounds {args.rounds} --curves {args.curves[0]} {args.curves[1]}"
     write_result("zoo_build", figures, command)
 
 

@@ -159,7 +159,8 @@ class _Run:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         snapshots.check_groups(self.trained, groups)
         self.model = prepare(self.accelerator, model, list(self.trained.values()))
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups]))
+        fused = self.accelerator.device.type == "cpu" or None  # of many small tensors; None: torch's own choice
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups], fused=fused))
         self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
         self.losses: list[float] = []

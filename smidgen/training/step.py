@@ -47,7 +47,7 @@ class Stepper:
         shares = self._shares(batches, step)
         mean, bad = 0.0, []
         for index, batch, share in zip(indices, batches, shares, strict=True):
-            torch.manual_seed(derive(seed, "model", index))  # dropout and the like
+            self._seed(derive(seed, "model", index))  # dropout and the like
             value = self._backward(batch, share)
             mean += value * share
             bad += [] if math.isfinite(value) else _names(batch)
@@ -70,8 +70,13 @@ class Stepper:
         return range(first, first + parts * processes, processes)
 
     def _draw(self, index: int, seed: int) -> Batch:
-        torch.manual_seed(derive(seed, "model", index))
+        self._seed(derive(seed, "model", index))
         return self.task.batch(index)
+
+    def _seed(self, number: int) -> None:
+        """Seeds torch's generators; on the CPU its own alone, as torch takes a slow stack trace for a GPU to come."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(number)
 
     def _shares(self, batches: Sequence[Batch], step: int) -> list[float]:
         """The share of each of this process's batches in the step; over all processes they sum to 1."""

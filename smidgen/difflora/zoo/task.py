@@ -52,10 +52,12 @@ class GroupTask:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norms = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)  # [people]
         good = torch.isfinite(norms)
+        all_good = bool(good.all())
         factor = torch.where(good, (max_norm / (norms + 1e-6)).clamp(max=1.0), torch.zeros_like(norms))
         for gradient in gradients:
-            shaped = factor.to(gradient).reshape(-1, *[1] * (gradient.ndim - 1))
-            gradient.copy_(torch.where(shaped > 0, gradient * shaped, torch.zeros_like(gradient)))
+            gradient.mul_(factor.to(gradient).reshape(-1, *[1] * (gradient.ndim - 1)))
+            if not all_good:
+                gradient[~good] = 0  # what is not finite stays so when multiplied by zero
         return torch.where(good, norms, torch.zeros_like(norms)).max()
 
     def preview(self, model: nn.Module, step: int, folder: Path) -> None:
