@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-
 from smidgen.difflora.audit.contenders import Contender, Made, Simple
 from smidgen.difflora.audit.distances import comparable, distances, nearest
 from smidgen.difflora.audit.learned import Personalized, Predicted
