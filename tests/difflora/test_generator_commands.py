@@ -287,6 +287,19 @@ def test_a_refined_prediction_is_an_adapter_too(trained, photos, tmp_path, predi
     assert (tmp_path / "zero" / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
 
 
+def test_a_generator_of_vectors(photos, tmp_path):
+    """SVFit: no factors, so no file for diffusers and no extra rank."""
+    trained, out = tmp_path / "svfit", tmp_path / "ann"
+    words = ["generator", "train", "--preset", "debug", "--adapter.method", "svfit", "--adapter.rank", "8"]
+    assert main([*words, "--end-to-end.train.max-train-steps", "1", "--out", str(trained)]) == 0
+    commands.predict([photos[0]], work(out, trained), refine=Refine(steps=1))
+    assert not (out / DIFFUSERS_NAME).exists()
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
+    base = load_base("embedded")
+    smidgen.load(base.unet, out)
+    assert smidgen.verify(base.unet, out).ok
+
+
 # ---- edit ---------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from smidgen.training.pipelines import load_base
 from smidgen.training.recipes.personalize_settings import Adapter
 from tests.difflora.helpers import layout as small_layout
 from tests.difflora.helpers import numbers
+from tests.training import tiny
 
 QUICK = Refine(steps=3, batch_size=2, learning_rate=1e-2)
 
@@ -198,3 +199,12 @@ def test_bad_input_is_told(shops):
         Refine(extra_rank=-1)
     with pytest.raises(ConfigError, match="range inside 0 to 1"):
         Refine(timesteps=(0.5, 0.2))
+
+
+def test_sdxl_is_refined_too(tmp_path):
+    """Two text encoders, pooled embeddings, time ids."""
+    folder = tiny.sdxl_folder(tmp_path / "sdxl")
+    shop = Workshop(ZooConfig(adapter=Adapter(method="lora", rank=1), base=str(folder), gate=Gate(judged_pictures=0)))
+    rows = predictions(shop, 1)
+    found, _ = refine_rows(shop, rows, photos(1), replace(QUICK, steps=1, keep_rank=True))
+    assert found.shape == rows.shape and torch.isfinite(found).all() and not torch.equal(found, rows)

@@ -10,6 +10,7 @@ from typing import Any
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
+from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.pipelines import EMBEDDED
 from smidgen.training.report import public_name
@@ -28,11 +29,8 @@ def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int
     kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
     told = "\n".join(f"- {name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
     picture = "![rows: what it was made from, the base, the adapters](contact_sheet.png)\n\n" if sheet else ""
-    diffusers = (
-        "\nWithout smidgen: `pipe.load_lora_weights(FOLDER)` reads `pytorch_lora_weights.safetensors`.\n"
-        if lora
-        else ""
-    )
+    call = f"pipe.load_lora_weights(FOLDER, weight_name={DIFFUSERS_NAME!r})"
+    diffusers = f"\nWithout smidgen: `{call}`.\n" if lora else ""
     return f"""---
 base_model: {base}
 library_name: peft
