@@ -25,7 +25,7 @@ from torch import nn
 import smidgen
 from benchmarks._harness import write_result
 from smidgen.difflora.audit.settings import Drawing
-from smidgen.difflora.audit.studio import Studio
+from smidgen.difflora.audit.studio import Studio, scenes_seed
 from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.zoo.gate import Drawer
@@ -129,7 +129,7 @@ def judged(base: Any, drawing: Drawing) -> Drawer:
 
     judge = judge_for(base)
     assert judge is not None
-    return Drawer(base, judge, Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale), 0)
+    return Drawer(base, judge, Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale), scenes_seed(0))
 
 
 def main() -> None:

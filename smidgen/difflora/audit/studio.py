@@ -21,6 +21,7 @@ from smidgen.difflora.zoo.settings import Gate
 from smidgen.errors import ConfigError
 from smidgen.training.judging import Judge, judge_for
 from smidgen.training.pipelines import default_device, load_base
+from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +57,7 @@ class Studio:
         self.bank.put("row", self.unet)  # frozen factors are shared with the carrier
         gate = Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale)
         self._last: dict[str, list[Image]] = {}
-        self.drawer = Drawer(self.base, self.judge, gate, seed, drawing.unrelated)
+        self.drawer = Drawer(self.base, self.judge, gate, scenes_seed(seed), drawing.unrelated)
 
     def draw(self, rows: Tensor) -> Drawn:
         """Pictures with each of ``rows`` [n, numbers]; rows that are equal, or were drawn last time, are not drawn again."""
@@ -85,6 +86,11 @@ class Studio:
         """Pictures of the scenes, and of the unrelated prompts."""
         scenes = len(self.drawer.texts)
         return list(pictures[:scenes]), list(pictures[scenes:])
+
+
+def scenes_seed(seed: int) -> int:
+    """Seed of the audit's scenes and noise: others than those in which a zoo of that seed was trained and gated."""
+    return derive(seed, "audit")
 
 
 def adapter_bytes(layout: Layout, unet: nn.Module) -> int:
