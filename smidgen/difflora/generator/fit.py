@@ -26,7 +26,7 @@ from smidgen.difflora.generator.tasks import EndToEndTask, LatentTask, Trained
 from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.codec import Codec, known_codec
 from smidgen.difflora.zoo.group import Workshop
-from smidgen.difflora.zoo.settings import Gate, ZooConfig
+from smidgen.difflora.zoo.settings import Gate, ZooConfig, rates
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
@@ -37,6 +37,7 @@ from smidgen.training.settings import dump_yaml, to_dict
 from smidgen.training.tasks.personalize import make_task
 
 logger = logging.getLogger(__name__)
+DECODING = 0.08  # learning rate of a decoder as a share of that of an adapter trained alone
 Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
 ROWS = 64  # adapters in memory at a time
 
@@ -128,12 +129,13 @@ def _end_to_end(
     rows = stage.batch_size * stage.pictures
     pictures = make_task(shop.base, encoded, batch_size=rows, seed=config.seed, snr_gamma=stage.snr_gamma)
     task = EndToEndTask(photos, pictures, shop.unet, bank, codec, stage, config.seed)
+    decoding = stage.decoder_learning_rate or DECODING * rates(shop.config).residual
     groups = [
         {"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
-        {"params": list(decoder.parameters()), "lr": stage.decoder_learning_rate, "weight_decay": 0.0},
+        {"params": list(decoder.parameters()), "lr": decoding, "weight_decay": 0.0},
     ]
     identity: dict[str, Any] = {"stage": to_dict(stage), "model": to_dict(config.model), "shared": config.shared}
-    identity |= {"layout": shop.layout.digest, "zoo": str(config.two_stage.zoo)}
+    identity |= {"layout": shop.layout.digest, "decoder_learning_rate": decoding, "zoo": str(config.two_stage.zoo)}
     try:
         train(
             task, model, groups, replace(stage.train, seed=config.seed), config.out / "end_to_end", resume="latest",

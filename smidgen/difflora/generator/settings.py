@@ -66,17 +66,19 @@ class EndToEnd:
     people: Subjects = field(
         default_factory=lambda: Subjects(people=3000, held_out=0, pictures=6, same_scenes=False, people_seed=1)
     )
-    batch_size: int = 16  # people in a step
-    pictures: int = 2  # of each that its adapter has to draw
+    batch_size: int = 32  # people in a step
+    pictures: int = 1  # of each that its adapter has to draw
     references: int = 3  # photos of each at most that the generator sees
-    learning_rate: float = 1e-3  # of the transformer
-    decoder_learning_rate: float = 2e-3  # of what turns latents into adapters
+    learning_rate: float = 5e-4  # of the transformer
+    decoder_learning_rate: float | None = (
+        None  # of what turns latents into adapters; None: 0.08 of personalize's own rate
+    )
     snr_gamma: float | None = None  # min-SNR weighting of the base's loss; None: off
     base_loss_weight: float = 0.1  # of the diffusion over its own latents, with which nobody in particular is drawn
     gradient_checkpointing: bool = False  # less memory, slower steps
     train: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            max_train_steps=8000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
+            max_train_steps=7000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
         )
     )
 
@@ -86,7 +88,7 @@ class GeneratorConfig:
     """One generator. A stage without steps (``max_train_steps`` 0 is not one: leave the zoo, or the people, out) is
     skipped; both stages together go from the zoo to the denoising loss."""
 
-    adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=1))
+    adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=4))
     shared: Literal["none", "learned", "random"] = "none"  # LoRA's A: predicted, one for all, or one that stays random
     encoders: Encoders = field(default_factory=Encoders)
     model: Model = field(default_factory=Model)
@@ -113,7 +115,6 @@ PRESETS = {
         end_to_end=EndToEnd(
             people=Subjects(people=6, held_out=0, pictures=2, same_scenes=False, people_seed=1),
             batch_size=2,
-            pictures=1,
             train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
         ),
         two_stage=TwoStage(batch_size=4, train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2)),
