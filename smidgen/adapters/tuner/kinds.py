@@ -68,7 +68,7 @@ class LinearKind:
     def add_output_shifts(self, y: Tensor, factors: Factors, x: Tensor) -> Tensor:
         """y + D x with a D of its own for each run of rows: trained factors lead with [runs], frozen ones are shared."""
         x, up, down, device = x.to(y.dtype), factors.up.to(y.dtype), factors.down.to(y.dtype), y.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
             if factors.diagonal is None:
                 return LowRankShift.apply(y, x, up, down)  # type: ignore[no-any-return]
             hidden = (x @ down.mT).unflatten(0, (len(factors.diagonal), -1))  # [runs, rows, ..., k]
@@ -80,6 +80,11 @@ class LinearKind:
     def _hidden(factors: Factors, x: Tensor) -> Tensor:
         hidden = F.linear(x, factors.down.to(x.dtype))
         return hidden if factors.diagonal is None else hidden * factors.diagonal.to(hidden.dtype)
+
+
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for a type of device; the meta device has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 class Conv1DKind(LinearKind):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.tuner import compose
-from smidgen.adapters.tuner.kinds import Kind, LinearKind
+from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
 from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
 
@@ -106,7 +106,7 @@ class ShiftLayer(nn.Module):
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
-        if not diagonal or weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        if not diagonal or weight.requires_grad or autocasting(x.device.type):
             return False
         if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
             return False
