@@ -239,7 +239,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     kept.fill(lambda places: {"v": torch.arange(3.0)[places.start : places.stop]})
     assert kept.column("v", [2, 2, 0])[[0, 2]].tolist() == [2.0, 0.0]
     kept.path(0).write_bytes(kept.path(0).read_bytes()[:-4])
-    with pytest.raises(smidgen.errors.SmidgenError, match="x-00000.safetensors cannot be read"):
+    with pytest.raises(smidgen.errors.SmidgenError, match=r"x-00000.safetensors cannot be read"):
         kept.whole("v")
     kept.fill(lambda places: {"v": torch.ones(len(places))})
     assert kept.whole("v").tolist() == [1.0, 1.0, 1.0]
@@ -267,8 +267,11 @@ def test_pca_holds_few_rows_of_a_zoo(tmp_path, monkeypatch):
         rows = read(self, lines)
         alive[0] += len(rows)
         most[0] = max(most[0], alive[0])
-        weakref.finalize(rows, lambda n=len(rows): alive.__setitem__(0, alive[0] - n))
+        weakref.finalize(rows, gone, len(rows))
         return rows
+
+    def gone(number):
+        alive[0] -= number
 
     monkeypatch.setattr(Zoo, "read", counted)
     rows = zoo.rows("train")
