@@ -124,7 +124,7 @@ def predict(
         caption: what the photos show, for --refine (none: what the image encoder reads, or a neutral caption).
         extra_rank: rank that --refine adds to low-rank factors.
         keep_rank: bring a refined adapter back to the prediction's rank.
-        refine_rate: learning rate of --refine (none: a tenth of personalize's).
+        refine_rate: learning rate of --refine (none: three tenths of personalize's).
     """
     from smidgen.difflora.generator.commands import parse_seeds
     from smidgen.difflora.generator.commands import predict as run

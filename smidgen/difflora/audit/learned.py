@@ -21,7 +21,7 @@ from smidgen.difflora.audit.scores import key_of
 from smidgen.difflora.audit.settings import EvaluateConfig
 from smidgen.difflora.audit.studio import Studio
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.generator.refine import Refine, refine_rows, widened
+from smidgen.difflora.generator.refine import Refine, captions_of, refine_rows, widened
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.group import Person, Workshop
 from smidgen.difflora.zoo.settings import Gate, Group, ZooConfig
@@ -81,7 +81,8 @@ class Predicted:
         assert self.made.rows is not None
         studio, start = self.studio(self.generator.layout), time.process_time()
         photos = [person.photos for person in self.people]
-        rows, layout = refine_rows(studio, self.made.rows[0], photos, self.refinement)
+        captions = [captions_of(self.generator.image, own) for own in photos]
+        rows, layout = refine_rows(studio, self.made.rows[0], photos, self.refinement, captions)
         layout.check_same(self._refined_layout(), "Refined adapters")
         return Made(rows[None], self.made.seconds + (time.process_time() - start) / len(self.people))
 

@@ -23,7 +23,7 @@ from smidgen.difflora.generator.directions import edited, load_directions
 from smidgen.difflora.generator.folders import Photo, new_folder, read_photos, write_folder
 from smidgen.difflora.generator.generator import SHIPPED, load_generator
 from smidgen.difflora.generator.invert import Invert, invert
-from smidgen.difflora.generator.refine import CAPTION, Refine, refine_rows
+from smidgen.difflora.generator.refine import Refine, captions_of, refine_rows
 from smidgen.difflora.generator.sources import Source, latent_of
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
@@ -95,13 +95,6 @@ class Desk:
         """Photos as the base and the encoders see them: square, of the base's size."""
         return [fit(photo.image, self.carrier.base.resolution) for photo in photos]
 
-    def captions(self, images: Sequence[Image.Image], caption: str | None) -> list[str]:
-        """What the photos show: as told, or as the generator's image encoder sees it, or nothing in particular."""
-        if caption is not None:
-            return [caption] * len(images)
-        seen = getattr(self.generator.image, "captions", None)
-        return list(seen(images)) if seen else [CAPTION] * len(images)
-
     def row(self, latent: Tensor) -> Tensor:
         """The adapter [1, numbers] of one latent [size]; one at a time, so that its bits do not depend on others."""
         return self.generator.rows(latent[None])
@@ -153,7 +146,7 @@ def predict(
                 for seed, latent in zip(seeds, latents, strict=True)
             ]
         if refine is not None and refine.steps:
-            made = _refined(desk, made, images, desk.captions(images, caption), refine, progress)
+            made = _refined(desk, made, images, captions_of(desk.generator.image, images, caption), refine, progress)
         return _finish(work, desk, scratch, made, images)
 
 
@@ -235,7 +228,7 @@ def invert_photos(
         if from_prediction:
             with desk.timed("prediction"):
                 start = latent_of(desk, photos, config.seed).latent
-        captions = desk.captions(images, caption)
+        captions = captions_of(desk.generator.image, images, caption)
         with desk.timed("inversion"):
             latent = invert(desk.generator, desk.carrier, images, config, captions, start, progress)
         told = {

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.difflora.generator.carrier import Carries, banked
+from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.weightspace.canonical import canonical_rows, refactor
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.zoo.task import GroupTask
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CAPTION = "a portrait of a person"  # of a photo that nobody described
-SHARE = 0.1  # of the rate at which an adapter of the method is trained from nothing
+SHARE = 0.3  # of the rate at which an adapter of the method is trained from nothing
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Refine:
     extra_rank: int = 1  # rank added to low-rank factors
     keep_rank: bool = False  # bring the result back to the prediction's rank by SVD
     train_prediction: bool = True  # False: the prediction stays frozen and the extra rank alone is trained
-    learning_rate: float | None = None  # None: a tenth of personalize's own for the method and base
+    learning_rate: float | None = None  # None: three tenths of personalize's own for the method and base
     anchor: float = 0.0  # weight of the squared distance to the prediction
     batch_size: int = 4  # noised copies of a person's photos in a step
     timesteps: tuple[float, float] = (0.0, 1.0)  # share of the noise schedule that is trained on, from clean to noise
@@ -95,6 +96,18 @@ def refine_rows(
         ]
         parts.append(_refined(shop, layout, rows[group], tasks, config, progress))
     return _finished(torch.cat(parts), layout, shop.layout, config)
+
+
+def captions_of(encoder: PictureEncoder, photos: Sequence[Image], caption: str | None = None) -> list[str]:
+    """A caption of each photo: ``caption`` if it is given, else what the generator's image encoder reads in the scene if it
+    can (the embedded one does), else ``CAPTION``.
+
+    What a caption leaves unsaid is learnt as the person: refinement gains little without a true one.
+    """
+    if caption is not None:
+        return [caption] * len(photos)
+    read = getattr(encoder, "captions", None)
+    return list(read(photos)) if read else [CAPTION] * len(photos)
 
 
 def widened(layout: Layout, extra: int) -> Layout:
