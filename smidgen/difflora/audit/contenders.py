@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,10 @@ from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Normaliser, Statistics
-from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.zoo.status import status
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.errors import DataError
 from smidgen.training.randomness import stream
-
-COMPONENTS = 64  # in which memorisation is measured; in all n - 1 of them n rows are equally far from each other
 
 
 @dataclass(frozen=True)
@@ -134,11 +131,6 @@ class Simple:
     # ---- what they are made of ---------------------------------------------------------------------------------------
 
     @cached_property
-    def codec(self) -> PCA:
-        """Principal components of the training adapters in canonical form: what memorisation is measured in."""
-        return cast(PCA, PCA(self.zoo.layout, "centred", components=COMPONENTS).fit(self.rows, progress=False))
-
-    @cached_property
     def training(self) -> Tensor:
         """The training rows [n, numbers]."""
         return self.rows.load().values
@@ -148,7 +140,7 @@ class Simple:
         in canonical form, without which unrelated factors cannot be averaged."""
         if self.zoo.settings.get("group", {}).get("shared_start"):
             return rows
-        return canonical_rows(rows, self.zoo.layout, self.codec.reference)
+        return canonical_rows(rows, self.zoo.layout, canonical_rows(self.training[0], self.zoo.layout))
 
     @cached_property
     def normaliser(self) -> Normaliser:

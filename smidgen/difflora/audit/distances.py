@@ -79,6 +79,53 @@ def nearest(found: Tensor, count: int = 2, own: bool = False) -> tuple[Tensor, T
     return values, places
 
 
+def entries(rows: Tensor, layout: Layout, count: int, seed: int = 0) -> Tensor:
+    """Some entries [n, count] of the deltas of rows [n, numbers] (without factors: of the rows), at places that are the
+    same for all comparable layouts."""
+    dice = torch.Generator().manual_seed(seed)
+    if not low_rank(layout):
+        return rows[:, torch.randint(layout.size, (count,), generator=dice)].double()
+    pairs, found = sorted(layout.factor_pairs(), key=lambda pair: pair[0].key), []
+    for _ in range(count):
+        a, b = pairs[int(torch.randint(len(pairs), (), generator=dice))]
+        row, column = (int(torch.randint(size, (), generator=dice)) for size in (b.shape[0], a.shape[1]))
+        left, right = _factors(rows, a, b)
+        found.append(a.scale * (right[:, row] * left[:, :, column]).sum(1))
+    return torch.stack(found, 1)
+
+
+class DeltaComponents:
+    """Principal components of training deltas through their inner products, so that adapters of any comparable layout have
+    coordinates in them.
+
+    K = <D_i, D_j> centred = U L U^T; a delta d has the coordinates <d - mean, D - mean> U / sqrt(L), and these over their
+    deviation sqrt(L / n) on the training adapters are the whitened ones.
+    """
+
+    def __init__(self, rows: Tensor, layout: Layout, count: int) -> None:
+        self.rows, self.layout = rows, layout
+        self.products = self._inner(rows, layout)
+        values, vectors = torch.linalg.eigh(self._centred(self.products))
+        kept = max(1, min(count, int((values > values[-1].clamp(min=1e-30) * 1e-9).sum())))
+        self.values, self.vectors = values[-kept:].flip(0), vectors[:, -kept:].flip(1)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def whitened(self, rows: Tensor, layout: Layout) -> Tensor:
+        """Coordinates [n, k] of rows [n, numbers]; of mean 0 and variance 1 on the training adapters."""
+        found = self._centred(self._inner(rows, layout))
+        return found @ self.vectors / self.values.clamp(min=1e-30) * len(self.rows) ** 0.5
+
+    def _inner(self, rows: Tensor, layout: Layout) -> Tensor:
+        return torch.cat([inner(part, layout, self.rows, self.layout) for part in rows.split(BLOCK)])
+
+    def _centred(self, products: Tensor) -> Tensor:
+        """Inner products [n, training] of deltas less the training mean."""
+        means = self.products.mean(1)
+        return products - products.mean(1, keepdim=True) - means + means.mean()
+
+
 def _factors(rows: Tensor, a, b) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
     """A [n, r, cols] and B [n, rows, r] in fp64."""
     return rows[:, a.columns].reshape(-1, *a.shape).double(), rows[:, b.columns].reshape(-1, *b.shape).double()

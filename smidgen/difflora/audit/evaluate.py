@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -211,13 +212,13 @@ def named_generators(folders: Sequence[Path]) -> dict[str, tuple[Generator, str]
         ConfigError: two folders are the same.
     """
     found: dict[str, tuple[Generator, str]] = {}
+    if twice := [str(folder) for folder, count in Counter(f.resolve() for f in folders).items() if count > 1]:
+        raise ConfigError(f"The generator {twice[0]} is given twice.")
     for folder in folders or (None,):
         where = SHIPPED if folder is None else folder
         name = "shipped" if folder is None else where.resolve().name
         if f"DiffLoRA ({name})" in found:
             name = str(where)
-        if f"DiffLoRA ({name})" in found:
-            raise ConfigError(f"The generator {where} is given twice.")
         generator = load_generator(folder)
         digest = hashlib.sha256((where / JSON).read_bytes() + generator.layout.to_json().encode())
         codec = where / "codec" / "codec.json"

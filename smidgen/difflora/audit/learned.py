@@ -21,6 +21,7 @@ from smidgen.difflora.audit.scores import key_of
 from smidgen.difflora.audit.settings import EvaluateConfig
 from smidgen.difflora.audit.studio import Studio
 from smidgen.difflora.generator.generator import Generator
+from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.generator.refine import Refine, captions_of, refine_rows, widened
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.group import Person, Workshop
@@ -64,10 +65,10 @@ class Predicted:
         return Made(torch.stack(rows, 1), seconds)
 
     @torch.no_grad()
-    def of_features(self, face: Tensor, image: Tensor, usable: Sequence[Sequence[int]]) -> Tensor:
-        """Adapters [person, numbers] of people by the features [picture, width] of the first of their usable photos."""
-        first = [photos[0] for photos in usable]
-        condition = self.generator.network.mixing(face[first, None], image[first, None])
+    def of_photos(self, photos: Photos) -> Tensor:
+        """Adapters [person, numbers] of people by the first of their usable photos."""
+        first = [own[0] for own in photos.usable]
+        condition = self.generator.network.mixing(photos.face[first, None], photos.image[first, None])
         rows = [self.generator.rows(self.generator.latents(part, [0] * len(part))) for part in condition.split(256)]
         return torch.cat(rows)
 

@@ -1,7 +1,7 @@
 """Are generated adapters copies of training ones? After arXiv 2506.07998, which found that weight generators replicate or
 interpolate the checkpoints they were trained on.
 
-In two spaces, the deltas s B A and the whitened principal components of the zoo: how near is a generated adapter, of a
+In two spaces, the deltas s B A and their whitened principal components: how near is a generated adapter, of a
 held-out photo, to its nearest training adapter, beside how near held-out people's own trained adapters are, and training
 adapters among each other? A copy lies nearer than any other person does (and has a small d1 / d2, nearest over second
 nearest). The pictures are asked too: do they look more like the nearest training identity than like the person?
@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smidgen.difflora.audit.contenders import COMPONENTS, Simple
-from smidgen.difflora.audit.distances import comparable, distances, nearest
+from smidgen.difflora.audit.contenders import Simple
+from smidgen.difflora.audit.distances import DeltaComponents, comparable, distances, entries, nearest
 from smidgen.difflora.audit.learned import Predicted
 from smidgen.difflora.audit.plots import distance_plot, weights_plot
 from smidgen.difflora.audit.scores import Score
 from smidgen.difflora.audit.statistics import bootstrap
-from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.compare.statistics import Interval
 
-WEIGHTS = 64  # numbers of an adapter in the picture
+COMPONENTS = 64  # in all n - 1 principal components n training adapters are equally far from each other
+WEIGHTS = 64  # entries of an adapter's deltas in the picture
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,18 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
             "held-out trained to training": spread(distances(held, zoo.layout, training, zoo.layout)),
             "generated to training": spread(distances(generated, layout, training, zoo.layout)),
         }
+        components = DeltaComponents(training, zoo.layout, min(COMPONENTS, len(training) // 4))
+        white = [components.whitened(rows, zoo.layout) for rows in (training, held)]
+        spaces[f"first {len(components)} principal components of the deltas, whitened"] = {
+            "training to training": spread(torch.cdist(white[0], white[0]), own=True),
+            "held-out trained to training": spread(torch.cdist(white[1], white[0])),
+            "generated to training": spread(torch.cdist(components.whitened(generated, layout), white[0])),
+        }
     else:
         notes.append(
             "Its adapters are of another family than the zoo's, so their weights cannot be compared with them."
         )
-    if layout.digest == zoo.layout.digest:
-        white = [whitened(simple, rows) for rows in (training, held, generated)]
-        spaces[f"first {white[0].shape[1]} principal components, whitened"] = {
-            "training to training": spread(torch.cdist(white[0], white[0]), own=True),
-            "held-out trained to training": spread(torch.cdist(white[1], white[0])),
-            "generated to training": spread(torch.cdist(white[2], white[0])),
-        }
-    elif comparable(layout, zoo.layout):
-        notes.append("Its adapters have another rank than the zoo's: principal components are left out.")
-    mine = predicted.of_features(simple.photos.face, simple.photos.image, simple.photos.usable)
+    mine = predicted.of_photos(simple.photos)
     spaces["the generator's own predictions, deltas"] = {
         "of training photos, among each other": spread(distances(mine, layout, mine, layout), own=True),
         "of held-out photos, to those": spread(distances(generated, layout, mine, layout)),
@@ -103,12 +101,6 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
     wanted = {name: scores[name] for name in (predicted.name, "zoo's trained adapter") if name in scores}
     alike = {name: like_neighbour(lines) for name, lines in wanted.items() if lines[0].neighbour_identity is not None}
     return Memorised(predicted.name, spaces, alike, tuple(notes))
-
-
-def whitened(simple: Simple, rows: Tensor) -> Tensor:
-    """The first principal components [n, k] of rows, each of variance 1 over the training people."""
-    found = simple.codec.encode(rows)
-    return found[:, : max(1, min(COMPONENTS, len(simple.rows) // 4))].double()
 
 
 def like_neighbour(lines: Sequence[Score]) -> Interval:
@@ -121,21 +113,22 @@ def write_memorisation(found: Sequence[Memorised], simple: Simple, predicted: Se
     replace_file(out / "memorisation.json", json.dumps([as_json(one) for one in found], indent=1))
     for number, (one, own) in enumerate(zip(found, predicted, strict=True)):
         distance_plot(one, out / f"memorisation-{number}.png")
-        if comparable(own.generator.layout, simple.zoo.layout) and own.generator.layout.size == simple.zoo.layout.size:
-            weights_plot(*side_by_side(simple, own), out / f"weights-{number}.png")
+        weights_plot(*side_by_side(simple, own), out / f"weights-{number}.png")
     return "\n\n".join(["## Copies?", *(as_markdown(one, number, out) for number, one in enumerate(found))])
 
 
 def side_by_side(simple: Simple, predicted: Predicted) -> tuple[Tensor, Tensor, list[str]]:
-    """Some numbers [64] of the first sitter's generated adapter, those of the three nearest training ones [3, 64], and
-    their names; all in canonical form."""
+    """Some entries [64] of the deltas of the first sitter's generated adapter, those [3, 64] of the three nearest training
+    adapters (of another family: of the nearest predictions for training photos), and their names."""
     assert predicted.made.rows is not None
-    layout, training = simple.zoo.layout, simple.training
-    row = predicted.made.rows[0, :1]
-    places = nearest(distances(row, predicted.generator.layout, training, layout), 3)[1][0].tolist()
-    chosen = torch.randperm(layout.size, generator=torch.Generator().manual_seed(0))[:WEIGHTS]
-    shown = canonical_rows(torch.cat([row, training[places]]), layout, simple.codec.reference)[:, chosen]
-    return shown[0], shown[1:], [simple.rows.ids[place] for place in places]
+    row, layout, names = predicted.made.rows[0, :1], predicted.generator.layout, list(simple.rows.ids)
+    others, theirs = simple.training, simple.zoo.layout
+    if not comparable(layout, theirs):
+        others, theirs = predicted.of_photos(simple.photos), layout
+        names = [f"prediction for {name}" for name in simple.photos.ids]
+    places = nearest(distances(row, layout, others, theirs), 3)[1][0].tolist()
+    shown = [entries(rows, own, WEIGHTS) for rows, own in ((row, layout), (others[places], theirs))]
+    return shown[0][0], shown[1], [names[place] for place in places]
 
 
 def as_json(found: Memorised) -> dict[str, Any]:
