@@ -124,7 +124,6 @@ class Bench:
             "curves_steps": steps,
             "curves_largest_difference": float(apart.max()),
             "curves_largest_relative_difference": float((apart / alone).max()),
-            "curves_mean_fall_of_the_loss": float((alone[:5].mean(0) - alone[-5:].mean(0)).mean()),
         }
 
 
