@@ -18,7 +18,7 @@ from torch import Tensor
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.card import write_card
 from smidgen.difflora.generator.encoders import PictureEncoder
-from smidgen.difflora.generator.generator import Generator
+from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import Photos, people_of, photos_of
 from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig, TwoStage
@@ -65,7 +65,7 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     generator = Generator(config.base, codec, network, config.encoders, config.model)
     generator.save(config.out)
     write_card(generator, config.out)
-    return generator
+    return load_generator(config.out)  # what was written has 16 bits
 
 
 def _precision(config: GeneratorConfig) -> Any:

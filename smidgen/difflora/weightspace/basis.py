@@ -44,7 +44,7 @@ class Basis(Codec):
         Raises:
             ConfigError: ``shared`` for a family without two trained factors.
         """
-        codec = cls(layout, latents=latents)
+        codec = cls(layout, latents=latents, half=True)
         with torch.no_grad():
             codec.numbers.mean.copy_(start)
         pairs = list(layout.factor_pairs())
@@ -63,7 +63,7 @@ class Basis(Codec):
         with torch.no_grad():
             mean = codec.decode(torch.zeros(1, *codec.latent_shape))[0]
             basis = codec.decode(torch.eye(size).reshape(size, *codec.latent_shape)) - mean
-        made = cls(codec.layout, latents=size)
+        made = cls(codec.layout, latents=size, half=True)
         with torch.no_grad():
             made.numbers.mean.copy_(mean)
             made.numbers.basis.copy_(basis)

@@ -43,7 +43,7 @@ class Subjects:
 class Group:
     """How many adapters are trained at once, and what they share."""
 
-    group_size: int = 16  # adapters in a group; part of the zoo: the rounding of a batch depends on its size
+    group_size: int = 32  # adapters in a group; part of the zoo: the rounding of a batch depends on its size
     train_batch_size: int = 1  # pictures of each person in a step
     common_noise: bool = True  # the same timesteps, noise and picture order for everybody
     shared_start: bool = True  # the same start values for everybody
