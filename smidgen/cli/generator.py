@@ -207,7 +207,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def command(name: str) -> Callable[..., None]:
     """The command called ``name``, its sections of settings in place."""
-    from smidgen.difflora.generator.commands import Work
+    from smidgen.difflora.generator.desk import Work
     from smidgen.difflora.generator.invert import Invert
 
     tyro, found = load_tyro(), COMMANDS[name]
