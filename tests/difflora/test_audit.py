@@ -166,7 +166,7 @@ def test_command_line(zoo, generator, tmp_path, capsys):
     assert "given twice" in capsys.readouterr().err
     assert main(["zoo", "evaluat", str(zoo)]) == 2
     assert "evaluate" in capsys.readouterr().err
-    assert main([*words, "--preset", "nothing"]) == 2
+    assert main(["zoo", "evaluate", str(zoo), "--preset", "nothing"]) == 2
     assert not (tmp_path / "out" / TABLE).exists()
 
 
@@ -188,7 +188,7 @@ def test_zoo_of_another_base_than_this_machines(zoo, config, monkeypatch):
             parameter.data.mul_(-1 if ".to_" in name else 1)
         return base
 
-    monkeypatch.setattr("smidgen.difflora.audit.studio.load_base", other)
+    monkeypatch.setattr("smidgen.difflora.generator.carrier.load_base", other)
     with pytest.raises(BaseLockError):
         evaluate(zoo, config, progress=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 import smidgen
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.difflora.audit.settings import Drawing
+from smidgen.difflora.generator.carrier import Carrier
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
 from smidgen.difflora.zoo.gate import Drawer
 from smidgen.difflora.zoo.records import row_digest
 from smidgen.difflora.zoo.settings import Gate
 from smidgen.errors import ConfigError
 from smidgen.training.judging import Judge, judge_for
-from smidgen.training.pipelines import default_device, load_base
 from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:
@@ -38,9 +39,10 @@ class Studio:
     """
 
     def __init__(self, base: str, layout: Layout, judge: Judge | None, drawing: Drawing, seed: int) -> None:
+        carrier = Carrier(base, layout)
         self.layout, self.drawing = layout, drawing
-        self.base = load_base(base, "no", default_device())
-        self.unet: nn.Module = self.base.unet
+        self.base, self.unet = carrier.base, carrier.unet
+        self.bytes = adapter_bytes(layout, self.unet)
         found = judge or judge_for(self.base)
         if found is None:
             raise ConfigError(
@@ -48,12 +50,7 @@ class Studio:
                 "judge: an object with the methods of smidgen.training.judging.Judge."
             )
         self.judge = found
-        self.bytes = adapter_bytes(layout, self.unet)
-        own = smidgen.SmidgenConfig(**layout.config)
-        smidgen.adapt(self.unet, own)
-        for parameter in self.unet.parameters():
-            parameter.requires_grad_(False)
-        self.bank = Bank(self.unet, own, ["row"])
+        self.bank = Bank(self.unet, smidgen.SmidgenConfig(**layout.config), ["row"])
         self.bank.put("row", self.unet)  # frozen factors are shared with the carrier
         gate = Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale)
         self._last: dict[str, list[Image]] = {}
@@ -94,8 +91,9 @@ def scenes_seed(seed: int) -> int:
 
 
 def adapter_bytes(layout: Layout, unet: nn.Module) -> int:
-    """What one adapter takes on the disk as a folder; ``unet`` is the plain base."""
-    with tempfile.TemporaryDirectory() as folder:
+    """What one adapter takes on the disk as a folder."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft wonders about a second adapter, which is meant
         write_adapter(layout, torch.zeros(layout.size), unet, folder)
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
