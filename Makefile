@@ -4,9 +4,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO ?= demo_output
+SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-again test-slow lint types contract bench base clean help
+.PHONY: demo test test-again test-slow lint types contract bench base generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -46,6 +47,14 @@ bench: $(VENV)/.ready  ## make bench NAME=step_time: redo benchmarks/results/NAM
 
 base: $(VENV)/.ready  ## train the embedded base model from nothing (hours; resumable)
 	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage all
+
+generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour; resumable)
+	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage render
+	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage encoders
+	$(ENV) $(BIN)/smidgen generator train --out work/generator
+	$(ENV) $(BIN)/smidgen generator directions work/generator --people work/generator/people
+	mkdir -p $(SHIPPED)
+	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
 
 clean:           ## the environment and what the demo wrote
 	rm -rf $(VENV) $(DEMO)
