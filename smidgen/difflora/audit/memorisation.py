@@ -28,6 +28,7 @@ from smidgen.training.checkpoints import replace_file
 from smidgen.training.compare.statistics import Interval
 
 COMPONENTS = 64  # in all n - 1 principal components n training adapters are equally far from each other
+OWN = 512  # training photos whose predictions are compared
 WEIGHTS = 64  # entries of an adapter's deltas in the picture
 
 
@@ -93,7 +94,7 @@ def memorised(simple: Simple, predicted: Predicted, scores: Mapping[str, Sequenc
         notes.append(
             "Its adapters are of another family than the zoo's, so their weights cannot be compared with them."
         )
-    mine = predicted.of_photos(simple.photos)
+    mine = predicted.of_photos(simple.photos)[:OWN]
     spaces["the generator's own predictions, deltas"] = {
         "of training photos, among each other": spread(distances(mine, layout, mine, layout), own=True),
         "of held-out photos, to those": spread(distances(generated, layout, mine, layout)),
