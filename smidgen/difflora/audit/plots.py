@@ -39,7 +39,7 @@ def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) 
     for name, values in zip(names, others, strict=True):
         axes.plot(values.tolist(), linewidth=0.8, label=f"nearest: {name}")
     axes.plot(row.tolist(), ".", color="black", label="generated")
-    axes.set_xlabel(f"{len(row)} numbers chosen at random", fontsize=8)
+    axes.set_xlabel(f"{len(row)} entries of the deltas, chosen at random", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _write(figure, path)
