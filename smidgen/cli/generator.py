@@ -83,8 +83,8 @@ def directions(
 
     made = load_generator(generator)
     found = learn(made, Carrier(base or made.base, made.layout), people, most, calibrate)
-    print(table(found))
-    print(f"\n{save_directions(found, generator, made)}: {len(found)} sliders")
+    print(table(found.directions))
+    print(f"\n{save_directions(found, generator, made)}: {len(found.directions)} sliders")
 
 
 def inspect(generator: Path | None = None, /) -> None:
@@ -165,18 +165,20 @@ def blend(first: Path, second: Path, /, work: Any, share: float = 0.5, seed: int
     print(run(first, second, work, share, seed))
 
 
-def sample(work: Any, seeds: str = "0", steps: int = 50) -> None:
+def sample(work: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "gaussian", steps: int = 50) -> None:
     """Make adapters of people who do not exist.
 
     Args:
         work: where results go, and what makes them.
         seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
+        by: gaussian draws a latent as those of the training people are spread (needs `smidgen generator directions`), diffusion
+            asks the generator's sampler without a photo.
         steps: steps of the generator's sampler.
     """
     from smidgen.difflora.generator.commands import parse_seeds
     from smidgen.difflora.generator.commands import sample as run
 
-    print(run(work, parse_seeds(seeds), steps))
+    print(run(work, parse_seeds(seeds), by, steps))
 
 
 def invert(

@@ -140,7 +140,7 @@ def told(generator: Generator, folder: Path) -> str:
     """The same as lines for a terminal, with the sliders there are."""
     lines = [str(folder), *(f"  {name}: {value}" for name, value in facts_of(generator, folder).items())]
     if (folder / FILE).is_file():
-        sliders = load_directions(folder, generator)
+        sliders = load_directions(folder, generator).directions
         lines.append(f"  sliders: {', '.join(direction.name for direction in sliders)}")
     return "\n".join(lines)
 

@@ -8,8 +8,9 @@ Nothing is written when one of them fails.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -71,9 +72,7 @@ def predict(
         return finish(work, desk, scratch, made, images)
 
 
-def edit(
-    sources: Sequence[Path], work: Work, wanted: Mapping[str, float], seed: int = 0, progress: bool = True
-) -> Outcome:
+def edit(sources: Sequence[Path], work: Work, wanted: Mapping[str, float], seed: int = 0) -> Outcome:
     """The adapter of ``sources`` (photos of one person, or one adapter folder) with each slider of ``wanted`` at its value.
 
     Raises:
@@ -84,19 +83,18 @@ def edit(
         raise ConfigError("Which sliders? Give --set ATTRIBUTE=WORD:NUMBER, such as --set skin=dark:1.0.")
     with new_folder(work.out, work.overwrite) as scratch:
         desk, source = _open(work, sources, seed)
-        directions = load_directions(desk.folder, desk.generator)
+        directions = load_directions(desk.folder, desk.generator).directions
         with desk.timed("prediction"):
-            latents = {times: edited(source.latent, directions, wanted, times) for times in TIMES}
-            words = ", ".join(f"{name} {value:g}" for name, value in wanted.items())
             told = {"command": "edit", "set": dict(wanted), "from": source.told}
-            made = [
-                desk.made(latent, f"sliders x {times:g}", "" if times == 1 else None, **told)
-                for times, latent in latents.items()
-            ]
-        return finish(work, desk, scratch, made, source.images, (*source.notes, f"edited: {words}"))
+            made = []
+            for times in TIMES:
+                latent = edited(source.latent, directions, wanted, times)
+                label = ", ".join(f"{name} {times * value + 0.0:g}" for name, value in wanted.items())
+                made.append(desk.made(latent, label, "" if times == 1 else None, **told))
+        return finish(work, desk, scratch, made, source.images, source.notes)
 
 
-def blend(first: Path, second: Path, work: Work, share: float = 0.5, seed: int = 0, progress: bool = True) -> Outcome:
+def blend(first: Path, second: Path, work: Work, share: float = 0.5, seed: int = 0) -> Outcome:
     """The adapter between ``first`` and ``second`` (each a photo or an adapter folder): ``share`` of the second's latent.
 
     Raises:
@@ -118,16 +116,28 @@ def blend(first: Path, second: Path, work: Work, share: float = 0.5, seed: int =
 
 
 def sample(
-    work: Work, seeds: Sequence[int], steps: int = 50, guidance: float | None = None, progress: bool = True
+    work: Work,
+    seeds: Sequence[int],
+    by: Literal["gaussian", "diffusion"] = "gaussian",
+    steps: int = 50,
 ) -> Outcome:
-    """Adapters of people who do not exist, one for each seed, by ``steps`` of the generator's sampler without a photo."""
+    """Adapters of people who do not exist, one for each seed.
+
+    Args:
+        by: ``gaussian`` draws latents as those of the training people are spread, ``diffusion`` by ``steps`` of the generator's
+            sampler without a photo.
+
+    Raises:
+        DataError: ``gaussian``, and the generator's folder does not tell how its people are spread.
+    """
     with new_folder(work.out, work.overwrite) as scratch:
         desk = Desk(work)
+        space = load_directions(desk.folder, desk.generator) if by == "gaussian" else None
         with desk.timed("prediction"):
             made = []
             for seed in seeds:
-                latent = desk.generator.latents(None, [seed], steps, guidance)[0]
-                told = {"command": "sample", "steps": steps, "seed": seed}
+                latent = space.sample(seed) if space else desk.generator.latents(None, [seed], steps)[0]
+                told = {"command": "sample", "by": by, "seed": seed} | ({} if space else {"steps": steps})
                 made.append(desk.made(latent, f"seed {seed}", f"seed-{seed}" if len(seeds) > 1 else "", **told))
         return finish(work, desk, scratch, made, [])
 
@@ -208,7 +218,8 @@ def _refined(
         )
     told = {"refine": asdict(config), "captions": captions}
     note = f"refined, {config.steps} steps"
-    return [
-        Made(row, layout, one.label, one.name, {**told, **one.recipe}, note)
-        for row, one in zip(rows, made, strict=True)
-    ]
+    found = []
+    for row, one in zip(rows, made, strict=True):
+        found.append(replace(one, name=None))  # on the sheet alone
+        found.append(Made(row, layout, one.label, one.name, {**told, **one.recipe}, note))
+    return found

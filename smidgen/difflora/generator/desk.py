@@ -124,9 +124,14 @@ def _sheet(work: Work, desk: Desk, made: Sequence[Made], images: Sequence[Image.
     """What it was made from, then the base and each adapter on the same scenes from the same noise."""
     with desk.timed("drawing"):
         scenes = desk.carrier.scenes(work.sheet)
-        layout = made[0].layout
-        drawn = desk.carrier.draw(torch.stack([one.row for one in made]), work.sheet, layout, with_base=True)
-    rows = [Row("made from", list(images)[: len(scenes)])] if images else []
-    rows.append(Row("base model", drawn[0]))
-    rows += [Row(one.label, own, one.note) for one, own in zip(made, drawn[1:], strict=True)]
-    return contact_sheet(f"{work.out.name}: same noise in each column", rows, scenes)
+        base: list[Image.Image] = []
+        drawn: dict[int, list[Image.Image]] = {}
+        for layout in {one.layout.digest: one.layout for one in made}.values():
+            own = [number for number, one in enumerate(made) if one.layout.digest == layout.digest]
+            rows = torch.stack([made[number].row for number in own])
+            pictures = desk.carrier.draw(rows, work.sheet, layout, with_base=not base)
+            base = base or pictures.pop(0)
+            drawn |= dict(zip(own, pictures, strict=True))
+    shown = [Row("made from", list(images)[: len(scenes)])] if images else []
+    shown += [Row("base model", base), *(Row(one.label, drawn[number], one.note) for number, one in enumerate(made))]
+    return contact_sheet(f"{work.out.name}: same noise in each column", shown, scenes)

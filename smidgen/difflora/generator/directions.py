@@ -29,6 +29,7 @@ from smidgen.difflora.generator.people import Photos, photos_of
 from smidgen.difflora.zoo.subjects import TABLE, read_subjects
 from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.training.checkpoints import replace_file
+from smidgen.training.randomness import stream
 from smidgen.training.report import markdown_table
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,27 @@ class Direction:
     read: float | None = None
     own: float | None = None
     kept: float | None = None
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is known of a generator's latents: ``directions``, and what its training people's are like: ``mean`` [size], and
+    ``spread`` [size, size] whose square is their covariance."""
+
+    directions: tuple[Direction, ...]
+    mean: Tensor
+    spread: Tensor
+
+    def sample(self, seed: int) -> Tensor:
+        """The latent [size] of nobody: Gaussian as the people's latents are (weights2weights samples its coefficients so)."""
+        return self.mean + torch.randn(len(self.mean), generator=stream(seed, "people")) @ self.spread
+
+    @classmethod
+    def of(cls, latents: Tensor, directions: Sequence[Direction]) -> Space:
+        """Of people's latents [people, size]."""
+        values, vectors = torch.linalg.eigh(torch.cov(latents.double().T))
+        spread = values.clamp(min=0).sqrt()[:, None] * vectors.T
+        return cls(tuple(directions), latents.mean(0), spread.half().float())
 
 
 def fit_directions(latents: Tensor, attributes: Sequence[Mapping[str, str]]) -> list[Direction]:
@@ -108,9 +130,9 @@ def latents_of(generator: Generator, photos: Photos, batch: int = 64) -> Tensor:
 
 def learn(
     generator: Generator, carrier: Carrier, folder: Path, most: int = 1000, drawn: bool = True, progress: bool = True
-) -> list[Direction]:
-    """Directions from at most ``most`` training people of the zoo or table in ``folder``; ``drawn``: calibrated where the
-    generator's face encoder can read attributes.
+) -> Space:
+    """The latent space as at most ``most`` training people of the zoo or table in ``folder`` show it; ``drawn``: sliders are calibrated
+    where the generator's face encoder can read attributes.
 
     Raises:
         DataError: there is no table of people, or no attributes in it.
@@ -126,9 +148,9 @@ def learn(
     known = {person.id: person.attributes for person in people}
     latents, attributes = latents_of(generator, photos), [known[name] for name in photos.ids]
     directions = fit_directions(latents, attributes)
-    if not drawn or not hasattr(generator.face, "read"):
-        return directions
-    return calibrate(generator, carrier, directions, latents, attributes, progress=progress)
+    if drawn and hasattr(generator.face, "read"):
+        directions = calibrate(generator, carrier, directions, latents, attributes, progress=progress)
+    return Space.of(latents, directions)
 
 
 def calibrate(
@@ -250,20 +272,25 @@ def table(directions: Sequence[Direction]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def save_directions(directions: Sequence[Direction], folder: Path, generator: Generator) -> Path:
+def save_directions(space: Space, folder: Path, generator: Generator) -> Path:
     """Writes ``directions.safetensors`` beside the generator; returns its path."""
-    told = [{k: v for k, v in vars(direction).items() if k != "vector"} for direction in directions]
+    told = [{k: v for k, v in vars(direction).items() if k != "vector"} for direction in space.directions]
     about = {"generator": generator.digest, "directions": json.dumps(told)}
-    vectors = torch.stack([direction.vector for direction in directions]).contiguous()
-    replace_file(folder / FILE, save({"vectors": vectors}, metadata=about))
+    vectors = torch.stack([direction.vector for direction in space.directions])
+    tensors = {
+        "vectors": vectors.contiguous(),
+        "mean": space.mean.contiguous(),
+        "spread": space.spread.half().contiguous(),
+    }
+    replace_file(folder / FILE, save(tensors, metadata=about))
     return folder / FILE
 
 
-def load_directions(folder: Path, generator: Generator) -> list[Direction]:
-    """The directions beside the generator in ``folder``.
+def load_directions(folder: Path, generator: Generator) -> Space:
+    """What lies beside the generator in ``folder``.
 
     Raises:
-        DataError: there are none, they are damaged, or another generator's.
+        DataError: nothing, or it is damaged, or another generator's.
     """
     path = folder / FILE
     again = f"`smidgen generator directions {folder} --people FOLDER` makes them."
@@ -271,11 +298,12 @@ def load_directions(folder: Path, generator: Generator) -> list[Direction]:
         raise DataError(f"{folder} has no directions to edit along. {again}")
     try:
         with safe_open(path, "pt") as file:
-            about, vectors = file.metadata() or {}, file.get_tensor("vectors")
+            about = file.metadata() or {}
+            vectors, mean, spread = (file.get_tensor(name).float() for name in ("vectors", "mean", "spread"))
         told = json.loads(about["directions"])
-        directions = [Direction(vector=vector, **own) for own, vector in zip(told, vectors, strict=True)]
+        directions = tuple(Direction(vector=vector, **own) for own, vector in zip(told, vectors, strict=True))
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}). {again}") from error
     if about.get("generator") != generator.digest:
         raise DataError(f"{path} was learnt for another generator than the one in {folder}. {again}")
-    return directions
+    return Space(directions, mean, spread)
