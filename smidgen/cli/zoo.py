@@ -1,4 +1,4 @@
-"""The commands ``smidgen zoo build | status | import | evaluate``; their flags are these functions' signatures."""
+"""The commands ``smidgen zoo build | status | import | evaluate | plan``; their flags are these functions' signatures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ SUMMARY = {
     "status": "say how a zoo stands",
     "import": "make a zoo of LoRA files",
     "evaluate": "judge a generator on held-out people, beside everything simpler",
+    "plan": "say what a generator for SDXL or SD 1.5 would cost",
 }
 
 
@@ -31,6 +32,8 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
         return build_command(words)
     if name == "evaluate":
         return evaluate_command(words)
+    if name == "plan":
+        return plan_command()
     return status if name == "status" else import_
 
 
@@ -123,3 +126,24 @@ def import_(
     from smidgen.difflora.zoo.importing import import_zoo as run
 
     print(run(folder, out, base, rank, held_out_share, ignore_text_encoder))
+
+
+def plan_command() -> Callable[..., None]:
+    """The command with the plan's own assumptions as flags."""
+    from smidgen.difflora.planning.plan import Assumptions
+
+    def plan(base: Literal["sdxl", "sd15"] = "sdxl", assumed: Any = Assumptions(), json: bool = False) -> None:  # noqa: B008
+        """Say what a zoo and a generator would cost: operations, hours, memory and disk, counted on the meta device.
+
+        Args:
+            base: sdxl at 1024 pixels, or sd15 at 512.
+            assumed: what is chosen, not counted.
+            json: print everything as JSON.
+        """
+        from smidgen.difflora.planning.plan import make_plan
+        from smidgen.difflora.planning.telling import to_json, to_markdown
+
+        print((to_json if json else to_markdown)(make_plan(base, assumed)))
+
+    plan.__annotations__["assumed"] = Annotated[Assumptions, load_tyro().conf.arg(name="")]
+    return plan
