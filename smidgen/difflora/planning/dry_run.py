@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,18 +41,24 @@ class Cost:
 
 
 def cost(run: Callable[[], Tensor], backward: bool = True, precision: torch.dtype | None = None) -> Cost:
-    """What ``run`` costs, which answers a scalar to differentiate; ``precision`` is that of autocast on a GPU."""
-    with ExitStack() as stack:
-        if precision is not None:
-            stack.enter_context(_AsOnGPU(precision))
-        flops = stack.enter_context(FlopCounterMode(display=False))
-        memory = stack.enter_context(_Memory())
-        result = run()
-        forward = flops.get_total_flops()
-        if backward:
-            result.backward()
+    """What ``run`` costs, which answers a scalar to differentiate; ``precision`` is that of autocast on a GPU.
+
+    It runs twice: torch's counter of operations holds on to tensors, so bytes are counted without it.
+    """
+    with nullcontext() if precision is None else _AsOnGPU(precision):
+        with FlopCounterMode(display=False) as flops:
+            result = run()
+            forward = flops.get_total_flops()
+            if backward:
+                result.backward()
+            training = flops.get_total_flops() - forward
         del result
-        return Cost(forward, flops.get_total_flops() - forward, memory.most)
+        with _Memory() as memory:
+            result = run()
+            if backward:
+                result.backward()
+            del result
+    return Cost(forward, training, memory.most)
 
 
 def group_step(
@@ -61,7 +67,7 @@ def group_step(
     """One row of group training or of the end-to-end stage: one latent of ``size`` x ``size`` through ``unet`` (on the meta
     device, without an adapter) with an adapter of a bank, and back to the adapter. Rows of a batch cost the same each.
     """
-    unet = unet.to(precision).requires_grad_(False).train()
+    nn.Module.to(unet, precision).requires_grad_(False).train()  # diffusers would speak of layers kept in fp32
     unet.disable_gradient_checkpointing()  # type: ignore[operator]
     if checkpointing:
         unet.enable_gradient_checkpointing(_checkpoint(precision))  # type: ignore[operator]

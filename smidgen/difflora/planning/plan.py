@@ -55,23 +55,23 @@ class Assumptions:
     rank: int = 4  # of LoRA on to_q, to_k, to_v, to_out.0
     zoo_steps: int = 800  # optimizer steps of an adapter, one picture each (weights2weights' recipe)
     two_stage_steps: int = 3000  # of 64 adapters
-    end_to_end_steps: int = 8000  # of 16 people, 2 pictures of each
+    end_to_end_steps: int = 8000
+    end_to_end_people: int = 16  # in a step
+    end_to_end_pictures: int = 2  # of each of them
     latents: int = 64  # numbers that an adapter is made from
     utilisation: float = 0.35  # share of a card's peak that training reaches
     cpu_flops: float = 5e11  # operations a second of the server's processor, where encoders and PCA run
 
     def __post_init__(self) -> None:
-        for name in ("people", "pictures", "rank", "zoo_steps", "two_stage_steps", "end_to_end_steps", "latents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}.")
         if not 0 < self.utilisation <= 1 or not self.cpu_flops > 0:
             raise ConfigError(f"utilisation {self.utilisation} must lie in (0, 1], cpu_flops above 0.")
 
 
 FIXED = {
     "two-stage batch": 64,
-    "end-to-end people in a step": 16,
-    "end-to-end pictures of each": 2,
     "share of a card's memory that can be used": 0.92,
     "bytes of a card for CUDA, work space and fragments": 2e9,
 }
@@ -157,7 +157,7 @@ def _flops(found: Counted, assumed: Assumptions) -> dict[str, float]:
     """Operations on GPUs."""
     examples = assumed.people * assumed.pictures
     step = found.checkpointed.forward + found.checkpointed.training
-    rows = FIXED["end-to-end people in a step"] * FIXED["end-to-end pictures of each"]
+    people, pictures = assumed.end_to_end_people, assumed.end_to_end_pictures
     decoding = 6 * assumed.latents * found.adapter + found.network_flops  # rows = mean + z B, and back
     return {
         VAE: 2 * examples * found.vae_flops,
@@ -165,7 +165,7 @@ def _flops(found: Counted, assumed: Assumptions) -> dict[str, float]:
         "zoo: training": assumed.people * assumed.zoo_steps * step,
         "zoo: losses of the gate": assumed.people * 2 * PROBES * found.plain.forward,
         "two stages: transformer": assumed.two_stage_steps * FIXED["two-stage batch"] * found.network_flops,
-        "end to end": assumed.end_to_end_steps * (rows * step + FIXED["end-to-end people in a step"] * decoding),
+        "end to end": assumed.end_to_end_steps * people * (pictures * step + decoding),
     }
 
 
@@ -188,6 +188,7 @@ def _disk(shape: Shape, found: Counted, assumed: Assumptions) -> dict[str, float
     return {
         "zoo: rows in fp32, as built": 4.0 * n * found.adapter,
         "zoo: the same rows in bf16": 2.0 * n * found.adapter,
+        "zoo: read by PCA in all its passes": 4.0 * n * found.adapter * passes(assumed, found.adapter),
         "end to end: encoded pictures": float(pictures) * (shape.picture_bytes + features),
         "end to end: encoded captions": float(pictures) * shape.caption_bytes,
         "end to end: two checkpoints": 2.0 * 16 * trained,  # with two moments and the moving average

@@ -28,6 +28,7 @@ def to_markdown(plan: Plan) -> str:
     ]
     total = ["**all**", f"{sum(plan.flops.values()):.3g}"]
     total += [f"**{hour(sum(plan.hours[card.name].values()))}**" for card in CARDS]
+    visits = chosen.end_to_end_steps * chosen.end_to_end_people / chosen.people
     cpu = [[stage, f"{f:.3g}", hour(f / chosen.cpu_flops / 3600)] for stage, f in plan.cpu_flops.items()]
     fits = [[what, *(f"{plan.fits[card.name][what]:,}" for card in CARDS)] for what in plan.fits[CARDS[0].name]]
     cards = [card.name for card in CARDS]
@@ -35,13 +36,13 @@ def to_markdown(plan: Plan) -> str:
         f"### {shape.title}, {shape.pixels} pixels, {chosen.people:,} people\n",
         f"An adapter has {found.adapter:,} numbers. One row of a training step, counted on the meta device:\n",
         table(["gradient checkpointing", "forward, TFLOP", "the rest of training, TFLOP", "peak bytes, GB"], step),
-        f"GPU hours at {chosen.utilisation:.0%} of the peak:\n",
+        f"GPU hours at {chosen.utilisation:.0%} of the peak (each person is seen {visits:.3g} times end to end):\n",
         table(["stage", "FLOP", *cards], [*hours, total]),
         f"Processor hours at {chosen.cpu_flops:.3g} FLOP/s (PCA reads the zoo {_passes(plan)} times):\n",
         table(["stage", "FLOP", "hours"], cpu),
         "What fits on a card:\n",
         table(["with gradient checkpointing", *cards], fits),
-        "Disk, and main memory:\n",
+        "Disk, reading, and main memory:\n",
         table(["what", "GB"], [[k, giga(v)] for k, v in (plan.disk | plan.memory).items()]),
         "Assumed: " + "; ".join(assumptions(plan)) + ".\n",
     ]
