@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 FILE = "directions.safetensors"
 LEAST = 3  # people on either side of a word
 LENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # tried in calibration
-ENOUGH = 0.9  # of how surely the word is read from pictures of people who have it
+ENOUGH = 0.9  # of how surely the word is read from pictures of people who have it,
+AT_LEAST = 0.5  # or of this, if it is hardly read from theirs
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def calibrate(
     directions: Sequence[Direction],
     latents: Tensor,
     attributes: Sequence[Mapping[str, str]],
-    people: int = 4,
+    people: int = 6,
     steps: int = 10,
     progress: bool = True,
 ) -> list[Direction]:
@@ -167,7 +168,7 @@ def calibrate(
 
     For some ``people`` without the word, pictures are drawn at each of ``LENGTHS`` and read by the generator's own face
     encoder. The least length is taken at which the word is read ``ENOUGH`` times as surely as from pictures of people who have
-    it; where none gets there, the one that comes nearest. Words of attributes that the encoder does not know stay as they
+    it (``AT_LEAST`` if it is hardly read there); where none gets there, the one that comes nearest. Words of attributes that the encoder does not know stay as they
     are.
     """
     from tqdm.auto import tqdm
@@ -193,7 +194,7 @@ def _calibrated(direction: Direction, read: Mapping[str, Mapping[str, Tensor]], 
     attribute, _, word = direction.name.partition("=")
     own, *at = read[attribute][word].split([having, *[without] * (len(LENGTHS) + 1)])
     sure = torch.stack([part.mean() for part in at])
-    enough = (sure[1:] >= ENOUGH * own.mean()).nonzero().flatten().tolist()
+    enough = (sure[1:] >= ENOUGH * own.mean().clamp(min=AT_LEAST)).nonzero().flatten().tolist()
     best = enough[0] + 1 if enough else int(sure[1:].argmax()) + 1
     others = [_words(shares, having, without) for name, shares in read.items() if name != attribute]
     kept = float(torch.stack([(words[best] == words[0]).float().mean() for words in others]).mean()) if others else None

@@ -49,7 +49,7 @@ class Refine:
     learning_rate: float | None = None  # None: three tenths of personalize's own for the method and base
     anchor: float = 0.0  # weight of the squared distance to the prediction
     batch_size: int = 4  # noised copies of a person's photos in a step
-    timesteps: tuple[float, float] = (0.0, 1.0)  # share of the noise schedule that is trained on, from clean to noise
+    timesteps: tuple[float, float] = (0.4, 1.0)  # share of the noise schedule that is trained on, from clean to noise
     group_size: int = 16  # people at once
     seed: int = 0
 
