@@ -230,7 +230,7 @@ def test_photos_that_are_none(trained, photos, tmp_path, name, message, monkeypa
     Image.new("L", (12_000, 9_000)).save(folder / "large.png")
     Image.new("RGB", (8, 8)).save(folder / "dot.png")
     Image.new("RGB", (64, 64), "teal").save(folder / "wall.png")
-    out = tmp_path / "out"
+    out = tmp_path / "some" / "where"
     with pytest.raises(DataError, match=message):
         commands.predict([photos[1], folder / name], work(out, trained))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]

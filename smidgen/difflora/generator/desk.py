@@ -21,6 +21,7 @@ from smidgen.difflora.generator.generator import SHIPPED, load_generator
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.training.contact_sheet import Row, contact_sheet, save_image
 from smidgen.training.images import fit
+from smidgen.training.report import public_name
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Desk:
             self.folder = work.generator or SHIPPED
             self.generator = load_generator(self.folder)
             self.carrier = Carrier(work.base or self.generator.base, self.generator.layout)
+            self.base = public_name(self.carrier.base.name)
             self.encoders = self.generator.face, self.generator.image
 
     @contextmanager
@@ -90,7 +92,7 @@ class Desk:
 
     def made(self, latent: Tensor, label: str, name: str | None = None, **told: Any) -> Made:
         """The adapter of ``latent`` with its recipe."""
-        recipe = {"base": self.generator.base, "generator": self.generator.digest, **told, "latent": latent.tolist()}
+        recipe = {"base": self.base, "generator": self.generator.digest, **told, "latent": latent.tolist()}
         return Made(self.row(latent)[0], self.generator.layout, label, name, recipe)
 
 
@@ -112,7 +114,7 @@ def finish(
             folder = scratch / one.name
             size = write_folder(one.layout, one.row, desk.carrier.unet, folder, dict(one.recipe))
             own = sheet is not None and not one.name
-            card = adapter_card(one.layout, desk.generator.base, one.recipe, size, own, folders.is_lora(one.layout))
+            card = adapter_card(one.layout, desk.base, one.recipe, size, own, folders.is_lora(one.layout))
             (folder / folders.CARD).write_text(card, encoding="utf-8")
             sizes[work.out / one.name] = size
         if sheet is not None:

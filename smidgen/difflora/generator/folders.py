@@ -94,11 +94,10 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise DataError(
             f"{out} holds files already; choose another --out, or give --overwrite to replace what is written anew."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=above))
     try:
         yield scratch
-        scratch.chmod(0o777 & ~_umask())
         for path in sorted(scratch.rglob("*")):
             place = out / path.relative_to(scratch)
             if path.is_dir():
@@ -158,9 +157,3 @@ def digest_of(*paths: Path) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
