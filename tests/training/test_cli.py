@@ -52,7 +52,7 @@ def test_overview_and_help(capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["persnalize"], "smidgen: There is no command 'persnalize'. Did you mean 'personalize'?"),
+    (["persnalize"], "smidgen: There is no command 'persnalize'. Did you mean 'personalize'"),
     (["personalize", "/nowhere"], "smidgen: /nowhere is not a folder of pictures."),
     (["personalize", "x", "--preset", "debugg"], "Did you mean 'debug'?"),
     (["personalize", "x", "--config", "/nowhere.yaml"], "cannot be read"),
