@@ -78,8 +78,9 @@ def directions(
         calibrate: draw pictures and set the length of each slider by what the face encoder reads in them.
     """
     from smidgen.difflora.generator.carrier import Carrier
-    from smidgen.difflora.generator.directions import learn, save_directions, table
+    from smidgen.difflora.generator.directions import save_directions
     from smidgen.difflora.generator.generator import load_generator
+    from smidgen.difflora.generator.sliders import learn, table
 
     made = load_generator(generator)
     found = learn(made, Carrier(base or made.base, made.layout), people, most, calibrate)

@@ -15,19 +15,13 @@ import smidgen
 from smidgen.cli import main
 from smidgen.difflora.generator import commands
 from smidgen.difflora.generator.carrier import Carrier, Sheet
-from smidgen.difflora.generator.commands import Work, parse_seeds
-from smidgen.difflora.generator.directions import (
-    Space,
-    calibrate,
-    edited,
-    fit_directions,
-    load_directions,
-    parse_sliders,
-    save_directions,
-)
+from smidgen.difflora.generator.commands import parse_seeds
+from smidgen.difflora.generator.desk import Work
+from smidgen.difflora.generator.directions import Space, fit_space, load_directions, parse_sliders, save_directions
 from smidgen.difflora.generator.folders import DIFFUSERS_NAME, digest_of, read_recipe
 from smidgen.difflora.generator.generator import load_generator
 from smidgen.difflora.generator.refine import Refine
+from smidgen.difflora.generator.sliders import calibrate
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import BaseLockError, ConfigError, DataError
 from smidgen.models.embedded import world
@@ -83,9 +77,14 @@ def embedded():
 
 
 @pytest.fixture(scope="session")
-def sliders(trained) -> list:
+def space(trained) -> Space:
     assert main(["generator", "directions", str(trained), "--people", str(trained / "people"), "--no-calibrate"]) == 0
-    return list(load_directions(trained, load_generator(trained)).directions)
+    return load_directions(trained, load_generator(trained))
+
+
+@pytest.fixture(scope="session")
+def sliders(space) -> list:
+    return list(space.directions)
 
 
 def _rank(folder: Path) -> int:
@@ -316,11 +315,15 @@ def test_directions_leave_other_attributes_alone():
     second = torch.where(torch.rand(400, generator=rng) < 0.8, first, ~first)
     latents = torch.stack([first.float(), second.float()], 1) + 0.01 * torch.randn(400, 2, generator=rng)
     people = [{"hat": "yes" if a else "no", "scarf": "yes" if b else "no"} for a, b in zip(first, second, strict=True)]
-    found = {d.name: d.vector for d in fit_directions(latents, people)}
+    space = fit_space(latents, people)
+    found = {d.name: d.vector for d in space.directions}
     assert torch.allclose(found["hat=yes"], torch.tensor([0.5, 0.0]), atol=0.01)
     assert torch.allclose(found["scarf=no"], torch.tensor([0.0, -0.5]), atol=0.01)
+    somebody = torch.tensor([0.0, 1.0])  # no hat, a scarf
+    assert torch.allclose(space.toward(somebody, "hat=yes"), torch.tensor([1.0, 0.0]), atol=0.02)
+    assert torch.allclose(space.toward(somebody, "hat=no"), torch.tensor([-0.5, 0.0]), atol=0.02)
     with pytest.raises(DataError, match="No attribute tells"):
-        fit_directions(latents, [{"hat": "yes"}] * 400)
+        fit_space(latents, [{"hat": "yes"}] * 400)
 
 
 def test_an_edit_of_nothing_changes_nothing(trained, sliders, photos, predicted, tmp_path):
@@ -331,22 +334,23 @@ def test_an_edit_of_nothing_changes_nothing(trained, sliders, photos, predicted,
         assert (out / WEIGHTS).read_bytes() == (predicted / WEIGHTS).read_bytes()
 
 
-def test_an_edit_moves_the_latent_along_its_direction(trained, sliders, predicted, tmp_path):
+def test_an_edit_moves_the_latent_along_its_direction(trained, space, sliders, predicted, tmp_path):
     slider, out = sliders[0], tmp_path / "edited"
     words = ["edit", str(predicted), "--set", f"{slider.name}:0.5", "--set", f"{sliders[1].name}:-1", "--out", str(out)]
     assert main([*words, "--generator", str(trained), *QUICK]) == 0
     before, after = (torch.tensor(read_recipe(folder)["latent"]) for folder in (predicted, out))
-    assert torch.allclose(after - before, 0.5 * slider.vector - sliders[1].vector, atol=1e-5)
+    way = 0.5 * space.toward(before, slider.name) - space.toward(before, sliders[1].name)
+    assert way.norm() > 0.1 and torch.allclose(after, space.moved(before, way), atol=1e-5)
     assert read_recipe(out)["set"] == {slider.name: 0.5, sliders[1].name: -1.0}
     assert (out / "contact_sheet.png").is_file()
 
 
-def test_sliders_that_are_none(trained, sliders, predicted, tmp_path):
+def test_sliders_that_are_none(trained, space, sliders, predicted, tmp_path):
     with pytest.raises(ConfigError, match=r"no attribute 'hairs'\. Did you mean 'hair"):
-        edited(torch.zeros(8), sliders, {"hairs=long": 1.0})
+        space.edited(torch.zeros(8), {"hairs=long": 1.0})
     name = sliders[0].name
     with pytest.raises(ConfigError, match=f"There is no slider '{name}x'. Did you mean"):
-        edited(torch.zeros(8), sliders, {name + "x": 1.0})
+        space.edited(torch.zeros(8), {name + "x": 1.0})
     assert parse_sliders(["skin=dark:1.5", "hair=long parted"]) == {"skin=dark": 1.5, "hair=long parted": 1.0}
     for text in ("skin", "skin=:1", "skin=dark:much", "skin=dark:nan"):
         with pytest.raises(ConfigError, match="ATTRIBUTE=WORD:NUMBER"):
@@ -357,7 +361,7 @@ def test_sliders_that_are_none(trained, sliders, predicted, tmp_path):
 
 def test_directions_belong_to_one_generator(trained, sliders, tmp_path):
     generator = load_generator(trained)
-    with pytest.raises(DataError, match="no directions"):
+    with pytest.raises(DataError, match=r"has no directions\.safetensors"):
         load_directions(tmp_path, generator)
     space = load_directions(trained, generator)
     path = save_directions(space, tmp_path, generator)
@@ -374,32 +378,44 @@ def test_directions_belong_to_one_generator(trained, sliders, tmp_path):
         load_directions(tmp_path, generator)
 
 
-def test_calibration_takes_the_least_length_at_which_the_word_is_read(trained, sliders, monkeypatch):
-    """Pictures are stood in for by the latents themselves; the reader sees the word from a length of 2 on."""
-    from smidgen.difflora.generator import directions
+def test_an_edit_stays_among_people(space, sliders):
+    """A slider far out is drawn back to where the farthest of the training people are; whoever is farther out stays there."""
+    name = sliders[0].name
+    near = space.edited(space.mean, {name: 0.01})
+    assert torch.allclose(near - space.mean, 0.01 * space.toward(space.mean, name), atol=1e-6)
+    far = space.edited(space.mean, {name: 1000.0})
+    assert space.radius(far) == pytest.approx(space.reach, rel=1e-3)
+    assert torch.cosine_similarity(far - space.mean, space.toward(space.mean, name), dim=0) > 0.9999
+    outside = space.mean + 10 * (far - space.mean)
+    back = -0.5 * space.toward(outside, name)
+    assert torch.equal(space.edited(outside, {name: -0.5}), outside + back)
+    assert space.radius(space.edited(outside, {name: 3.0})) == pytest.approx(float(space.radius(outside)), rel=1e-3)
 
+
+def test_calibration_takes_the_least_length_at_which_the_word_is_read(trained, sliders, monkeypatch):
+    """Pictures are stood in for by the latents themselves; the reader sees the word from a length of 1.5 on."""
     generator = load_generator(trained)
     people = [person.attributes for person in read_subjects(trained / "people")]
     direction = sliders[0]
-    attribute, _, word = direction.name.partition("=")
     latents = torch.zeros(len(people), 8)
-    latents[[own[attribute] == word for own in people]] = 5 * direction.vector
+    latents[[own[direction.attribute] == direction.word for own in people]] = 5 * direction.vector
 
     class Reader:
         def read(self, pictures):
             along = torch.stack(pictures) @ direction.vector / direction.vector.square().sum()
-            sure = (along >= 1.99).float()
-            return {attribute: {word: sure, "else": 1 - sure}, "other": {"x": sure * 0 + 1, "y": sure * 0}}
+            sure = (along >= 1.49).float()
+            words = {direction.word: sure, "else": 1 - sure}
+            return {direction.attribute: words, "other": {"x": sure * 0 + 1, "y": sure * 0}}
 
     class Table:
         def draw(self, rows, sheet):
             return [[row] for row in rows]
 
-    monkeypatch.setattr(directions, "Carrier", Table)
     generator.__dict__["face"] = Reader()
     monkeypatch.setattr(generator, "rows", lambda latents: latents)
-    found = calibrate(generator, Table(), [direction], latents, people, progress=False)[0]
-    assert found.length == 2.0 and torch.allclose(found.vector, 2 * direction.vector)
+    alone = Space((direction,), torch.zeros(8), torch.eye(8), 1e9, torch.zeros(8, 1), torch.zeros(1))
+    found = calibrate(generator, Table(), alone, latents, people, progress=False).directions[0]
+    assert found.length == 1.5 and torch.equal(found.vector, direction.vector)
     assert (found.before, found.read, found.own, found.kept) == (0.0, 1.0, 1.0, 1.0)
 
 
@@ -466,7 +482,8 @@ def test_sample_makes_people(trained, sliders, tmp_path, by):
 def test_people_who_do_not_exist_are_spread_as_those_who_do():
     mixing = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 0.0]])  # one direction nobody differs in
     people = 3 + torch.randn(4000, 3, generator=torch.Generator().manual_seed(0)) @ mixing.T
-    space = Space.of(people, [])
+    halves = [{"half": str(number % 2)} for number in range(4000)]
+    space = fit_space(people, halves)
     drawn = torch.stack([space.sample(seed) for seed in range(4000)])
     assert torch.allclose(drawn.mean(0), people.mean(0), atol=0.15)
     assert torch.allclose(torch.cov(drawn.T), torch.cov(people.T), atol=0.3)

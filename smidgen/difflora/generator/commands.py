@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from smidgen.difflora.generator.desk import Desk, Made, Outcome, Work, finish
-from smidgen.difflora.generator.directions import edited, load_directions
+from smidgen.difflora.generator.directions import load_directions
 from smidgen.difflora.generator.folders import new_folder, read_photos
 from smidgen.difflora.generator.invert import Invert, invert
 from smidgen.difflora.generator.refine import Refine, captions_of, refine_rows
@@ -83,12 +83,12 @@ def edit(sources: Sequence[Path], work: Work, wanted: Mapping[str, float], seed:
         raise ConfigError("Which sliders? Give --set ATTRIBUTE=WORD:NUMBER, such as --set skin=dark:1.0.")
     with new_folder(work.out, work.overwrite) as scratch:
         desk, source = _open(work, sources, seed)
-        directions = load_directions(desk.folder, desk.generator).directions
+        space = load_directions(desk.folder, desk.generator)
         with desk.timed("prediction"):
             told = {"command": "edit", "set": dict(wanted), "from": source.told}
             made = []
             for times in TIMES:
-                latent = edited(source.latent, directions, wanted, times)
+                latent = space.edited(source.latent, wanted, times)
                 label = ", ".join(f"{name} {times * value + 0.0:g}" for name, value in wanted.items())
                 made.append(desk.made(latent, label, "" if times == 1 else None, **told))
         return finish(work, desk, scratch, made, source.images, source.notes)

@@ -5,49 +5,38 @@ latents of training people are regressed on all their attributes at once, by lea
 
     z - mean z = sum over attributes of b[attribute, word]
 
-so that a direction b holds what its word adds while the other attributes stay. Where the generator's own face encoder can read the
-attribute, the length of a slider is set on drawn pictures. ``directions.safetensors`` lies beside the generator.
+so that b holds what a word adds while the other attributes stay. A slider at 1 leads from the word that the person has to the
+word that is asked for, b[word] - b[own word], which is how two people differ. ``directions.safetensors`` lies beside the generator.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from smidgen.difflora.generator.carrier import Carrier, Sheet
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.generator.people import Photos, photos_of
-from smidgen.difflora.zoo.subjects import TABLE, read_subjects
 from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import stream
-from smidgen.training.report import markdown_table
 
-logger = logging.getLogger(__name__)
 FILE = "directions.safetensors"
 LEAST = 3  # people on either side of a word
-LENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)  # tried in calibration
-ENOUGH = 0.9  # of how surely the word is read from pictures of people who have it,
-AT_LEAST = 0.5  # or of this, if it is hardly read from theirs
 
 
 @dataclass(frozen=True)
 class Direction:
-    """``attribute=word``: what a slider at 1 adds to a latent [size], and what calibration saw.
+    """``attribute=word``: what the word adds to a latent [size], and what calibration saw.
 
-    ``people`` had the word among those it was learnt from. ``length`` is the calibrated factor in ``vector`` (1: as the
-    regression has it). ``read`` is how surely the face encoder reads the word at 1 from pictures of people without it
-    (``before`` at 0), ``own`` from pictures of people who have it, ``kept`` the share of other attributes that read the
-    same at 1 as at 0; None where it was not calibrated.
+    ``people`` had the word among those it was learnt from. A slider at 1 goes ``length`` times the way. ``read`` is how surely
+    the face encoder then reads the word from pictures of people without it (``before`` at 0), ``own`` from pictures of people
+    who have it, ``kept`` the share of other attributes that read the same at 1 as at 0; None where it was not calibrated.
     """
 
     name: str
@@ -59,34 +48,83 @@ class Direction:
     own: float | None = None
     kept: float | None = None
 
+    @property
+    def attribute(self) -> str:
+        return self.name.partition("=")[0]
+
+    @property
+    def word(self) -> str:
+        return self.name.partition("=")[2]
+
 
 @dataclass(frozen=True)
 class Space:
-    """What is known of a generator's latents: ``directions``, and what its training people's are like: ``mean`` [size], and
-    ``spread`` [size, size] whose square is their covariance."""
+    """What is known of a generator's latents.
+
+    Attributes:
+        directions: one for each word.
+        mean: of the training people's latents [size].
+        spread: [size, size]; its square is their covariance.
+        reach: how far from the mean the farthest of them is, in units of the spread.
+        readers: [size, words], with ``shares`` [words] how surely each word is read from a latent, by least squares.
+    """
 
     directions: tuple[Direction, ...]
     mean: Tensor
     spread: Tensor
+    reach: float
+    readers: Tensor
+    shares: Tensor
+
+    def radius(self, latents: Tensor) -> Tensor:
+        """How far latents [..., size] are from the mean in units of the spread [...] (Mahalanobis)."""
+        return ((latents - self.mean) @ torch.linalg.pinv(self.spread, rtol=1e-3)).norm(dim=-1)  # type: ignore[no-any-return]
 
     def sample(self, seed: int) -> Tensor:
         """The latent [size] of nobody: Gaussian as the people's latents are (weights2weights samples its coefficients so)."""
         return self.mean + torch.randn(len(self.mean), generator=stream(seed, "people")) @ self.spread
 
-    @classmethod
-    def of(cls, latents: Tensor, directions: Sequence[Direction]) -> Space:
-        """Of people's latents [people, size]."""
-        values, vectors = torch.linalg.eigh(torch.cov(latents.double().T))
-        spread = values.clamp(min=0).sqrt()[:, None] * vectors.T
-        return cls(tuple(directions), latents.mean(0), spread.half().float())
+    def toward(self, latents: Tensor, name: str) -> Tensor:
+        """What the slider ``name`` at 1 adds to latents [..., size]: the way from each person's own word, as read from the
+        latent; more of the word where that is it already.
+
+        Raises:
+            ConfigError: there is no such slider.
+        """
+        known = [direction.name for direction in self.directions]
+        if name not in known:
+            raise ConfigError(_unknown(name, known))
+        wanted = self.directions[known.index(name)]
+        words = [number for number, other in enumerate(self.directions) if other.attribute == wanted.attribute]
+        sure = (latents - self.mean) @ self.readers[:, words] + self.shares[words]
+        vectors = torch.stack([self.directions[number].vector * (known[number] != name) for number in words])
+        return wanted.length * (wanted.vector - vectors[sure.argmax(-1)])
+
+    def moved(self, latents: Tensor, change: Tensor) -> Tensor:
+        """latents + change [..., size], drawn back towards the mean where that leaves what people are like: no further out than
+        ``reach``, or than where it started."""
+        there = latents + change
+        limit, radius = self.radius(latents).clamp(min=self.reach), self.radius(there)
+        held = self.mean + (there - self.mean) * (limit / radius.clamp(min=1e-12))[..., None]
+        return torch.where((radius > limit)[..., None], held, there)
+
+    def edited(self, latent: Tensor, wanted: Mapping[str, float], times: float = 1.0) -> Tensor:
+        """``latent`` [size] with each slider of ``wanted`` at its value times ``times``; 0 changes no bit.
+
+        Raises:
+            ConfigError: a slider that there is not.
+        """
+        parts = {name: self.toward(latent, name) for name in wanted}
+        change = [times * value * parts[name] for name, value in wanted.items() if times * value]
+        return self.moved(latent, torch.stack(change).sum(0)) if change else latent
 
 
-def fit_directions(latents: Tensor, attributes: Sequence[Mapping[str, str]]) -> list[Direction]:
-    """Directions of all words that at least ``LEAST`` people have and as many have not.
+def fit_space(latents: Tensor, attributes: Sequence[Mapping[str, str]]) -> Space:
+    """The space as latents [people, size] show it; directions of all words that at least ``LEAST`` people have and as many have
+    not.
 
     Args:
-        latents: [people, size].
-        attributes: of each of them, attribute -> word.
+        attributes: of each of the people, attribute -> word.
 
     Raises:
         DataError: no attributes, or none that tells people apart.
@@ -94,8 +132,12 @@ def fit_directions(latents: Tensor, attributes: Sequence[Mapping[str, str]]) -> 
     Example:
         >>> latents = torch.tensor([[1.0, 0.0], [1.0, 2.0], [-1.0, 0.0], [-1.0, 2.0]]).repeat(3, 1)
         >>> people = [{"a": a, "b": b} for a in "xy" for b in "uv"] * 3
-        >>> [d.vector.round(decimals=3).tolist() for d in fit_directions(latents, people) if d.name == "a=x"]
-        [[1.0, 0.0]]
+        >>> space = fit_space(latents, people)
+        >>> wanted = next(d for d in space.directions if d.name == "a=x")
+        >>> torch.allclose(wanted.vector, torch.tensor([1.0, 0.0]), atol=1e-5)
+        True
+        >>> torch.allclose(space.toward(latents[2], "a=x"), torch.tensor([2.0, 0.0]), atol=1e-5)
+        True
     """
     if len(latents) != len(attributes):
         raise DataError(f"{len(latents)} latents for {len(attributes)} people.")
@@ -109,125 +151,18 @@ def fit_directions(latents: Tensor, attributes: Sequence[Mapping[str, str]]) -> 
             f"No attribute tells {len(latents)} people apart: a word needs {LEAST} people who have it and {LEAST} who have "
             "not. Attributes stand in the column 'attributes' of subjects.parquet."
         )
-    told, wanted = torch.stack(list(has.values()), 1), latents.double()
-    found = torch.linalg.pinv(told - told.mean(0)) @ (wanted - wanted.mean(0))
-    return [
-        Direction(name, vector.float(), int(own.sum())) for (name, own), vector in zip(has.items(), found, strict=True)
-    ]
-
-
-def latents_of(generator: Generator, photos: Photos, batch: int = 64) -> Tensor:
-    """The generator's latents [people, size], each from all usable photos of one person."""
-    counts = torch.tensor([len(own) for own in photos.usable])
-    latents = torch.zeros(len(photos), generator.network.latents)
-    for count in counts.unique().tolist():
-        for people in (counts == count).nonzero().flatten().split(batch):
-            seen = photos.batch([photos.usable[person] for person in people.tolist()])
-            with torch.no_grad():
-                condition = generator.network.mixing(seen["face"], seen["image"])
-                latents[people] = generator.latents(condition, [0] * len(people))
-    return latents
-
-
-def learn(
-    generator: Generator, carrier: Carrier, folder: Path, most: int = 1000, drawn: bool = True, progress: bool = True
-) -> Space:
-    """The latent space as at most ``most`` training people of the zoo or table in ``folder`` show it; ``drawn``: sliders are calibrated
-    where the generator's face encoder can read attributes.
-
-    Raises:
-        DataError: there is no table of people, or no attributes in it.
-    """
-    if not (folder / TABLE).is_file():
-        raise DataError(
-            f"{folder} has no {TABLE}; --people names a zoo, or the folder people/ of a generator's training."
-        )
-    people = [person for person in read_subjects(folder) if person.split == "train" and person.attributes][:most]
-    if not people:
-        raise DataError(f"Nobody in {folder / TABLE} has attributes, so there is nothing to learn directions of.")
-    photos = photos_of(folder, people, generator.face, generator.image, carrier.base.resolution, progress)
-    known = {person.id: person.attributes for person in people}
-    latents, attributes = latents_of(generator, photos), [known[name] for name in photos.ids]
-    directions = fit_directions(latents, attributes)
-    if drawn and hasattr(generator.face, "read"):
-        directions = calibrate(generator, carrier, directions, latents, attributes, progress=progress)
-    return Space.of(latents, directions)
-
-
-def calibrate(
-    generator: Generator,
-    carrier: Carrier,
-    directions: Sequence[Direction],
-    latents: Tensor,
-    attributes: Sequence[Mapping[str, str]],
-    people: int = 6,
-    steps: int = 10,
-    progress: bool = True,
-) -> list[Direction]:
-    """The same directions, as long as it takes to see the word.
-
-    For some ``people`` without the word, pictures are drawn at each of ``LENGTHS`` and read by the generator's own face
-    encoder. The least length is taken at which the word is read ``ENOUGH`` times as surely as from pictures of people who have
-    it (``AT_LEAST`` if it is hardly read there); where none gets there, the one that comes nearest. Words of attributes that the encoder does not know stay as they
-    are.
-    """
-    from tqdm.auto import tqdm
-
-    reader: Any = generator.face
-    sheet = Sheet(num_prompts=1, inference_steps=steps)
-    found = []
-    for direction in tqdm(directions, desc="directions", unit="word", disable=not progress, dynamic_ncols=True):
-        attribute, _, word = direction.name.partition("=")
-        mine = torch.tensor([own.get(attribute) == word for own in attributes])
-        without, having = ((mine == there).nonzero().flatten()[:people] for there in (False, True))
-        moved = [latents[without] + length * direction.vector for length in (0.0, *LENGTHS)]
-        pictures = [own[0] for own in carrier.draw(generator.rows(torch.cat([latents[having], *moved])), sheet)]
-        read = reader.read(pictures)
-        if word in read.get(attribute, {}):
-            direction = _calibrated(direction, read, len(having), len(without))
-        found.append(direction)
-    return found
-
-
-def _calibrated(direction: Direction, read: Mapping[str, Mapping[str, Tensor]], having: int, without: int) -> Direction:
-    """``read`` holds pictures of ``having`` people with the word, and of those without it at 0 and at each length."""
-    attribute, _, word = direction.name.partition("=")
-    own, *at = read[attribute][word].split([having, *[without] * (len(LENGTHS) + 1)])
-    sure = torch.stack([part.mean() for part in at])
-    enough = (sure[1:] >= ENOUGH * own.mean().clamp(min=AT_LEAST)).nonzero().flatten().tolist()
-    best = enough[0] + 1 if enough else int(sure[1:].argmax()) + 1
-    others = [_words(shares, having, without) for name, shares in read.items() if name != attribute]
-    kept = float(torch.stack([(words[best] == words[0]).float().mean() for words in others]).mean()) if others else None
-    length, (before, after) = LENGTHS[best - 1], (float(sure[0]), float(sure[best]))
-    return replace(
-        direction,
-        vector=length * direction.vector,
-        length=length,
-        before=before,
-        read=after,
-        own=float(own.mean()),
-        kept=kept,
+    told, z = torch.stack(list(has.values()), 1), latents.double()
+    mean, shares = z.mean(0), told.mean(0)
+    vectors = torch.linalg.pinv(told - shares) @ (z - mean)
+    readers = torch.linalg.pinv(z - mean) @ (told - shares)
+    values, axes = torch.linalg.eigh(torch.cov(z.T))
+    spread = (values.clamp(min=0).sqrt()[:, None] * axes.T).half().float()
+    directions = tuple(
+        Direction(name, vector.float(), int(own.sum()))
+        for (name, own), vector in zip(has.items(), vectors, strict=True)
     )
-
-
-def _words(shares: Mapping[str, Tensor], having: int, without: int) -> Tensor:
-    """The likeliest word of each picture of the people without the word, as its number [lengths, people]."""
-    return torch.stack(list(shares.values())).argmax(0)[having:].unflatten(0, (-1, without))
-
-
-def edited(latent: Tensor, directions: Sequence[Direction], wanted: Mapping[str, float], times: float = 1.0) -> Tensor:
-    """``latent`` [..., size] with each slider at its value, all of them times ``times``; 0 changes no bit.
-
-    Raises:
-        ConfigError: a word that has no direction.
-    """
-    known = {direction.name: direction.vector for direction in directions}
-    for name, value in wanted.items():
-        if name not in known:
-            raise ConfigError(_unknown(name, list(known)))
-        if times * value:
-            latent = latent + times * value * known[name]
-    return latent
+    space = Space(directions, mean.float(), spread, 0.0, readers.float(), shares.float())
+    return replace(space, reach=float(space.radius(latents.float()).max()))
 
 
 def parse_sliders(texts: Sequence[str]) -> dict[str, float]:
@@ -255,21 +190,6 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     return f"There is no attribute {attribute!r}.{did_you_mean(attribute, attributes)} Known: {', '.join(attributes)}."
 
 
-def table(directions: Sequence[Direction]) -> str:
-    """The sliders and what calibration saw, as a table for a terminal."""
-    head = ["slider", "people", "length", "read at 0", "read at 1", "read of people with it", "others kept"]
-    rows = [
-        [
-            d.name,
-            str(d.people),
-            f"{d.length:g}",
-            *("" if v is None else f"{v:.2f}" for v in (d.before, d.read, d.own, d.kept)),
-        ]
-        for d in directions
-    ]
-    return markdown_table(head, rows)
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,13 +197,10 @@ def save_directions(space: Space, folder: Path, generator: Generator) -> Path:
     """Writes ``directions.safetensors`` beside the generator; returns its path."""
     told = [{k: v for k, v in vars(direction).items() if k != "vector"} for direction in space.directions]
     about = {"generator": generator.digest, "directions": json.dumps(told)}
-    vectors = torch.stack([direction.vector for direction in space.directions])
-    tensors = {
-        "vectors": vectors.contiguous(),
-        "mean": space.mean.contiguous(),
-        "spread": space.spread.half().contiguous(),
-    }
-    replace_file(folder / FILE, save(tensors, metadata=about))
+    tensors = {"vectors": torch.stack([direction.vector for direction in space.directions]), "mean": space.mean}
+    tensors |= {"spread": space.spread.half(), "reach": torch.tensor(space.reach)}
+    tensors |= {"readers": space.readers, "shares": space.shares}
+    replace_file(folder / FILE, save({n: t.contiguous() for n, t in tensors.items()}, metadata=about))
     return folder / FILE
 
 
@@ -296,15 +213,16 @@ def load_directions(folder: Path, generator: Generator) -> Space:
     path = folder / FILE
     again = f"`smidgen generator directions {folder} --people FOLDER` makes them."
     if not path.is_file():
-        raise DataError(f"{folder} has no directions to edit along. {again}")
+        raise DataError(f"{folder} has no {FILE}. {again}")
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            vectors, mean, spread = (file.get_tensor(name).float() for name in ("vectors", "mean", "spread"))
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         told = json.loads(about["directions"])
-        directions = tuple(Direction(vector=vector, **own) for own, vector in zip(told, vectors, strict=True))
+        directions = tuple(Direction(vector=v, **own) for own, v in zip(told, tensors.pop("vectors"), strict=True))
+        space = Space(directions, **(tensors | {"reach": float(tensors["reach"])}))  # type: ignore[arg-type]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}). {again}") from error
     if about.get("generator") != generator.digest:
         raise DataError(f"{path} was learnt for another generator than the one in {folder}. {again}")
-    return Space(directions, mean, spread)
+    return space
