@@ -1,10 +1,10 @@
-"""Generators of several adapter families, trained end to end for equally many steps, in one audit.
+"""Generators of several adapter families, trained end to end for equally many steps and scored on the same people.
 
-    python -m benchmarks.generator_families --zoo work/zoo --steps 600
+    python -m benchmarks.generator_families --zoo work/zoo --steps 400
 
 Each family sees the same people, photos, pictures, timesteps and noise. ``--only`` names some of them; what was trained
 before is taken up again. The paper's two stages on the same zoo, and the end-to-end stage begun from them, are among the
-rows. Writes ``work/families/evaluation`` and the figures.
+rows. Scores are those of ``smidgen zoo evaluate``: one photo, the same scenes from the same noise, the same judge.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import write_result
-from smidgen.difflora.audit.evaluate import evaluate
-from smidgen.difflora.audit.settings import EvaluateConfig
+from smidgen.difflora.audit.people import sitters
+from smidgen.difflora.audit.settings import Drawing
+from smidgen.difflora.audit.statistics import bootstrap
+from smidgen.difflora.audit.studio import Studio
 from smidgen.difflora.generator.fit import fit
-from smidgen.difflora.generator.generator import JSON
+from smidgen.difflora.generator.generator import JSON, load_generator
 from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
+from smidgen.difflora.zoo.store import Zoo
 from smidgen.training.recipes.personalize_settings import Adapter
 
 
@@ -52,6 +55,20 @@ def families(zoo: Path, steps: int) -> dict[str, GeneratorConfig]:
     }
 
 
+def scored(folder: Path, zoo: Path, people: int) -> dict[str, float | list[float]]:
+    """Identity with its interval and captions of the generator in ``folder`` from one photo of held-out people."""
+    generator = load_generator(folder)
+    studio = Studio(generator.base, generator.layout, None, Drawing(unrelated=()), 0)
+    sitting = sitters(Zoo(zoo), people, 1, studio.base.resolution)
+    rows = torch.cat([generator.predict(person.photos) for person in sitting])
+    found = [studio.scores(p, person.others) for p, person in zip(studio.draw(rows), sitting, strict=True)]
+    identity = bootstrap([score["identity"] for score in found])
+    figures: dict[str, float | list[float]] = {"numbers": generator.layout.size, "identity": round(identity.mean, 3)}
+    if identity.low is not None and identity.high is not None:
+        figures["interval"] = [round(identity.low, 3), round(identity.high, 3)]
+    return figures | {"captions": round(sum(score["caption"] for score in found) / len(found), 3)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--zoo", type=Path, default=Path("work/zoo"))
@@ -60,7 +77,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--only", nargs="*")
-    parser.add_argument("--no-audit", action="store_true")
+    parser.add_argument("--no-scores", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, float | list[float]] = {"steps": given.steps, "held_out": given.held_out}
@@ -78,14 +95,11 @@ def main() -> None:
             print(f"{name}: {time.process_time() - before:.0f} processor seconds", flush=True)
         if (out / JSON).exists():
             there.append(out)
-    if given.no_audit:
+    if given.no_scores:
         return
-    report = evaluate(given.zoo, EvaluateConfig(tuple(there), given.held_out, seeds=1, out=given.work / "evaluation"))
-    print(report)
-    for name, lines in report.lines.items():
-        scores = torch.tensor([line.identity for line in lines])
-        figures[f"{name} identity"] = round(float(scores.mean()), 4)
-        figures[f"{name} numbers"] = lines[0].numbers
+    for out in there:
+        figures |= {f"{out.name} {name}": value for name, value in scored(out, given.zoo, given.held_out).items()}
+        print({name: value for name, value in figures.items() if name.startswith(out.name + " ")}, flush=True)
     write_result("generator_families", figures, "python -m benchmarks.generator_families " + " ".join(sys.argv[1:]))
 
 
