@@ -264,3 +264,9 @@ def raise_without_photos():
     from smidgen.difflora.generator.generator import Generator
 
     Generator.features(object.__new__(Generator), [])
+
+
+def test_the_papers_preset_fits_the_default_zoo():
+    from smidgen.difflora.zoo.settings import ZooConfig
+
+    assert PRESETS["paper"].adapter == ZooConfig().adapter

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from smidgen.difflora.zoo.settings import Subjects
+from smidgen.difflora.zoo.settings import Subjects, ZooConfig
 from smidgen.errors import ConfigError
 from smidgen.training.loop import LoopConfig
 from smidgen.training.pipelines import EMBEDDED
@@ -85,8 +85,8 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """One generator. A stage without steps (``max_train_steps`` 0 is not one: leave the zoo, or the people, out) is
-    skipped; both stages together go from the zoo to the denoising loss."""
+    """One generator. Without a zoo the two stages are left out, without ``end_to_end`` the other one; with both the
+    end-to-end stage goes on from the two stages' weights, and ``adapter`` is that of the zoo."""
 
     adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=4))
     shared: Literal["none", "learned", "random"] = "none"  # LoRA's A: predicted, one for all, or one that stays random
@@ -106,6 +106,7 @@ class GeneratorConfig:
 PRESETS = {
     "default": GeneratorConfig(),
     "paper": GeneratorConfig(
+        adapter=ZooConfig().adapter,
         model=Model(inference_steps=50, guidance_scale=1.0),
         two_stage=TwoStage(zoo=Path("zoo"), codec="conv_autoencoder"),
         end_to_end=None,
@@ -120,8 +121,3 @@ PRESETS = {
         two_stage=TwoStage(batch_size=4, train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2)),
     ),
 }
-
-
-def without_zoo(config: GeneratorConfig) -> GeneratorConfig:
-    """The same, from nothing."""
-    return replace(config, two_stage=replace(config.two_stage, zoo=None))
