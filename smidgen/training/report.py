@@ -70,6 +70,18 @@ def public_name(base: str) -> str:
     return path.name if path.is_absolute() or path.is_dir() else base
 
 
+def front_matter(base: str, *tags: str) -> str:
+    """The YAML head of the card of an adapter for the text-to-image base that is publicly called ``base``."""
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-to-image
+license: other
+license_name: same-as-base-model
+tags: [smidgen, {", ".join(tags)}, text-to-image, diffusers]
+---"""
+
+
 def model_card(report: Report, prompts: Sequence[str], subject: str) -> str:
     """README.md of an adapter folder. ``subject`` is the words that call the subject up."""
     base, entry = public_name(report.base), report.entry
@@ -77,14 +89,7 @@ def model_card(report: Report, prompts: Sequence[str], subject: str) -> str:
     sampling = ", num_inference_steps=20, guidance_scale=3" if base == "embedded" else ""
     pipeline = "DiffusionPipeline.from_pretrained(" + load_base + ")"
     examples = "\n".join(f"- `{prompt}`" for prompt in prompts[:4])
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-to-image
-license: other
-license_name: same-as-base-model
-tags: [smidgen, {report.method}, text-to-image, diffusers]
----
+    return f"""{front_matter(base, report.method)}
 
 # {subject}: a {report.method} adapter of {entry.bytes_on_disk:,} bytes
 

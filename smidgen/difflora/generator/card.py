@@ -13,7 +13,7 @@ from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.pipelines import EMBEDDED
-from smidgen.training.report import public_name
+from smidgen.training.report import front_matter, public_name
 
 FACES = (
     "Faces are biometric data: whoever makes or shares an adapter of a real person needs that person's consent. Do not use it "
@@ -31,14 +31,7 @@ def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int
     picture = "![rows: what it was made from, the base, the adapters](contact_sheet.png)\n\n" if sheet else ""
     call = f"pipe.load_lora_weights(FOLDER, weight_name={DIFFUSERS_NAME!r})"
     diffusers = f"\nWithout smidgen: `{call}`.\n" if lora else ""
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-to-image
-license: other
-license_name: same-as-base-model
-tags: [smidgen, difflora, {kind}, text-to-image, diffusers]
----
+    return f"""{front_matter(base, "difflora", str(kind))}
 
 # A person as a {kind} adapter of {size:,} bytes
 

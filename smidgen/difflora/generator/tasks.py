@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.tuner.bank import Bank
+from smidgen.difflora.generator.diffusion import STEPS
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.generator.settings import EndToEnd
@@ -38,7 +39,7 @@ class LatentTask:
         return self.photos.batch(chosen) | {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=noise),
-            "times": torch.randint(0, 1000, (len(people),), generator=noise),
+            "times": torch.randint(0, STEPS, (len(people),), generator=noise),
             "hidden": torch.rand(len(people), generator=noise) < self.dropout,
             "names": [self.photos.ids[person] for person in people],
         }
@@ -105,8 +106,8 @@ class EndToEndTask:
             "first": torch.randn(latents, generator=noise),
             "again": torch.randn(latents, generator=noise),
             "free": torch.randn(latents, generator=noise),
-            "times": torch.randint(0, 1000, (len(people),), generator=noise),
-            "free_times": torch.randint(0, 1000, (len(people),), generator=noise),
+            "times": torch.randint(0, STEPS, (len(people),), generator=noise),
+            "free_times": torch.randint(0, STEPS, (len(people),), generator=noise),
             "rollout": torch.rand(len(people), generator=noise) < 0.5,
         }
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smidgen.training.report import markdown_table, public_name
+from smidgen.training.report import front_matter, markdown_table, public_name
 
 NAMES = {"iou": "edge IoU", "f1": "edge F1", "f1_1px": "edge F1 within 1 px", "miou": "mIoU", "aacc": "aACC"}
 NAMES |= {"landmarks": "landmark error, px"}
@@ -62,14 +62,7 @@ def model_card(report: ControlReport, prompt: str) -> str:
     """README.md of an adapter folder that follows control pictures."""
     base = public_name(report.base)
     notes = [*report.notes, *([] if report.lines[-1].scores else [NOT_SCORED])]
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-to-image
-license: other
-license_name: same-as-base-model
-tags: [smidgen, control, {report.control}, text-to-image, diffusers]
----
+    return f"""{front_matter(base, "control", report.control)}
 
 # {report.control} control: a {report.method} adapter with its hint encoder
 
