@@ -61,7 +61,7 @@ class Simple:
 
     Args:
         seen: face and image encoder.
-        cache: file for the features of the training people's pictures.
+        cache: folder for the features of the training people's pictures.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class Audit:
         first = next(iter(self.generators.values()))[0]
         self.simple = Simple(
             self.zoo, self.people, config, (first.face, first.image), studio.base.resolution,
-            config.out / "features.safetensors", progress,
+            config.out / "features", progress,
         )  # fmt: skip
         self.predicted = [
             Predicted(name, generator, digest, self.people, config, self.studio)

@@ -3,7 +3,6 @@ training people whose adapters the simple contenders are made of."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Sequence
@@ -11,17 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.people import Photos, photos_of
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import TABLE, Subject, read_pictures, read_subjects
 from smidgen.errors import DataError
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.images import load_picture
 
 if TYPE_CHECKING:
@@ -89,37 +82,6 @@ def training_photos(
     cache: Path,
     progress: bool,
 ) -> Photos:
-    """Features of the training people's pictures; computed once and kept in ``cache``."""
+    """Features of the training people's pictures; computed once and kept in the folder ``cache``."""
     known = subjects(zoo)
-    people = [known[name] for name in ids]
-    told = [zoo.layout.digest, resolution, *(encoder.name for encoder in seen), [person.digests for person in people]]
-    asked = hashlib.sha256(repr(told).encode()).hexdigest()
-    found = _cached(cache, asked)
-    if found is None:
-        photos = photos_of(zoo.folder, people, *seen, resolution, progress)
-        usable = torch.zeros(len(photos.face))
-        usable[[place for own in photos.usable for place in own]] = 1
-        found = {"face": photos.face, "image": photos.image, "usable": usable}
-        replace_file(cache, save(found, metadata={"asked": asked}))
-    return _photos(people, found)
-
-
-def _photos(people: Sequence[Subject], found: dict[str, Tensor]) -> Photos:
-    total, places = 0, []
-    for person in people:
-        places.append(tuple(range(total, total + len(person.pictures))))
-        total += len(person.pictures)
-    usable = [tuple(place for place in own if found["usable"][place]) for own in places]
-    kept = [number for number, own in enumerate(usable) if own]
-    names = tuple(people[n].id for n in kept)
-    return Photos(names, found["face"], found["image"], tuple(places[n] for n in kept), tuple(usable[n] for n in kept))
-
-
-def _cached(path: Path, asked: str) -> dict[str, Tensor] | None:
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("asked") == asked:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        pass
-    return None
+    return photos_of(zoo.folder, [known[name] for name in ids], *seen, resolution, progress, cache)

@@ -62,19 +62,31 @@ def photos_of(
     image: PictureEncoder,
     resolution: int,
     progress: bool,
+    cache: Path | None = None,
 ) -> Photos:
-    """Features of everybody's pictures in the zoo or table in ``folder``.
+    """Features of everybody's pictures in the zoo or table in ``folder``; kept in the folder ``cache`` if there is one.
 
     Raises:
         DataError: nobody has a picture with a face.
     """
-    faces, images = [], []
-    single = _singly(people)
-    with _bar(len(single), progress) as bar:
-        for pictures in _opened(folder, single, resolution, bar):
-            faces.append(face.encode(pictures))
-            images.append(image.encode(pictures))
-    return _photos(people, torch.cat(faces), torch.cat(images))
+    pictures = _singly(people)
+
+    def look(places: range) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {"face": [], "image": []}
+        for opened in _opened(folder, pictures[places.start : places.stop], resolution, bar):
+            parts["face"].append(face.encode(opened))
+            parts["image"].append(image.encode(opened))
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    if cache is None:
+        with _bar(len(pictures), progress) as bar:
+            found = look(range(len(pictures)))
+        return _photos(people, found["face"], found["image"])
+    digests = [digest for person in people for digest in person.digests]
+    seen = Shards(cache, "photos", (face.name, image.name, resolution, digests), len(digests))
+    with _bar(seen.missing(), progress) as bar:
+        seen.fill(look)
+    return _photos(people, seen.whole("face"), seen.whole("image"))
 
 
 def _photos(people: Sequence[Subject], face: Tensor, image: Tensor) -> Photos:
