@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     check_base,
     file_tensors,
     head_tensors,
+    inject,
     matched_layers,
     remove,
     saved_modules,
@@ -76,7 +76,8 @@ def adapt(
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
         own = replace(own, target_modules=default_targets(model))
     with _all_or_nothing(model, adapter_name):
-        _inject(model, own, adapter_name)
+        inject(model, own, adapter_name)
+        set_active(model, adapter_name)
         for layer in adapted_layers(model, adapter_name).values():
             layer.slot(adapter_name)
     return model
@@ -93,19 +94,6 @@ def denoiser(model: Any) -> nn.Module:
     raise SmidgenError(
         f"Expected a torch module or a diffusers pipeline with a unet or transformer, got a {type(model).__name__}."
     )
-
-
-def _inject(model: nn.Module, own: PeftConfig, adapter_name: str) -> None:
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, own)
-        model.set_adapter(adapter_name)
-    elif hasattr(model, "add_adapter") and hasattr(model, "set_adapter"):
-        model.add_adapter(own, adapter_name=adapter_name)  # type: ignore[operator]
-    else:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            inject_adapter_in_model(own, model, adapter_name)
-    set_active(model, adapter_name)
 
 
 @contextmanager
@@ -212,7 +200,8 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     tensors = packing.plain_keys(read_tensors(path))
     unpacked, heads = _fit(model, own, tensors, str(path))
     with _all_or_nothing(model, adapter_name):
-        _inject(model, own, adapter_name)
+        inject(model, own, adapter_name)
+        set_active(model, adapter_name)
         for name, layer in adapted_layers(model, adapter_name).items():
             layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
             layer.slot(adapter_name)

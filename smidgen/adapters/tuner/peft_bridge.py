@@ -8,12 +8,13 @@ work through get_peft_model, PeftModel, transformers' add_adapter and diffusers'
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import peft.mapping as peft_mapping
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -440,6 +441,20 @@ def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: 
         return
     config.base_lock = base_lock.make_lock({n: layer.base_matrix() for n, layer in layers.items()})
     config.canary = make_canary(layers, adapter_name)
+
+
+def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Puts an adapter into a model of any library by peft's own call: a host's method may ask for another peft."""
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name)
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        inject_adapter_in_model(config, model, adapter_name)
+    if hasattr(model, "_hf_peft_config_loaded"):  # what transformers and diffusers ask before they save or list adapters
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
+        config.base_model_name_or_path = model.__dict__.get("name_or_path")
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
