@@ -196,8 +196,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         load(denoiser(model), path, adapter_name)
         return model
     _check_name(model, adapter_name)
-    own = read_smidgen_config(path)
-    tensors = packing.plain_keys(read_tensors(path))
+    own, tensors = read_adapter(path)
     unpacked, heads = _fit(model, own, tensors, str(path))
     with _all_or_nothing(model, adapter_name):
         inject(model, own, adapter_name)
@@ -209,6 +208,15 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
             for name, tensor in head_tensors(model, adapter_name).items():
                 tensor.copy_(heads[name])
     return model
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str, Tensor]]:
+    """(config, tensors) of an adapter folder, whichever library wrote it: the one reader of ``load`` and ``verify``.
+
+    Raises:
+        AdapterFileError: a missing, truncated or hostile file, or another kind of adapter.
+    """
+    return read_smidgen_config(path), packing.plain_keys(read_tensors(path))
 
 
 def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
@@ -389,6 +397,7 @@ __all__ = [
     "merge",
     "names",
     "parameter_groups",
+    "read_adapter",
     "read_smidgen_config",
     "save",
     "set_active",

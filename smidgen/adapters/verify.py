@@ -1,4 +1,4 @@
-"""Proof that an adapter is on: coverage, finite and non-zero numbers, base lock, canary, and the layers' own outputs.
+"""Proof that an adapter is on: its file against the model, each layer's own output, and a forward pass of the model.
 
 ``verify`` never raises for what a file or a base can do wrong: every finding is a sentence in ``reasons``.
 """
@@ -10,15 +10,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
-from smidgen.adapters import api
+from smidgen.adapters import api, passes
 from smidgen.adapters.checkpoint import base_lock, packing
-from smidgen.adapters.checkpoint.files import read_tensors
+from smidgen.adapters.passes import Inputs
+from smidgen.adapters.tuner import bypass
 from smidgen.adapters.tuner.canary import delta_error, delta_sketches, read_canary
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, base_matrices, remove, stored_tensors
+from smidgen.adapters.tuner.peft_bridge import (
+    AdaptedLayer,
+    adapted_layers,
+    base_matrices,
+    head_tensors,
+    remove,
+    stored_tensors,
+)
 from smidgen.errors import SmidgenError
 
 # Largest relative error of the rebuilt delta: same base (other thread count or device), same base re-cast (the
@@ -33,18 +42,21 @@ class VerifyReport:
     """What :func:`verify` found.
 
     Attributes:
-        ok: whether the adapter is on and is the one in the file.
-        reasons: what is wrong, one sentence each; empty when ok.
+        reasons: what is wrong or what is missing to the proof, one sentence each; empty when the verdict is ON.
+        refuted: something is wrong; proven: a forward pass showed the adapter at work.
         adapter_name: the name it goes by in the model (None when it was loaded for the check only).
         layers, targets: adapted layers found, and those the file lists.
         base: "same", "cast", "other" or "unlocked"; base_difference: estimated |W - W'| / |W|.
         canary_error: relative difference of the rebuilt deltas from the stored ones, None without a canary.
         output_error: largest relative difference of a layer's output shift from x @ delta^T.
         norms: target -> |delta| / |W|.
+        called: adapted layers that the forward pass called, None without a pass; not_called: those it did not.
+        moved: |output on - output off| / |output off| of the model, None without a pass.
     """
 
-    ok: bool = True
     reasons: list[str] = field(default_factory=list)
+    refuted: bool = False
+    proven: bool = False
     adapter_name: str | None = None
     layers: int = 0
     targets: int = 0
@@ -53,52 +65,76 @@ class VerifyReport:
     canary_error: float | None = None
     output_error: float = 0.0
     norms: dict[str, float] = field(default_factory=dict)
+    called: int | None = None
+    not_called: list[str] = field(default_factory=list)
+    moved: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """ "ON", "OFF", or "NOT PROVEN" when nothing is wrong but no forward pass was made."""
+        if self.refuted:
+            return "OFF"
+        return "ON" if self.proven else "NOT PROVEN"
+
+    @property
+    def ok(self) -> bool:
+        """Whether the verdict is ON."""
+        return self.verdict == "ON"
 
     def fail(self, reason: str) -> None:
-        """Adds a reason."""
-        self.ok = False
+        """Adds a reason why the adapter is off."""
+        self.refuted = True
         self.reasons.append(reason)
 
     def __str__(self) -> str:
         canary = "none stored" if self.canary_error is None else f"{self.canary_error:.1e}"
         size = f"{min(self.norms.values()):.1e} to {max(self.norms.values()):.1e}" if self.norms else "-"
         lines = [
-            "adapter is ON" if self.ok else "adapter is NOT verified",
+            f"adapter is {self.verdict}",
             f"  layers        {self.layers} of {self.targets}",
             f"  base          {self.base} (weights differ by {self.base_difference:.1e})",
             f"  canary        {canary}",
             f"  output shift  {self.output_error:.1e}",
             f"  |delta|/|W|   {size}",
+            f"  called        {'no forward pass' if self.called is None else f'{self.called} of {self.layers} layers'}",
+            f"  output moves  {'-' if self.moved is None else f'{self.moved:.1e}'}",
         ]
+        if self.not_called and self.verdict == "ON":
+            lines.append(f"  not called    {_some(self.not_called)}")
         return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
 
 
-def verify(model: nn.Module, path: str | os.PathLike[str]) -> VerifyReport:
+def verify(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs | None = None) -> VerifyReport:
     """Checks that the adapter in ``path`` is on in ``model`` (or would be: a plain base is used and left as it was).
 
     Args:
-        model: a model that carries the adapter under any name, or the base model alone.
+        model: a model that carries the adapter under any name, or the base model alone; or a diffusers pipeline.
         path: the adapter folder.
+        inputs: for the forward pass that proves it: a tuple of the model's arguments, a dict of its keyword arguments,
+            or a function that is given the model, runs it and returns its output. Made from the config of transformers
+            and diffusers models, and from the first layer of a model that takes one tensor, unless given.
 
     Returns:
-        A report with ``.ok`` and ``.reasons``; ``print(report)`` is a table.
+        A report with ``.verdict``, ``.ok`` and ``.reasons``; ``print(report)`` is a table.
     """
     report = VerifyReport()
-    model = api.denoiser(model)
+    whole, model = model, api.denoiser(model)
     try:
-        own = api.read_smidgen_config(path)
-        tensors = read_tensors(path)
+        own, tensors = api.read_adapter(path)
     except SmidgenError as error:
         report.fail(str(error))
         return report
     carried = [n for n in api.names(model) if adapted_layers(model, n)]
     if carried:
         _verify_carried(model, carried, own, tensors, report)
+        if report.adapter_name is not None:
+            _verify_pass(model, report.adapter_name, inputs, whole, report)
         return report
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         api.load(model, path, adapter_name="verify")
         _verify_layers(model, "verify", own, report)
+        _verify_pass(model, "verify", inputs, whole, report)
     except SmidgenError as error:
         report.fail(str(error))
     finally:
@@ -106,6 +142,59 @@ def verify(model: nn.Module, path: str | os.PathLike[str]) -> VerifyReport:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return report
+
+
+def _verify_pass(model: nn.Module, name: str, inputs: Inputs | None, whole: Any, report: VerifyReport) -> None:
+    """A forward pass, unless something is wrong already: never ON without one."""
+    if report.refuted:
+        return
+    found = passes.run(model, name, inputs, whole)
+    if found.error is not None:
+        given = "with the given inputs" if inputs is not None else "with inputs made for it"
+        report.reasons.append(
+            f"No forward pass of the {type(whole).__name__} was made {given} ({found.error}): pass inputs=, a tuple or a "
+            "dict of its arguments, or a function that runs it."
+        )
+        return
+    layers = adapted_layers(model, name)
+    report.called, report.moved = len(found.called), found.moved
+    report.not_called = sorted(layers.keys() - found.called)
+    if not found.called and found.missing:
+        report.reasons.append(
+            f"The inputs made for a {type(whole).__name__} hold no {found.missing} and reach none of the adapter's layers: "
+            "pass inputs= that do."
+        )
+        return
+    for layer in report.not_called:
+        why = _why_not_called(model, layer, layers, found)
+        if why:
+            report.fail(f"Layer {layer!r} is not called by a forward pass: {why}.")
+    if not report.refuted and not found.moved > max(3 * found.noise, passes.SMALLEST):
+        report.fail(
+            f"The adapter's layers are called, but the model's output is the same with the adapter on and off (it moves by "
+            f"{found.moved:.1e} of its size)."
+        )
+    report.proven = not report.refuted
+
+
+def _why_not_called(model: nn.Module, layer: str, layers: dict[str, AdaptedLayer], found: passes.Passes) -> str | None:
+    """Why a layer that a pass did not call makes the adapter OFF; None for a part that a pass may well leave out."""
+    known = bypass.bypassed(model.get_base_model() if isinstance(model, PeftModel) else model, layer)
+    if known:
+        return known
+    if found.in_training is not None and layer in found.in_training:
+        return "it is called in training but not in evaluation, so what it learnt has no effect"
+    if not found.called:
+        return "no layer of the adapter is, so it has no effect"
+    last = layer.rpartition(".")[2]
+    kind = [name for name in layers if name.rpartition(".")[2] == last]
+    if len(kind) > 1 and not found.called & set(kind) and found.owners >= set(kind):
+        return f"the modules that hold the {len(kind)} layers {last!r} are called and call none of them"
+    return None
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _verify_carried(
@@ -131,9 +220,21 @@ def _verify_carried(
 
 def _holds(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> bool:
     layers = adapted_layers(model, name)
-    held = packing.pack({n: stored_tensors(layer, name) for n, layer in layers.items()})
-    file = {k: v for k, v in tensors.items() if packing.is_packed(k)}
-    return held.keys() == file.keys() and all(torch.equal(held[k].to(file[k].dtype), file[k]) for k in held)
+    held = packing.pack({n: stored_tensors(layer, name) for n, layer in layers.items()}) | head_tensors(model, name)
+    return held.keys() == tensors.keys() and all(_same_numbers(held[k].cpu(), tensors[k]) for k in held)
+
+
+def _same_numbers(held: Tensor, file: Tensor) -> bool:
+    """Equality up to the coarser of two number formats: a model may have been cast after the file was written."""
+    if held.shape != file.shape or held.is_floating_point() != file.is_floating_point():
+        return False
+    if not held.is_floating_point():
+        return torch.equal(held, file)
+    formats = [torch.finfo(t.dtype) for t in (held, file)]
+    eps, tiny = max(f.eps for f in formats), max(f.tiny * f.eps for f in formats)
+    if held.dtype == file.dtype:
+        eps, tiny = 0.0, 0.0
+    return bool(((held.double() - file.double()).abs() <= eps * file.double().abs() + tiny).all())
 
 
 @torch.no_grad()
@@ -157,7 +258,8 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
         report.fail("Every delta is zero: the adapter does nothing (it was saved before any training step).")
     if own.canary and len(layers) == report.targets:
         report.canary_error = delta_error(read_canary(own.canary), sketches)
-        most = CANARY_SAME if report.base == "same" else CANARY_CAST
+        cast = report.base != "same" or any(_is_cast(layer) for layer in layers.values())
+        most = CANARY_CAST if cast else CANARY_SAME
         if not report.canary_error <= most:
             report.fail(
                 f"The deltas rebuilt on this base differ by {report.canary_error:.1%} from the ones that were saved "
@@ -170,20 +272,23 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
             report.fail(f"Layer {target!r} does not apply its delta: output shift is off by {error:.1%}.")
 
 
+def _is_cast(layer: AdaptedLayer) -> bool:
+    """Whether an adapter's numbers or factors are in a 16-bit format, as after ``model.to(torch.bfloat16)``."""
+    held = (*layer.smidgen_slots.parameters(), *layer.smidgen_slots.buffers())
+    return any(t.is_floating_point() and t.dtype.itemsize < 4 for t in held)
+
+
 def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     """(relative error of the layer's output shift on a fixed probe against x @ delta^T, what its dtype allows)."""
     base: Any = layer.base_layer
     weight = layer._original()
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    dtype = _computes_in(base, weight)
     x = probe(layer).to(weight.device, dtype)
     delta = layer.delta_matrix(name).float()
     if isinstance(layer.kind, LinearKind):
         expected = x.float() @ delta.T
     else:
-        values = {"weight": layer.kind.unmatrix(delta, base)} | (
-            {"bias": torch.zeros_like(base.bias).float()} if base.bias is not None else {}
-        )
-        expected = torch.func.functional_call(base, values, (x.float(),))
+        expected = base._conv_forward(x.float(), layer.kind.unmatrix(delta, base), None)
     off, strength = base(x), layer.scaling[name]
     layer.scaling[name] = 1.0
     try:
@@ -195,6 +300,15 @@ def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     if size <= rounding:
         return 0.0, 1.0
     return float((found - expected).norm()) / size, OUTPUT_ERROR.get(dtype, 0.05) + rounding / size
+
+
+def _computes_in(base: Any, weight: Tensor) -> torch.dtype:
+    """The number format of a layer's activations: its weight's, unless diffusers casts an fp8 weight for each call."""
+    registry = getattr(base, "_diffusers_hook", None)
+    for hook in registry.hooks.values() if registry is not None else ():
+        if isinstance(getattr(hook, "compute_dtype", None), torch.dtype):
+            return hook.compute_dtype  # type: ignore[no-any-return]
+    return weight.dtype if weight.is_floating_point() else torch.float32
 
 
 def probe(layer: AdaptedLayer) -> Tensor:

@@ -49,7 +49,8 @@ def generate(
 
 
 def verify(adapter: Path, /, base: str = "embedded") -> None:
-    """Prove that ADAPTER is on in BASE: base lock, coverage, norms, a canary output. Exit status 2 if it is not.
+    """Prove that ADAPTER is on in BASE: its file, the base lock, and a forward pass. Prints the verdict ON, OFF or
+    NOT PROVEN; the exit status is 2 unless it is ON.
 
     Args:
         adapter: the adapter's folder.

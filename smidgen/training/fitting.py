@@ -117,7 +117,7 @@ def prove(
     with torch.no_grad():
         plain = output()
     config = engine.load(model, folder)
-    ok, reasons = engine.verify(model, folder, config)
+    ok, reasons = engine.verify(model, folder, config, output)
     if not ok:
         raise AdapterFileError(f"The adapter saved in {folder} does not verify on a fresh base: {'; '.join(reasons)}")
     with torch.no_grad():

@@ -95,7 +95,7 @@ def test_verify_and_inspect(trained, sd, sdxl, capsys):
     status, out, _ = call(capsys, "verify", trained, "--base", sd)
     assert status == 0 and "adapter is ON" in out
     status, out, err = call(capsys, "verify", trained, "--base", sdxl)
-    assert status == 2 and "NOT verified" in out and "does not verify on" in err
+    assert status == 2 and "adapter is OFF" in out and "does not verify on" in err
     status, out, _ = call(capsys, "inspect", trained)
     assert status == 0 and "svfit" in out and "adapter_model.safetensors:" in out and "base lock:" in out
 

@@ -25,7 +25,7 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
-from smidgen.adapters.tuner import targets
+from smidgen.adapters.tuner import bypass, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import kind_of
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
@@ -67,6 +67,8 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
     def _read(self) -> Tensor:
         """The base weight, dequantised if it is quantised."""
         weight = self.get_base_weight()
+        if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize == 1:
+            return weight.float()  # fp8, as layerwise casting keeps it
         if not _plain(weight):
             dequantise = getattr(weight, "dequantize", None)
             if dequantise is None:
@@ -135,7 +137,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         weight = getattr(self.get_base_layer(), "weight", None)
         if not _plain(weight):
             raise SmidgenError(
-                f"Merging into a quantised weight ({type(weight).__name__} of a {type(self.get_base_layer()).__name__}) "
+                f"Merging into a quantised weight ({type(weight).__name__}, {getattr(weight, 'dtype', None)}, of a {type(self.get_base_layer()).__name__}) "
                 "would lose most of a small update to rounding; keep the adapter unmerged, or merge it into the base in "
                 "16 or 32 bits."
             )
@@ -195,6 +197,15 @@ class SmidgenModel(BaseTuner):
             members_of(peft_config, layer, name)
         if _all_linear(peft_config):
             peft_config.target_modules = set(chosen)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        bypass.follow(model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        bypass.follow(base)
+        return base
 
     def _create_and_replace(  # type: ignore[no-untyped-def,override]
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
@@ -273,6 +284,7 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
         heads = [*(config.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else ())]
         left_out = tuple(f".{head}" for head in heads)
         chosen = {n: m for n, m in modules.items() if _is_linear_target(m, model) and not f".{n}".endswith(left_out)}
+        chosen = _called(chosen, model)
     else:
         chosen = {n: m for n, m in modules.items() if BaseTuner._check_target_module_exists(config, n)}
     targets.check_names(config.target_modules, list(modules), list(chosen))
@@ -287,6 +299,9 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
     """
     for name, layer in chosen.items():
         targets.check_layer(name, layer)
+        why = bypass.bypassed(model, name)
+        if why:
+            raise TargetError(f"Target {name!r} would have no effect: {why}.")
     if config.base_lock:
         carried = adapted_layers(model)  # a merged layer still knows its base weight
         lock = base_lock.check_lock(config.base_lock, base_matrices({n: carried.get(n, m) for n, m in chosen.items()}))
@@ -301,12 +316,27 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
 
 
 def _plain(weight: Any) -> bool:
-    """Whether a weight is an ordinary floating-point tensor, not a quantised one."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    """Whether a weight is an ordinary floating-point tensor, not a quantised or fp8 one."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _all_linear(config: SmidgenConfig) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def _called(chosen: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Module]:
+    """What "all-linear" found without the layers that are known not to be called.
+
+    Raises:
+        TargetError: none is left.
+    """
+    read = {name: why for name in chosen if (why := bypass.bypassed(model, name))}
+    if read:
+        name, why = next(iter(read.items()))
+        if len(read) == len(chosen):
+            raise TargetError(f"'all-linear' finds no layer that is called: {name!r}: {why}.")
+        logger.warning("all-linear leaves out %d of %d layers, such as %r: %s.", len(read), len(chosen), name, why)
+    return {n: m for n, m in chosen.items() if n not in read}
 
 
 def _is_linear_target(module: nn.Module, model: nn.Module) -> bool:
@@ -452,7 +482,9 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, model, adapter_name)
-    if hasattr(model, "_hf_peft_config_loaded"):  # what transformers and diffusers ask before they save or list adapters
+    if hasattr(
+        model, "_hf_peft_config_loaded"
+    ):  # what transformers and diffusers ask before they save or list adapters
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         config.base_model_name_or_path = model.__dict__.get("name_or_path")
 
@@ -472,6 +504,7 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             if not layer.smidgen_slots:
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], layer.base_layer)
+    bypass.follow(model)
     for module in list(model.modules()):
         configs = module.__dict__.get("peft_config")
         if isinstance(configs, dict):

@@ -156,7 +156,7 @@ def _proved(config: FinetuneConfig, prepared: Prepared, out: Path) -> tuple[dict
         return outputs[-1]
 
     notes = list(prove(fresh, out, output, "the outputs on the test split"))
-    base, again = outputs
+    base, again = outputs[0], outputs[-1]
     error = float((again - trained).norm() / trained.norm().clamp(min=1e-12))
     if not error <= SAME.get(fresh.dtype, OTHERS):
         raise AdapterFileError(

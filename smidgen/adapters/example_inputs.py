@@ -1,0 +1,258 @@
+"""Small inputs for a forward pass, made from what a model says of itself: its config, or its first layer.
+
+Each is a guess until it has run: :func:`examples` gives them best first, and whoever asked takes the first that a model
+accepts. Nothing here imports transformers or diffusers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+TOKENS = 12
+_SIDES = (16, 32, 64, 224)  # of pictures, where a config does not say
+
+
+@dataclass
+class Example:
+    """A forward pass to try: ``run`` makes it, ``missing`` names the kind of input it leaves out."""
+
+    run: Callable[[], Any]
+    missing: str = ""
+
+
+def examples(model: nn.Module) -> Iterator[Example]:
+    """Passes to try on a model, the best first; nothing is run before it is asked for."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(inner, "config", None)
+    made: Iterator[tuple[Any, str]]
+    if _descends(inner, "transformers.") and config is not None:
+        made = _of_transformers(inner, config)
+    elif _descends(inner, "diffusers.") and config is not None:
+        made = _of_diffusers(inner, config)
+    else:
+        made = _of_torch(inner)
+    for values, missing in made:
+        named = values if isinstance(values, dict) else {}
+        given = () if isinstance(values, dict) else (values,)
+        yield Example(lambda given=given, named=named: inner(*given, **named), missing)  # type: ignore[misc]
+
+
+def _descends(model: nn.Module, library: str) -> bool:
+    return any(c.__module__.startswith(library) for c in type(model).__mro__)
+
+
+def _takes(model: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(model).forward).parameters)
+
+
+def _place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where inputs go and their number format: the model's own word, which knows of hooks that move and cast weights."""
+    parameters = [p for p in model.parameters() if not p.is_meta]
+    device = getattr(model, "device", None)
+    if not isinstance(device, torch.device) or device.type == "meta":
+        device = parameters[0].device if parameters else torch.device("cpu")
+    dtype = getattr(model, "dtype", None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        dtype = next((p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1), torch.float32)
+    return device, dtype
+
+
+class _Maker:
+    """Tensors with fixed numbers in a model's format."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device, self.dtype = _place(model)
+
+    def noise(self, *shape: int) -> Tensor:
+        drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        return drawn.to(self.device, self.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, device=self.device, dtype=self.dtype)
+
+    def whole(self, *values: int) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+# ---- transformers ------------------------------------------------------------------------------------------------------
+
+
+def _of_transformers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Tensor], str]]:
+    make, takes = _Maker(model), _takes(model)
+    main = getattr(model, "main_input_name", "input_ids")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    decoder = {}
+    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", True):
+        decoder = {"decoder_input_ids": _ids(getattr(config, "decoder", None) or text, make, 4)}
+    if main == "input_ids" or ("input_ids" in takes and "pixel_values" in takes):
+        ids = {"input_ids": _ids(text, make, eos=bool(decoder))} | decoder
+        if "pixel_values" in takes:
+            for picture in _pictures(config, make, 1):
+                for tokens in _with_places(model, config, ids["input_ids"], picture):
+                    yield ids | {"input_ids": tokens, "pixel_values": picture}, ""
+        yield ids, "pictures or sound" if _other_senses(config) else ""
+    elif main == "pixel_values":
+        for batch in (2, 1):
+            for picture in _pictures(config, make, batch):
+                yield {"pixel_values": picture} | decoder, ""
+    elif main == "input_features":
+        bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
+        longest = 2 * getattr(config, "max_source_positions", 50)
+        for length in (longest, 64):
+            yield {"input_features": make.noise(1, bands, length)} | decoder, ""
+            yield {"input_features": make.noise(1, length, bands)} | decoder, ""
+    elif main == "input_values":
+        if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+            yield {"input_values": make.noise(1, config.max_length, config.num_mel_bins)}, ""
+        for length in (1600, 16000):
+            yield {"input_values": make.noise(2, length)} | decoder, ""
+
+
+def _ids(config: Any, make: _Maker, length: int = TOKENS, eos: bool = False) -> Tensor:
+    """[1, length] ordinary tokens: small, spread, none of the special ones; with ``eos`` the last one ends the text."""
+    vocabulary = int(getattr(config, "vocab_size", 0) or 100)
+    special = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "mask_token_id", "image_token_id"):
+        value = getattr(config, name, None)
+        special |= set(value) if isinstance(value, list) else {value}
+    plain = [token for token in range(vocabulary) if token not in special][:997] or [0]
+    longest = getattr(config, "max_position_embeddings", None)
+    length = min(length, longest) if isinstance(longest, int) and longest > 4 else length
+    values = [plain[(7 * i + 3) % len(plain)] for i in range(length)]
+    last = getattr(config, "eos_token_id", None)
+    if eos and isinstance(last, int):
+        values[-1] = last
+    return make.whole(*values)[None]
+
+
+def _pictures(config: Any, make: _Maker, batch: int) -> Iterator[Tensor]:
+    own = getattr(config, "vision_config", None) or getattr(config, "encoder", None) or config
+    channels = getattr(own, "num_channels", None) or getattr(own, "in_channels", None) or 3
+    size = getattr(own, "image_size", None)
+    for side in (size,) if size else _SIDES:
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        yield make.noise(batch, channels, height, width)
+
+
+def _with_places(model: Any, config: Any, ids: Tensor, picture: Tensor) -> Iterator[Tensor]:
+    """The tokens with as many places for the picture as a model that splices pictures into its text calls for."""
+    place = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+    vision = getattr(config, "vision_config", None)
+    if not isinstance(place, int):
+        yield ids
+        return
+    side, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    counts = [n for n in (getattr(config, "image_seq_length", None), getattr(config, "mm_tokens_per_image", None)) if n]
+    if isinstance(side, int) and isinstance(patch, int):
+        counts += [(side // patch) ** 2, (side // patch) ** 2 + 1]
+    for count in dict.fromkeys(counts):
+        places = ids.new_full((1, count), place)
+        yield torch.cat([ids[:, :2], places, ids[:, 2:]], dim=1)
+
+
+def _other_senses(config: Any) -> bool:
+    return any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+
+
+# ---- diffusers -----------------------------------------------------------------------------------------------------------
+
+
+def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    make, takes = _Maker(model), _takes(model)
+    blocks = len(getattr(config, "block_out_channels", None) or ())
+    channels = int(getattr(config, "in_channels", None) or 4)
+    patch = getattr(config, "patch_size", None) or 1
+    side = max(8, 2 ** (blocks + 1)) if blocks else 8 * (patch if isinstance(patch, int) else 2)
+    common = {name: value for name, value in _conditions(config, make).items() if name in takes}
+    if "timestep" in takes:
+        common["timestep"] = make.whole(7) if blocks else make.whole(7).to(make.dtype)
+    if "sample" in takes:
+        yield common | {"sample": make.noise(1, channels, side, side)}, ""
+        return
+    tokens = 16
+    flat = common | {"hidden_states": make.noise(1, tokens, channels)}
+    for axes in (3, 4):  # of positions: FLUX.1, FLUX.2
+        ids = {"img_ids": make.zeros(tokens, axes), "txt_ids": make.zeros(TOKENS, axes)}
+        if ids.keys() <= takes.keys():
+            yield flat | ids, ""
+    if "img_shapes" in takes:
+        yield flat | {"img_shapes": [(1, 4, 4)], "txt_seq_lens": [TOKENS]}, ""
+        yield flat | {"img_shapes": [(1, 4, 4)]}, ""
+    yield common | {"hidden_states": make.noise(1, channels, side, side)}, ""
+    yield common | {"hidden_states": make.noise(1, channels, 1, side, side)}, ""
+    yield flat, ""
+
+
+def _conditions(config: Any, make: _Maker) -> dict[str, Any]:
+    """Everything besides the noised latent, by the names that diffusers' denoisers give it."""
+
+    def size(*names: str) -> int:
+        found = (getattr(config, name, None) for name in names)
+        first = next((v for v in found if v), 0)
+        return int(first[0] if isinstance(first, (list, tuple)) else first)
+
+    out: dict[str, Any] = {}
+    width = size(
+        "encoder_hid_dim", "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim",
+        "cross_attention_dim",
+    )  # fmt: skip
+    if width:
+        out["encoder_hidden_states"] = make.noise(1, TOKENS, width)
+        out["encoder_hidden_states_mask"] = torch.ones(1, TOKENS, dtype=torch.bool, device=make.device)
+        out["encoder_attention_mask"] = torch.ones(1, TOKENS, device=make.device)
+    if size("pooled_projection_dim"):
+        out["pooled_projections"] = make.noise(1, size("pooled_projection_dim"))
+    if getattr(config, "guidance_embeds", False):
+        out["guidance"] = make.whole(3).to(make.dtype)
+    if getattr(config, "addition_embed_type", None) == "text_time":
+        ids = 6 * size("addition_time_embed_dim")
+        out["added_cond_kwargs"] = {
+            "text_embeds": make.noise(1, size("projection_class_embeddings_input_dim") - ids),
+            "time_ids": make.zeros(1, 6),
+        }
+    elif size("caption_channels"):
+        out["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    if getattr(config, "class_embed_type", None) == "projection":
+        out["class_labels"] = make.noise(1, size("projection_class_embeddings_input_dim"))
+    elif size("num_class_embeds", "num_embeds_ada_norm") or getattr(config, "class_embed_type", None):
+        out["class_labels"] = make.whole(0)
+    return out
+
+
+# ---- any torch model -----------------------------------------------------------------------------------------------------
+
+
+def _of_torch(model: nn.Module) -> Iterator[tuple[Tensor, str]]:
+    """Inputs as the first layer takes them, for a model that is called with one tensor."""
+    needed = [
+        p
+        for name, p in inspect.signature(model.forward).parameters.items()
+        if name != "self" and p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        return
+    make = _Maker(model)
+    for layer in model.modules():
+        inner = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if isinstance(inner, nn.Embedding):
+            yield make.whole(*((7 * i + 1) % inner.num_embeddings for i in range(TOKENS)))[None], ""
+            return
+        if isinstance(inner, nn.Conv2d):
+            for side in _SIDES:
+                yield make.noise(2, inner.in_channels, side, side), ""
+            return
+        width = getattr(inner, "in_features", None) or getattr(inner, "embed_dim", None)
+        if type(inner).__name__ == "Conv1D":
+            width = inner.weight.shape[0]  # type: ignore[index,union-attr]
+        if isinstance(width, int):
+            yield make.noise(2, 4, width), ""
+            yield make.noise(2, width), ""
+            return
