@@ -31,6 +31,9 @@ class Member(ABC):
 
     name: ClassVar[str]
     decomposes: ClassVar[bool] = False  # frozen factors follow from the base weight
+    rates_like: ClassVar[str | None] = (
+        None  # method whose learning rates suit, for a member that no method has rates for
+    )
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

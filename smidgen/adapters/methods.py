@@ -1,7 +1,7 @@
-"""Methods: named pairs of a transform and a residual with their published defaults.
+"""Methods: named pairs of a transform and a residual with their published defaults and their learning rates.
 
-A method is data. ``resolve`` turns a method name and options into the two members' names and options; any transform may
-be paired with any residual by naming the two.
+A method is data: one row of ``METHODS`` is all that the recipes, the zoo and the command line need to know of it. Any
+transform may be paired with any residual by naming the two, ``"rotation+spectral"``.
 """
 
 from __future__ import annotations
@@ -10,17 +10,45 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from smidgen.adapters.member import Residual, Transform, build
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.errors import ConfigError, did_you_mean
 
+# What rates differ by: the family of a model that reads texts or images, and for image generators what is learnt on what.
+Kind = Literal["encoder", "vision", "decoder", "picture", "picture_embedded", "control_embedded"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates: for the residual, for the transform where there is one, and for a head (None: as the residual)."""
+
+    residual: float
+    transform: float
+    head: float | None = None
+
+    def chosen(self, residual: float | None, transform: float | None, head: float | None = None) -> Rates:
+        """These where nothing is given. A residual's rate alone moves the transform's in proportion."""
+        own = self.residual if residual is None else residual
+        turn = self.transform * (own / self.residual) if transform is None else transform
+        return Rates(own, turn, head)
+
+
+def _rates(**by_kind: float | tuple[float, float]) -> Mapping[Kind, Rates]:
+    """Rates by kind: one number for both members, or the residual's and the transform's."""
+    return {kind: Rates(*(v if isinstance(v, tuple) else (v, v))) for kind, v in by_kind.items()}  # type: ignore[misc]
+
 
 @dataclass(frozen=True)
 class Method:
-    """A named pair. ``defaults`` are options of :func:`smidgen.config`."""
+    """A named pair. ``defaults`` are options of :func:`smidgen.config`.
+
+    ``rates`` holds learning rates by kind. One kind is enough: the others follow in the proportion of a method with like
+    members. None at all is allowed too: then the rates are those of like members.
+    """
 
     name: str
     transform: str | None
@@ -29,8 +57,11 @@ class Method:
     summary: str
     formula: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[Kind, Rates] = field(default_factory=dict)
 
 
+# Rates on the embedded base are tuned (benchmarks/personalize.py --stage tune, benchmarks/control.py); on full-size image
+# generators they are the papers' values, a place to start.
 METHODS: dict[str, Method] = {
     m.name: m
     for m in (
@@ -42,6 +73,14 @@ METHODS: dict[str, Method] = {
             "tensor-ring transform of the input space and a tensor-ring residual",
             "R_T^2 sum(I_d^2) + R_D^2 (sum O_d + sum I_d)",
             {"transform_rank": 1, "residual_rank": 2, "alpha": 1.0, "scaling": "rslora"},
+            _rates(
+                encoder=(2e-2, 6e-3),
+                vision=(2e-2, 6e-3),
+                decoder=(1e-2, 3e-3),
+                picture=(2e-4, 1e-4),
+                picture_embedded=(4e-2, 1.2e-2),
+                control_embedded=(3e-2, 9e-3),
+            ),
         ),
         Method(
             "tlora_star",
@@ -51,6 +90,14 @@ METHODS: dict[str, Method] = {
             "tensor-ring transform and a LoRA residual (TLoRA*)",
             "R_T^2 sum(I_d^2) + r (out + in)",
             {"transform_rank": 1, "r": 1, "alpha": 1.0, "scaling": "rslora"},
+            _rates(
+                encoder=(5e-3, 1.5e-3),
+                vision=(5e-3, 1.5e-3),
+                decoder=(2e-3, 6e-4),
+                picture=(2e-4, 5e-5),
+                picture_embedded=(1e-2, 5e-3),
+                control_embedded=(1e-2, 3e-3),
+            ),
         ),
         Method(
             "svfit",
@@ -60,6 +107,14 @@ METHODS: dict[str, Method] = {
             "the top r singular values of each matrix",
             "min(r, out, in)",
             {"r": 64},
+            _rates(
+                encoder=1e-1,
+                vision=3e-2,  # hotter ends below the head alone
+                decoder=5e-2,
+                picture=5e-2,
+                picture_embedded=1.5e-1,
+                control_embedded=2e-1,
+            ),
         ),
         Method(
             "loldu",
@@ -69,8 +124,32 @@ METHODS: dict[str, Method] = {
             "the first r entries of the diagonal of an LDU factorisation",
             "min(r, out, in)",
             {"r": 64},
+            _rates(
+                encoder=1e-1,
+                vision=3e-2,
+                decoder=5e-2,
+                picture=5e-3,
+                picture_embedded=2e-1,
+                control_embedded=2e-1,
+            ),
         ),
-        Method("lora", None, "low_rank", "arXiv 2106.09685", "low-rank product B A", "r (out + in)", {"r": 8}),
+        Method(
+            "lora",
+            None,
+            "low_rank",
+            "arXiv 2106.09685",
+            "low-rank product B A",
+            "r (out + in)",
+            {"r": 8},
+            _rates(
+                encoder=2e-3,
+                vision=2e-3,
+                decoder=1e-3,
+                picture=1e-4,
+                picture_embedded=1e-2,
+                control_embedded=1e-2,
+            ),
+        ),
         Method(
             "seeded",
             None,
@@ -88,8 +167,22 @@ METHODS: dict[str, Method] = {
             "block-diagonal rotation of the input space (Cayley)",
             "blocks b (b - 1) / 2, b = in / blocks",
             {"block_size": 32},
+            _rates(
+                encoder=2e-3,
+                vision=2e-3,
+                decoder=1e-3,
+                picture=1e-4,
+                picture_embedded=5e-3,
+                control_embedded=3e-3,
+            ),
         ),
     )
+}
+
+# What recipes train besides our methods. peft's own methods, ``peft:lora`` and the like, start where ``lora`` does.
+OTHERS: dict[str, Mapping[Kind, Rates]] = {
+    "peft": METHODS["lora"].rates,
+    "full": _rates(encoder=5e-5, vision=5e-5, decoder=2e-5),
 }
 
 # The option of `smidgen.config` that means a member's rank, where the member calls it otherwise.
@@ -101,8 +194,10 @@ _TLORA_NOTATION = re.compile(r"tlora(\*|_star)?\((\d+),\s*(\d+)\)", re.IGNORECAS
 def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
     """A method and the options its spelling carries: ``"tlora(2,6)"`` is tlora with transform_rank 2, residual_rank 6.
 
+    ``"rotation+spectral"``, a transform and a residual, is a method without a row: it has the members' own defaults.
+
     Raises:
-        ConfigError: for a name that is no method, with the nearest ones.
+        ConfigError: for a name that is no method or no member, with the nearest ones.
 
     Example:
         >>> parse_method("TLoRA*(2,4)")[1]
@@ -114,9 +209,88 @@ def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
         name, last = ("tlora_star", "r") if star else ("tlora", "residual_rank")
         return METHODS[name], {"transform_rank": int(first), last: int(second)}
     name = method.strip().lower().replace("-", "_")
+    if "+" in name:
+        first, _, last = (part.strip() for part in name.partition("+"))
+        for side, member in (("transform", first), ("residual", last)):
+            member_options(side, member)  # raises where there is none
+        return Method(f"{first}+{last}", first, last, "", "", ""), {}
     if name not in METHODS:
-        raise ConfigError(f"Unknown method {method!r}.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}.")
+        raise ConfigError(
+            f"Unknown method {method!r}.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}, and any transform with "
+            "any residual, such as rotation+low_rank."
+        )
     return METHODS[name], {}
+
+
+def learning_rates(method: str, kind: Kind, transform: str | None = None, residual: str | None = None) -> Rates:
+    """Where to start: the default learning rates of a method for a kind of task.
+
+    Args:
+        method: as in :func:`parse_method`, ``peft:NAME``, or ``full``.
+        kind: one of ``KINDS``.
+        transform, residual: members that replace the method's.
+
+    Raises:
+        ConfigError: an unknown method or member, or one that this kind of task does not train.
+
+    Example:
+        >>> learning_rates("tlora(2,6)", "encoder")
+        Rates(residual=0.02, transform=0.006, head=None)
+        >>> learning_rates("rotation+spectral", "encoder")  # each member as in its own method
+        Rates(residual=0.1, transform=0.002, head=None)
+    """
+    other = OTHERS.get(method.partition(":")[0])
+    if other is not None:
+        if kind not in other:
+            raise ConfigError(
+                f"There is no learning rate for {method!r} in a {kind} task; there is for: {', '.join(other)}."
+            )
+        return other[kind]
+    found = parse_method(method)[0]
+    for side, member in (("transform", transform), ("residual", residual)):
+        if member:
+            member_options(side, member)  # raises where there is none
+    pair = (transform or found.transform, residual or found.residual)
+    if found.rates and pair == (found.transform, found.residual):
+        return _of_method(found, kind)
+    return member_rates(*pair, kind)
+
+
+def member_rates(transform: str | None, residual: str | None, kind: Kind) -> Rates:
+    """Learning rates of two members: of the method they make, else each as in the method that is most its own."""
+    made = next((m for m in METHODS.values() if m.rates and (m.transform, m.residual) == (transform, residual)), None)
+    if made:
+        return _of_method(made, kind)
+    sides = [_of_member(side, name, kind) for side, name in (("transform", transform), ("residual", residual)) if name]
+    return Rates(sides[-1].residual, sides[0].transform)
+
+
+def _of_method(method: Method, kind: Kind) -> Rates:
+    """The method's own rates; for a kind it has none for, its first in the proportion of like members."""
+    if kind in method.rates:
+        return method.rates[kind]
+    known, own = next(iter(method.rates.items()))
+    name, side = (method.residual, "residual") if method.residual else (method.transform, "transform")
+    like = METHODS[_like(side, str(name))].rates
+    factor = like[kind].residual / like[known].residual
+    return Rates(own.residual * factor, own.transform * factor)
+
+
+def _of_member(side: str, name: str, kind: Kind) -> Rates:
+    other = {"transform": "residual", "residual": "transform"}[side]
+    having = [m for m in METHODS.values() if m.rates and getattr(m, side) == name]
+    having.sort(key=lambda m: getattr(m, other) is not None)  # the method of this member alone comes first
+    return _of_method(having[0] if having else METHODS[_like(side, name)], kind)
+
+
+def _like(side: str, name: str) -> str:
+    """The method with rates of every kind whose member is most like this one: diagonals run hotter than factors."""
+    member: Any = (TRANSFORMS if side == "transform" else RESIDUALS)[name]
+    if member.rates_like:
+        return str(member.rates_like)
+    if side == "transform":
+        return "oft"
+    return "svfit" if member.diagonal_between else "lora"
 
 
 def member_options(kind: str, name: str) -> dict[str, inspect.Parameter]:

@@ -8,21 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from smidgen.adapters.methods import Rates
 from smidgen.errors import AdapterFileError
 from smidgen.training import engine
 from smidgen.training.loop import LoopConfig, Task, train
 from smidgen.training.processes import is_main
 from smidgen.training.randomness import derive
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates of a method: for the residual, for the transform where it has one, and for a head (None: as the
-    residual)."""
-
-    residual: float
-    transform: float
-    head: float | None = None
 
 
 @dataclass(frozen=True)

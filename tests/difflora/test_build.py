@@ -97,6 +97,15 @@ def test_group_training_is_training_one_by_one(config, few_people, tmp_path, mon
     assert float((together[0] - together[-1]).abs().max()) > 1e-4, "something was learnt"
 
 
+@pytest.mark.parametrize("method", ["seeded", "rotation+low_rank"])
+def test_a_zoo_takes_any_method_at_its_own_rate(config, few_people, method):
+    adapter = replace(config.adapter, method=method, rank=2, learning_rate=None)
+    few = replace(config.subjects, folder=few_people)
+    build(replace(config, subjects=few, adapter=adapter, group=Group(group_size=3, train_batch_size=1)), progress=False)
+    rows = torch.stack([Zoo(config.out).row(person.id) for person in read_subjects(config.out)])
+    assert rows.isfinite().all() and all(not torch.equal(rows[0], other) for other in rows[1:])
+
+
 def test_clipping_and_divergence_stay_with_their_adapter():
     from smidgen.difflora.zoo.task import GroupTask
 

@@ -39,6 +39,15 @@ def config(base, pairs, out, method="tlora*(1,1)", **adapter) -> ControlConfig:
     )
 
 
+@pytest.mark.parametrize("method", ["seeded", "rotation+low_rank"])
+def test_the_debug_preset_takes_any_method_at_its_own_rate(sd, pairs, tmp_path, method):
+    out, preset = tmp_path / "out", PRESETS["debug"]
+    data = replace(preset.data, folder=pairs)
+    report = control(replace(preset, data=data, adapter=Adapter(method), base=str(sd), out=out), progress=False)
+    assert report.lines[-1].name == method and report.lines[-1].numbers > 0
+    assert verify(out, str(sd))[0]
+
+
 def test_what_is_left_behind_and_how_it_draws(sd, pairs, tmp_path):
     out = tmp_path / "out"
     report = control(config(sd, pairs, out), progress=False)

@@ -15,7 +15,7 @@ from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from smidgen.training import pipelines
 from smidgen.training.loop import LoopConfig
 from smidgen.training.recipes.personalize import personalize
-from smidgen.training.recipes.personalize_settings import Adapter, Data, PersonalizeConfig, Show
+from smidgen.training.recipes.personalize_settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
 from smidgen.training.tasks import personalize as task_module
 from smidgen.training.tasks.personalize import diffuse, encode_examples, encode_prior, make_task, snr_weights
 from tests.training import tiny
@@ -51,6 +51,16 @@ def test_every_method_on_stable_diffusion(sd, pictures, tmp_path, method):
     smidgen.load(base.unet, tmp_path / "out")
     assert smidgen.verify(base.unet, tmp_path / "out").ok
     assert type(base.unet).__name__ == "UNet2DConditionModel"
+
+
+@pytest.mark.parametrize("method", ["seeded", "rotation+low_rank"])
+def test_the_debug_preset_takes_any_method_at_its_own_rate(sd, pictures, tmp_path, method):
+    out, preset = tmp_path / "out", PRESETS["debug"]
+    made = replace(preset, data=replace(preset.data, folder=pictures), adapter=Adapter(method), base=str(sd), out=out)
+    assert run(replace(made, show=replace(made.show, compare_lora=False))).entry.trained_numbers > 0
+    base = pipelines.load_base(str(sd))
+    smidgen.load(base.unet, out)
+    assert smidgen.verify(base.unet, out).ok
 
 
 @pytest.mark.parametrize("method", ["tlora", "svfit"])

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.errors import ConfigError
 from smidgen.training import settings
 from smidgen.training.loop import LoopConfig
 from smidgen.training.recipes.personalize_settings import (
-    EMBEDDED_RATES,
     PEFT_LORA,
     PRESETS,
-    RATES,
     Adapter,
     Data,
     PersonalizeConfig,
-    Rates,
     Show,
     rates,
 )
@@ -55,7 +53,7 @@ def test_values_take_their_types(tmp_path):
         ("trian: {seed: 1}", "Unknown key 'trian'.*Did you mean 'train'"),
         ("train: {sead: 1}", r"Unknown key 'train\.sead'.*Did you mean 'seed'"),
         ("learning_rate: 1", r"belongs under 'adapter\.learning_rate'"),
-        ("adapter: {method: svift}", r"adapter\.method must be one of .*Did you mean 'svfit'"),
+        ("adapter: {method: svift}", "Unknown method 'svift'.*Did you mean 'svfit'"),
         ("train: {seed: yes}", r"train\.seed must be int, not True"),
         ("train: 3", "must be a mapping"),
         ("train: {max_train_steps: 0}", "max_train_steps must be at least 1"),
@@ -77,13 +75,13 @@ def test_flat_names_every_leaf():
     assert flat["train.seed"] == 0 and flat["base"] == "embedded" and "train" not in flat
 
 
-def test_learning_rates_come_from_the_table_or_the_flags():
+def test_learning_rates_come_from_the_method_or_the_flags():
     config = PersonalizeConfig(adapter=Adapter("tlora"))
-    assert rates(config, "tlora") == EMBEDDED_RATES["tlora"]
-    assert rates(replace(config, base="some/base"), "tlora") == RATES["tlora"]
-    faster = replace(config, adapter=Adapter("tlora", learning_rate=2 * EMBEDDED_RATES["tlora"].residual))
-    assert rates(faster, "tlora").transform == pytest.approx(2 * EMBEDDED_RATES["tlora"].transform)
-    assert rates(faster, PEFT_LORA) == EMBEDDED_RATES[PEFT_LORA]
+    usual = learning_rates("tlora", "picture_embedded")
+    assert rates(config, "tlora") == usual
+    assert rates(replace(config, base="some/base"), "tlora") == learning_rates("tlora", "picture")
+    faster = replace(config, adapter=Adapter("tlora", learning_rate=2 * usual.residual))
+    assert rates(faster, "tlora").transform == pytest.approx(2 * usual.transform)
+    assert rates(faster, PEFT_LORA) == learning_rates("lora", "picture_embedded")
     both = replace(config, adapter=Adapter("tlora", learning_rate=0.1, transform_learning_rate=0.05))
     assert rates(both, "tlora") == Rates(0.1, 0.05)
-    assert set(RATES) == set(EMBEDDED_RATES)

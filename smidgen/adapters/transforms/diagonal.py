@@ -17,6 +17,7 @@ class Diagonal(Transform):
     """T = I + diag(e)."""
 
     name = "diagonal"
+    rates_like = "svfit"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"e": (self.width,)}

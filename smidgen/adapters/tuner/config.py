@@ -193,7 +193,8 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
 
     Args:
         method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``seeded``, ``oft`` (see ``smidgen methods``), the
-            papers' notation such as ``"tlora(2,6)"``, or None when ``transform`` and ``residual`` are named.
+            papers' notation such as ``"tlora(2,6)"``, a pair such as ``"rotation+spectral"``, or None when ``transform``
+            and ``residual`` are named.
         **options: ``r`` (residual rank; also ``residual_rank``), ``transform_rank``, ``alpha``, ``transform``,
             ``residual``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
             :class:`SmidgenConfig`, and the members' own options (``atoms``, ``std``, ``blocks``, ...).
@@ -227,8 +228,12 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
         _one_rank(merged, spelled | options)
     own_transform, own_residual = methods.split_options(transform, residual, merged)
     r = own_residual.pop("r", None)
+    # A pair is a pair however it was spelled; only a row of METHODS gives it a name.
+    named = (
+        pair is not None and pair.name in methods.METHODS and (transform, residual) == (pair.transform, pair.residual)
+    )
     return SmidgenConfig(
-        method=pair.name if pair and (transform, residual) == (pair.transform, pair.residual) else None,
+        method=pair.name if pair and named else None,
         transform=transform,
         residual=residual,
         r=r,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.methods import member_rates
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.difflora.generator.carrier import Carries, banked
 from smidgen.difflora.generator.encoders import PictureEncoder
@@ -27,8 +28,8 @@ from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, DataError
 from smidgen.training.images import fit, to_tensor, upright
 from smidgen.training.loop import LoopConfig, train
-from smidgen.training.pipelines import EMBEDDED, Base, encode_pictures, encode_prompts, time_ids
-from smidgen.training.recipes.personalize_settings import EMBEDDED_RATES, RATES
+from smidgen.training.pipelines import Base, encode_pictures, encode_prompts, time_ids
+from smidgen.training.recipes.personalize_settings import picture_kind
 from smidgen.training.tasks.personalize import Encoded, PersonalizeTask, make_task
 
 if TYPE_CHECKING:
@@ -269,8 +270,7 @@ def photo_task(
 
 def _rates(base: Base, layout: Layout, config: Refine) -> tuple[float, float]:
     """Learning rate of the residual, and that of the transform over it."""
-    table = EMBEDDED_RATES if base.name == EMBEDDED else RATES
-    usual = table.get(str(layout.config.get("method")), table["lora"])
+    usual = member_rates(layout.config.get("transform"), layout.config.get("residual"), picture_kind(base.name))
     return config.learning_rate or SHARE * usual.residual, usual.transform / usual.residual
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import smidgen
+from smidgen.adapters.methods import Rates
 from smidgen.errors import ConfigError
-from smidgen.training.fitting import Rates
 from smidgen.training.loop import LoopConfig
 from smidgen.training.pipelines import EMBEDDED
 from smidgen.training.recipes.personalize_settings import Adapter, PersonalizeConfig

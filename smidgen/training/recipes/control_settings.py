@@ -1,29 +1,16 @@
-"""The settings of a control training: frozen configs, presets, and the table of default learning rates."""
+"""The settings of a control training: frozen configs and presets."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from smidgen.adapters.methods import parse_method
-from smidgen.errors import ConfigError
+from smidgen.adapters.methods import Kind, Rates, learning_rates
 from smidgen.training.control.conditions import Control
-from smidgen.training.fitting import Rates
 from smidgen.training.loop import LoopConfig
 from smidgen.training.pipelines import EMBEDDED
 from smidgen.training.recipes import finetune_settings as finetune
-from smidgen.training.recipes.personalize_settings import RATES
+from smidgen.training.recipes.personalize_settings import picture_kind
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the papers': all attentions of the UNet
-
-# Chosen on the embedded base by benchmarks/control.py; on full-size bases start where personalisation does.
-EMBEDDED_RATES = {
-    "tlora": Rates(3e-2, 9e-3),
-    "tlora_star": Rates(1e-2, 3e-3),
-    "svfit": Rates(2e-1, 2e-1),
-    "loldu": Rates(2e-1, 2e-1),
-    "lora": Rates(1e-2, 1e-2),
-    "oft": Rates(3e-3, 3e-3),
-}
 
 
 @dataclass(frozen=True)
@@ -86,14 +73,10 @@ PRESETS = {
 
 
 def rates(config: ControlConfig) -> Rates:
-    """The learning rates of this run: the flags where given, else the tables' for the method."""
-    chosen, table = config.adapter, EMBEDDED_RATES if config.base == EMBEDDED else RATES
-    hint = chosen.head_learning_rate
+    """The learning rates of this run: the flags where given, else the method's own."""
+    chosen, hint = config.adapter, config.adapter.head_learning_rate
     if chosen.method == finetune.PROBE:
         return Rates(hint, hint, hint)
-    known: Any = table.get("lora" if chosen.method.startswith("peft:") else parse_method(chosen.method)[0].name)
-    if known is None:
-        raise ConfigError(f"No learning rate is known for {chosen.method!r}; give --learning-rate.")
-    residual = chosen.learning_rate or known.residual
-    transform = chosen.transform_learning_rate or known.transform * (residual / known.residual)
-    return Rates(residual, transform, hint)
+    kind: Kind = "control_embedded" if config.base == EMBEDDED else picture_kind(config.base)
+    usual = learning_rates(chosen.method, kind, chosen.transform, chosen.residual)
+    return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate, hint)

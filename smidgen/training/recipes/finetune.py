@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import smidgen
+from smidgen.adapters.methods import Kind
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
 from smidgen.training import engine
 from smidgen.training.bases import fingerprint
@@ -21,7 +22,7 @@ from smidgen.training.contact_sheet import loss_plot
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
 from smidgen.training.processes import is_main, open_folder
 from smidgen.training.recipes.finetune_report import FinetuneReport, model_card
-from smidgen.training.recipes.finetune_settings import FULL, PROBE, Adapter, Family, FinetuneConfig, rates, setup
+from smidgen.training.recipes.finetune_settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
 from smidgen.training.settings import dump_yaml, flat
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Prepared:
     model: Any
     task: Any
     heads: tuple[str, ...]
-    family: Family
+    family: Kind
     fresh: Callable[[], Any] = field(repr=False)
     labels: tuple[str, ...] = ()
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -1,50 +1,13 @@
-"""The settings of a fine-tuning: frozen configs and the one table of default learning rates."""
+"""The settings of a fine-tuning: frozen configs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from smidgen.errors import ConfigError
-from smidgen.training.fitting import Rates
+from smidgen.adapters.methods import Kind, Rates, learning_rates
 from smidgen.training.loop import LoopConfig
 
 PROBE, FULL = "linear_probe", "full"
-Family = Literal["encoder", "vision", "decoder"]
-
-# Where to start when no learning rate is given, by family and method; any transform with any residual takes its parts
-# from the methods they belong to.
-_ENCODER = {
-    "tlora": Rates(2e-2, 6e-3),
-    "tlora_star": Rates(5e-3, 1.5e-3),
-    "svfit": Rates(1e-1, 1e-1),
-    "loldu": Rates(1e-1, 1e-1),
-    "seeded": Rates(1e-1, 1e-1),
-    "lora": Rates(2e-3, 2e-3),
-    "oft": Rates(2e-3, 2e-3),
-    FULL: Rates(5e-5, 5e-5),
-}
-RATES: dict[Family, dict[str, Rates]] = {
-    "encoder": _ENCODER,
-    "vision": _ENCODER | dict.fromkeys(("svfit", "loldu", "seeded"), Rates(3e-2, 3e-2)),  # hotter ends below the head
-    "decoder": {
-        "tlora": Rates(1e-2, 3e-3),
-        "tlora_star": Rates(2e-3, 6e-4),
-        "svfit": Rates(5e-2, 5e-2),
-        "loldu": Rates(5e-2, 5e-2),
-        "seeded": Rates(5e-2, 5e-2),
-        "lora": Rates(1e-3, 1e-3),
-        "oft": Rates(1e-3, 1e-3),
-        FULL: Rates(2e-5, 2e-5),
-    },
-}
-TRANSFORM_OF = {"tensor_ring": "tlora", "rotation": "oft", "diagonal": "svfit"}
-RESIDUAL_OF = {
-    "tensor_ring": "tlora",
-    "low_rank": "lora",
-    "spectral": "svfit",
-    "triangular": "loldu",
-    "seeded": "seeded",
-}
 
 
 @dataclass(frozen=True)
@@ -101,7 +64,7 @@ class InstructionData:
 class Adapter:
     """What is trained. None leaves a choice to the method's own defaults."""
 
-    method: str = "svfit"  # one of `smidgen methods`, peft:lora and the like, linear_probe, or full
+    method: str = "svfit"  # one of `smidgen methods`, rotation+low_rank, peft:lora, linear_probe, or full
     transform: str | None = None  # replaces the method's
     residual: str | None = None  # replaces the method's
     rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
@@ -109,8 +72,8 @@ class Adapter:
     transform_rank: int | None = None  # ring rank of tlora's transform
     target_modules: tuple[str, ...] | None = None  # endings of names, or all-linear; None: attention
     budget: str | None = None  # bytes of the adapter's folder without a head, such as 20kB; decides ranks and targets
-    learning_rate: float | None = None  # None: a table by method and family of models
-    transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
+    learning_rate: float | None = None  # None: the method's own for the family of models
+    transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
     head_learning_rate: float = 2e-3  # of a classifier's head
     weight_decay: float = 0.0  # pulls towards the base
 
@@ -155,21 +118,13 @@ class InstructionConfig(FinetuneConfig):
     model: str = "smollm2"
 
 
-def rates(adapter: Adapter, family: Family) -> Rates:
-    """The learning rates of this run: the flags where given, else the table's."""
-    table, head = RATES[family], adapter.head_learning_rate
+def rates(adapter: Adapter, family: Kind) -> Rates:
+    """The learning rates of this run: the flags where given, else the method's own."""
+    head = adapter.head_learning_rate
     if adapter.method == PROBE:
         return Rates(head, head, head)
-    method = adapter.method.replace("-", "_").partition("(")[0].replace("*", "_star")
-    named = "lora" if method.startswith("peft:") else method
-    known = table.get(RESIDUAL_OF.get(adapter.residual or "", named))
-    if known is None:
-        if adapter.learning_rate is None:
-            raise ConfigError(f"No learning rate is known for {adapter.method!r}; give --learning-rate.")
-        known = Rates(adapter.learning_rate, adapter.learning_rate)
-    start = table.get(TRANSFORM_OF.get(adapter.transform or "", ""), known).transform
-    residual = adapter.learning_rate or known.residual
-    return Rates(residual, adapter.transform_learning_rate or start * (residual / known.residual), head)
+    usual = learning_rates(adapter.method, family, adapter.transform, adapter.residual)
+    return usual.chosen(adapter.learning_rate, adapter.transform_learning_rate, head)
 
 
 def setup(adapter: Adapter, targets: Any, seed: int) -> Any:

@@ -1,38 +1,13 @@
-"""The settings of a personalisation: frozen configs, presets, and the one table of default learning rates."""
+"""The settings of a personalisation: frozen configs, and presets."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from smidgen.training.fitting import Rates
+from smidgen.adapters.methods import Kind, Rates, learning_rates, parse_method
 from smidgen.training.loop import LoopConfig
 from smidgen.training.pipelines import EMBEDDED
 
 PEFT_LORA = "peft's LoRA"
-
-Method = Literal["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
-
-
-# Tuned on the embedded base (benchmarks/personalize.py --stage tune); below, where to start on full-size bases: the
-# papers' values.
-EMBEDDED_RATES = {
-    "tlora": Rates(4e-2, 1.2e-2),
-    "tlora_star": Rates(1e-2, 5e-3),
-    "svfit": Rates(1.5e-1, 1.5e-1),
-    "loldu": Rates(2e-1, 2e-1),
-    "lora": Rates(1e-2, 1e-2),
-    "oft": Rates(5e-3, 5e-3),
-    PEFT_LORA: Rates(1e-2, 1e-2),
-}
-RATES = {
-    "tlora": Rates(2e-4, 1e-4),
-    "tlora_star": Rates(2e-4, 5e-5),
-    "svfit": Rates(5e-2, 5e-2),
-    "loldu": Rates(5e-3, 5e-3),
-    "lora": Rates(1e-4, 1e-4),
-    "oft": Rates(1e-4, 1e-4),
-    PEFT_LORA: Rates(1e-4, 1e-4),
-}
 
 
 @dataclass(frozen=True)
@@ -55,16 +30,19 @@ class Data:
 class Adapter:
     """What is trained. None leaves a choice to the method's own defaults."""
 
-    method: Method = "tlora"
+    method: str = "tlora"  # one of `smidgen methods`, tlora(2,6) and the like, or a pair such as rotation+low_rank
     rank: int | str | None = None  # r of the residual: a number, full, or energy:0.99 (svfit)
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
     residual_rank: int | None = None  # ring rank of tlora's residual
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # endings of the UNet's module names
-    learning_rate: float | None = None  # None: a table by method and base, in this file
-    transform_learning_rate: float | None = None  # None: in the table's proportion to the residual's
+    learning_rate: float | None = None  # None: the method's own for the base
+    transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
     weight_decay: float = 0.0  # pulls towards the base
     snr_gamma: float | None = None  # min-SNR weighting; None: off
+
+    def __post_init__(self) -> None:
+        parse_method(self.method)  # raises where there is none
 
 
 @dataclass(frozen=True)
@@ -107,9 +85,13 @@ PRESETS = {
 
 
 def rates(config: PersonalizeConfig, method: str) -> Rates:
-    """The learning rates of this run: the flags where given, else the tables' for ``method``."""
-    chosen, table = config.adapter, (EMBEDDED_RATES if config.base == EMBEDDED else RATES)[method]
+    """The learning rates of this run: the flags where given, else the defaults of ``method``."""
+    chosen, kind = config.adapter, picture_kind(config.base)
     if method == PEFT_LORA:
-        return table
-    residual = chosen.learning_rate or table.residual
-    return Rates(residual, chosen.transform_learning_rate or table.transform * (residual / table.residual))
+        return learning_rates("peft:lora", kind)
+    return learning_rates(method, kind).chosen(chosen.learning_rate, chosen.transform_learning_rate)
+
+
+def picture_kind(base: str) -> Kind:
+    """What learning rates go by for an image generator."""
+    return "picture_embedded" if base == EMBEDDED else "picture"
