@@ -98,7 +98,10 @@ def _of_transformers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, 
             for picture in _pictures(config, make, 1):
                 for tokens in _with_places(model, config, ids["input_ids"], picture):
                     yield ids | {"input_ids": tokens, "pixel_values": picture}, ""
-        yield ids, "pictures or sound" if _other_senses(config) else ""
+        left_out = "pictures or sound" if _other_senses(config) else ""
+        yield ids, left_out
+        if decoder:  # a classifier makes the decoder's own from these
+            yield {"input_ids": ids["input_ids"]}, left_out
     elif main == "pixel_values":
         for batch in (2, 1):
             for picture in _pictures(config, make, batch):
@@ -188,6 +191,9 @@ def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any
         yield flat | {"img_shapes": [(1, 4, 4)]}, ""
     yield common | {"hidden_states": make.noise(1, channels, side, side)}, ""
     yield common | {"hidden_states": make.noise(1, channels, 1, side, side)}, ""
+    yield common | {"hidden_states": make.noise(1, 1, channels, side, side)}, ""
+    if {"num_frames", "height", "width"} <= takes.keys():
+        yield flat | {"num_frames": 1, "height": 4, "width": 4}, ""
     yield flat, ""
 
 
@@ -210,6 +216,8 @@ def _conditions(config: Any, make: _Maker) -> dict[str, Any]:
         out["encoder_attention_mask"] = torch.ones(1, TOKENS, device=make.device)
     if size("pooled_projection_dim"):
         out["pooled_projections"] = make.noise(1, size("pooled_projection_dim"))
+    for name in ("original_size", "target_size", "crop_coords"):
+        out[name] = make.zeros(1, 2)
     if getattr(config, "guidance_embeds", False):
         out["guidance"] = make.whole(3).to(make.dtype)
     if getattr(config, "addition_embed_type", None) == "text_time":
@@ -218,6 +226,8 @@ def _conditions(config: Any, make: _Maker) -> dict[str, Any]:
             "text_embeds": make.noise(1, size("projection_class_embeddings_input_dim") - ids),
             "time_ids": make.zeros(1, 6),
         }
+    elif getattr(config, "addition_embed_type", None) == "image":
+        out["added_cond_kwargs"] = {"image_embeds": make.noise(1, size("encoder_hid_dim"))}
     elif size("caption_channels"):
         out["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     if getattr(config, "class_embed_type", None) == "projection":

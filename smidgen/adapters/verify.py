@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -266,10 +268,24 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: Veri
                 f"(at most {most:.1%} is accepted); save the adapter with store_factors=True to move it here."
             )
     for target, layer in layers.items():
-        error, most = output_error(layer, name)
+        with _unmerged(layer):
+            error, most = output_error(layer, name)
         report.output_error = max(report.output_error, error)
         if not error <= most:
             report.fail(f"Layer {target!r} does not apply its delta: output shift is off by {error:.1%}.")
+
+
+@contextmanager
+def _unmerged(layer: AdaptedLayer) -> Iterator[None]:
+    """Within, a merged layer is as it was before: its original bits come back, then it is merged again."""
+    merged = list(layer.merged_adapters)
+    if merged:
+        layer.unmerge()
+    try:
+        yield
+    finally:
+        if merged:
+            layer.merge(adapter_names=merged)
 
 
 def _is_cast(layer: AdaptedLayer) -> bool:

@@ -65,8 +65,11 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self.setup(kind, self._read, self.set_base_weight)
 
     def _read(self) -> Tensor:
-        """The base weight, dequantised if it is quantised."""
+        """The base weight, fetched if accelerate has offloaded it, dequantised if it is quantised."""
         weight = self.get_base_weight()
+        offloaded = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "weights_map", None)
+        if weight.is_meta and offloaded is not None:
+            weight = offloaded["weight"]
         if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize == 1:
             return weight.float()  # fp8, as layerwise casting keeps it
         if not _plain(weight):
