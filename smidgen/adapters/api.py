@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
+from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
 from smidgen.adapters.tuner.peft_bridge import (
     adapted_layers,
@@ -73,6 +74,8 @@ def adapt(
     if not isinstance(method_or_config, str) and options:
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
     _check_name(model, adapter_name)
+    chosen_here = isinstance(own, SmidgenConfig) and own.target_modules is None
+    everything = isinstance(own, SmidgenConfig) and own.target_modules == "all-linear"
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
         own = replace(own, target_modules=default_targets(model))
     with _all_or_nothing(model, adapter_name):
@@ -80,7 +83,28 @@ def adapt(
         set_active(model, adapter_name)
         for layer in adapted_layers(model, adapter_name).values():
             layer.slot(adapter_name)
+    if chosen_here or everything:
+        _say_gaps(model, adapter_name, chosen_here)
     return model
+
+
+def _say_gaps(model: nn.Module, adapter_name: str, chosen_here: bool) -> None:
+    """Warns when targets that nobody named leave out main parts of a model."""
+    found = coverage(model, adapter_name)
+    said = gaps(found) if chosen_here else []
+    if found.fused >= SMALL:
+        said.append(f"{found.fused:.0%} of the parameters are in fused weights (experts), which carry no adapter")
+    if said:
+        logger.warning(
+            "The %s targets reach %d of %d layers of this %s, %.1f%% of its parameters: %s.%s",
+            "default" if chosen_here else "all-linear",
+            found.layers,
+            found.there,
+            type(model).__name__,
+            100 * found.share,
+            "; ".join(said),
+            ' Name target_modules, or take "all-linear", to choose others.' if chosen_here else "",
+        )
 
 
 def denoiser(model: Any) -> nn.Module:

@@ -21,6 +21,7 @@ from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass
 from smidgen.adapters.tuner.canary import delta_error, delta_sketches, read_canary
 from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
 from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
@@ -54,6 +55,7 @@ class VerifyReport:
         norms: target -> |delta| / |W|.
         called: adapted layers that the forward pass called, None without a pass; not_called: those it did not.
         moved: |output on - output off| / |output off| of the model, None without a pass.
+        coverage: how much of the model's layers and parameters the adapter is on.
     """
 
     reasons: list[str] = field(default_factory=list)
@@ -70,6 +72,7 @@ class VerifyReport:
     called: int | None = None
     not_called: list[str] = field(default_factory=list)
     moved: float | None = None
+    coverage: Coverage | None = None
 
     @property
     def verdict(self) -> str:
@@ -101,6 +104,9 @@ class VerifyReport:
             f"  called        {'no forward pass' if self.called is None else f'{self.called} of {self.layers} layers'}",
             f"  output moves  {'-' if self.moved is None else f'{self.moved:.1e}'}",
         ]
+        if self.coverage is not None:
+            lines.append(f"  covers        {self.coverage.share:.1%} of the model's parameters")
+            lines += [f"    {name:20} {layers:>16} {share:>7}" for name, layers, share in self.coverage.rows()]
         if self.not_called and self.verdict == "ON":
             lines.append(f"  not called    {_some(self.not_called)}")
         return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
@@ -243,6 +249,7 @@ def _same_numbers(held: Tensor, file: Tensor) -> bool:
 def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: VerifyReport) -> None:
     layers = adapted_layers(model, name)
     report.layers = report.targets = len(layers)
+    report.coverage = coverage(model, name)
     matrices = base_matrices(dict(layers))
     if own.base_lock:
         report.targets = len(base_lock.read_lock(own.base_lock).targets)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import smidgen
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
+from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.errors import ConfigError
 from smidgen.training import engine
 from smidgen.training.contact_sheet import save_image
@@ -110,6 +112,8 @@ def inspect(adapter: Path) -> str:
         rows.append(
             [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
         )
+    if lock:
+        lines += ["", *_covered(lock)]
     return "\n".join([*lines, "", markdown_table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
 
 
@@ -152,6 +156,15 @@ def _control_picture(control: Path | None, edges_of: Path | None, resolution: in
         return edge_picture(load_picture(str(edges_of), resolution))
     except UNREADABLE as error:
         raise ConfigError(f"{edges_of} cannot be read as a picture: {error}") from error
+
+
+def _covered(lock: dict[str, Any]) -> list[str]:
+    """A table of the layers an adapter is on, by the ends of their names. What else a base has, verify says."""
+    kept, entries = read_lock(lock), dict[str, list[int]]()
+    for name, shape in zip(kept.targets, kept.shapes, strict=True):
+        entries.setdefault(entry_of(name), []).append(prod(shape))
+    rows = [[entry, str(len(sizes)), f"{sum(sizes):,}"] for entry, sizes in sorted(entries.items())]
+    return markdown_table(["entry", "layers", "weights adapted"], rows).splitlines()
 
 
 def _lock_words(lock: dict[str, Any] | None) -> str:

@@ -97,7 +97,13 @@ def test_verify_and_inspect(trained, sd, sdxl, capsys):
     status, out, err = call(capsys, "verify", trained, "--base", sdxl)
     assert status == 2 and "adapter is OFF" in out and "does not verify on" in err
     status, out, _ = call(capsys, "inspect", trained)
-    assert status == 0 and "svfit" in out and "adapter_model.safetensors:" in out and "base lock:" in out
+    assert (
+        status == 0
+        and "svfit" in out
+        and "adapter_model.safetensors:" in out
+        and "base lock:" in out
+        and "weights adapted" in out
+    )
 
 
 def test_methods_and_config(capsys, tmp_path):
