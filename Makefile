@@ -1,23 +1,39 @@
 # Everything here sets itself up: a fresh clone, python >= 3.11 and `make demo` are enough.
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
+OLDEST ?= .venv-oldest
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 DEMO ?= demo_output
+TESTS ?=
 SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-again test-slow lint types contract bench base generator clean help
+.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(VENV)/.ready: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q "$(TORCH)"
-	$(BIN)/python -m pip install -q -e ".[all,dev]"
+# Sets up an environment: folder, extras, more words for pip. Its own words are left out, its errors are not.
+define set-up
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -qq --upgrade pip
+	$(1)/bin/python -m pip install -qq "$(TORCH)" -e ".[$(2)]" $(3)
 	touch $@
+endef
+EXTRAS := all,dev,quantised
+VERSIONS := from importlib.metadata import version as v; \
+	print(*(f"{n} {v(n)}" for n in "torch peft transformers diffusers accelerate safetensors numpy".split()), sep="\n")
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(call set-up,$(VENV),$(EXTRAS),-c constraints.txt)
+
+$(NEWEST)/.ready: pyproject.toml
+	$(call set-up,$(NEWEST),$(EXTRAS),--upgrade)
+
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(call set-up,$(OLDEST),$(EXTRAS),-c constraints-oldest.txt)
 
 demo: $(VENV)/.ready  ## draw a person nobody trained on, learn an adapter of a few kilobytes, show what it does
 	$(ENV) $(BIN)/smidgen subject $(DEMO)/pictures --seed 7
@@ -27,8 +43,13 @@ demo: $(VENV)/.ready  ## draw a person nobody trained on, learn an adapter of a 
 test: $(VENV)/.ready  ## all fast tests
 	$(ENV) $(BIN)/python -m pytest -n 2
 
-test-again: $(VENV)/.ready  ## what failed in the last run of the tests
-	$(ENV) $(BIN)/python -m pytest --last-failed
+test-newest: $(NEWEST)/.ready  ## the fast tests with the newest versions there are (torch as pinned), in .venv-newest
+	@$(NEWEST)/bin/python -c '$(VERSIONS)'
+	$(ENV) $(NEWEST)/bin/python -m pytest -n 2 $(TESTS)
+
+test-oldest: $(OLDEST)/.ready  ## the fast tests with the oldest versions allowed (torch as pinned), in .venv-oldest
+	@$(OLDEST)/bin/python -c '$(VERSIONS)'
+	$(ENV) $(OLDEST)/bin/python -m pytest -n 2 $(TESTS)
 
 test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix, twenty kills
 	$(ENV) $(BIN)/python -m pytest -m slow
@@ -56,5 +77,5 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 	mkdir -p $(SHIPPED)
 	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
 
-clean:           ## the environment and what the demo wrote
-	rm -rf $(VENV) $(DEMO)
+clean:           ## the environments and what the demo wrote
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(DEMO)

@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from crashes import pytest_configure  # noqa: F401 (a hook)
 
 torch.set_num_threads(1)
 

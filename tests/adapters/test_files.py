@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,17 @@ def test_a_config_holds_no_paths_and_no_secrets(tmp_path: Path) -> None:
     data = json.loads((folder / "adapter_config.json").read_text())
     assert data["peft_type"] == "SMIDGEN" and data.get("base_model_name_or_path") is None
     assert not re.search(r"/(work|tmp|home|root)", json.dumps(data))
+
+
+def test_a_config_of_a_subclass_keeps_its_own_fields(tmp_path: Path) -> None:
+    @dataclass
+    class Wider(smidgen.SmidgenConfig):
+        init_weights: bool = True
+
+    for value, kept in ((True, {}), (False, {"init_weights": False})):
+        Wider(residual="spectral", r=4, init_weights=value).save_pretrained(tmp_path)
+        data = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert {name: data[name] for name in data if name == "init_weights"} == kept
 
 
 def test_an_older_peft_reads_the_config_of_a_newer_one(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import rewrite
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -232,10 +233,10 @@ def test_damaged_tensors(folder: Path, change: Callable[..., Any], match: str) -
 def test_truncation_at_any_byte(folder: Path) -> None:
     whole = (folder / WEIGHTS).read_bytes()
     for size in [0, 1, 7, 8, 9, 40, len(whole) // 2, len(whole) - 40, len(whole) - 1]:
-        (folder / WEIGHTS).write_bytes(whole[:size])
+        rewrite(folder / WEIGHTS, whole[:size])
         refuses(folder, AdapterFileError, f"{size:,} bytes.*truncated")
     config = (folder / CONFIG).read_text()
-    (folder / WEIGHTS).write_bytes(whole)
+    rewrite(folder / WEIGHTS, whole)
     for size in (0, 1, len(config) // 2, len(config) - 2):
         (folder / CONFIG).write_text(config[:size])
         refuses(folder, AdapterFileError, "not valid JSON")
@@ -256,7 +257,7 @@ def test_truncation_at_any_byte(folder: Path) -> None:
     ],
 )
 def test_hostile_headers(folder: Path, header: bytes) -> None:
-    (folder / WEIGHTS).write_bytes(header + b"\0" * 64)
+    rewrite(folder / WEIGHTS, header + b"\0" * 64)
     refuses(folder, AdapterFileError, "truncated or not a safetensors file")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damage import rewrite
 from torch import nn
 
 import smidgen
@@ -90,7 +91,7 @@ def test_an_adapter_that_was_never_trained(tmp_path: Path) -> None:
 def test_damaged_files_are_reasons_not_errors(tmp_path: Path) -> None:
     folder = smidgen.save(trained("lora"), tmp_path)
     whole = (folder / "adapter_model.safetensors").read_bytes()
-    (folder / "adapter_model.safetensors").write_bytes(whole[:-3])
+    rewrite(folder / "adapter_model.safetensors", whole[:-3])
     report = smidgen.verify(Net(), folder)
     assert not report.ok and "truncated" in report.reasons[0]
     assert not smidgen.verify(Net(), tmp_path / "nowhere").ok

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from damage import rewrite
 from PIL import Image
 
 from smidgen.cli.dispatch import main
@@ -203,7 +204,7 @@ def test_nobody_held_out(copied, config):
 
 def test_half_written_shard_is_named(copied, config):
     path = Zoo(copied).shard_path(0)
-    path.write_bytes(path.read_bytes()[:-1000])
+    rewrite(path, path.read_bytes()[:-1000])
     with pytest.raises(DataError, match=path.name):
         evaluate(copied, config, progress=False)
 

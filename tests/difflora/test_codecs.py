@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from damage import rewrite
 
 from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.difflora.weightspace.codec import load_codec
@@ -220,10 +221,10 @@ def test_a_codec_file_is_checked(tmp_path):
     with pytest.raises(DataError, match=r"have shape \(3,\), this codec's have \(2,\)"):
         load_codec(tmp_path).decode(torch.zeros(1, 3))
     content = (tmp_path / "codec.safetensors").read_bytes()
-    (tmp_path / "codec.safetensors").write_bytes(content[:-8])
+    rewrite(tmp_path / "codec.safetensors", content[:-8])
     with pytest.raises(DataError, match="not the file"):
         load_codec(tmp_path)
-    (tmp_path / "codec.safetensors").write_bytes(content)
+    rewrite(tmp_path / "codec.safetensors", content)
     described = json.loads((tmp_path / "codec.json").read_text())
     (tmp_path / "codec.json").write_text(json.dumps(described | {"codec": "pcaa"}))
     with pytest.raises(DataError, match="Did you mean 'pca'"):

@@ -2,10 +2,14 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from damage import rewrite
 
 from smidgen.adapters.linalg import cache
 from smidgen.adapters.linalg.cache import cached, weight_key
@@ -70,25 +74,25 @@ def test_key_sees_its_parts_and_the_version(monkeypatch):
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:-3])
+    rewrite(path, path.read_bytes()[:-3])
 
 
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
-    path.write_bytes(bytes(data))
+    rewrite(path, bytes(data))
 
 
 def empty(path):
-    path.write_bytes(b"")
+    rewrite(path, b"")
 
 
 def noise(path):
-    path.write_bytes(os.urandom(500))
+    rewrite(path, os.urandom(500))
 
 
 def huge_header(path):
-    path.write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    rewrite(path, (2**60).to_bytes(8, "little") + b"{}")
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, empty, noise, huge_header])
@@ -98,6 +102,22 @@ def test_damage_is_recomputed_and_repaired(folder, damage):
     damage(next(folder.iterdir()))
     assert cached(("a",), W, compute)["u"][0, 0] == 2
     assert cached(("a",), W, compute)["u"][0, 0] == 2 and compute.calls == 2
+
+
+def test_a_hit_outlives_its_file(folder):
+    """In a process of its own, which a mapping of the truncated file would kill with SIGBUS."""
+    code = """if True:
+        import torch
+        from smidgen.adapters.linalg.cache import cache_folder, cached
+        make = lambda: {"u": torch.ones(1000, 1000)}
+        cached(("a",), torch.ones(2), make)
+        found = cached(("a",), torch.ones(2), make)
+        open(next(cache_folder().iterdir()), "wb").close()
+        assert found["u"].sum() == 1000_000
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(cache.__file__).parents[3])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode} {done.stderr}"
 
 
 def test_off(folder, monkeypatch):

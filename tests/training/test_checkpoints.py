@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from damage import rewrite
 
 from smidgen.errors import CheckpointError
 from smidgen.training import checkpoints
@@ -48,11 +49,11 @@ def test_a_damaged_newest_falls_back_to_the_one_before_and_says_so(tmp_path, cap
     newest = store.write(checkpoint(2))
     weights, state = newest / "trained.safetensors", newest / "state.json"
     if damage == "truncate":
-        weights.write_bytes(weights.read_bytes()[:-4])
+        rewrite(weights, weights.read_bytes()[:-4])
     elif damage == "flip":
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
-        weights.write_bytes(content)
+        rewrite(weights, content)
     elif damage == "state":
         state.write_text(state.read_text()[:40])
     elif damage == "delete":

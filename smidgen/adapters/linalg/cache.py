@@ -100,7 +100,8 @@ def _read(path: Path) -> _Factors | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # copied: a mapping of the file would kill the process once somebody truncates it in place
+            found = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
             sums = file.metadata() or {}
         if any(sums.get(name) != _checksum(tensor) for name, tensor in found.items()) or len(sums) != len(found):
             raise SafetensorError("checksum")

@@ -109,7 +109,8 @@ class SmidgenConfig(PeftConfig):
         base = data["base_model_name_or_path"] or ""
         if os.path.isabs(base):  # where it lay on this machine is nobody else's business
             data["base_model_name_or_path"] = os.path.basename(os.path.normpath(base))
-        kept = {name: value for name, value in data.items() if name == "peft_type" or value != _DEFAULTS[name]}
+        defaults = _defaults(type(self))
+        kept = {n: value for n, value in data.items() if n == "peft_type" or value != defaults.get(n, MISSING)}
         return json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
 
     def label(self) -> str:
@@ -120,7 +121,8 @@ class SmidgenConfig(PeftConfig):
         return " ".join(parts)
 
 
-_DEFAULTS = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(SmidgenConfig)}
+def _defaults(kind: type[SmidgenConfig]) -> dict[str, Any]:
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(kind)}
 
 
 def _whole(value: Any) -> bool:
