@@ -67,11 +67,11 @@ bench: $(VENV)/.ready  ## make bench NAME=step_time: redo benchmarks/results/NAM
 	$(ENV) $(BIN)/python -m benchmarks.$(NAME)
 
 base: $(VENV)/.ready  ## train the embedded base model from nothing (hours; resumable)
-	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage all
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage all
 
 generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour; resumable)
-	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage render
-	$(ENV) $(BIN)/python -m smidgen.training.recipes.embedded_base --stage encoders
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders
 	$(ENV) $(BIN)/smidgen generator train --out work/generator
 	$(ENV) $(BIN)/smidgen generator directions work/generator --people work/generator/people
 	mkdir -p $(SHIPPED)

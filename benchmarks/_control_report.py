@@ -80,7 +80,7 @@ def interval(seeds: list[dict[str, Any]], score: str, draws: int = 10_000) -> li
 
 def page(figures: dict[str, Any], found: dict[str, dict[str, list]]) -> str:
     """docs/results/control.md."""
-    from smidgen.models.embedded.parts_reader import load_parts_reader
+    from smidgen.bases.embedded.parts_reader import load_parts_reader
 
     accuracy = load_parts_reader().accuracy
     done = {control: rows for control, rows in found.items() if rows}
@@ -126,7 +126,7 @@ def _at_the_edge(figures: dict[str, Any]) -> str:
 
 
 def _sizes(figures: dict[str, Any]) -> str:
-    from smidgen.training.report import markdown_table
+    from smidgen.tasks.report import markdown_table
 
     head = ["method", "trained numbers", "of LoRA r4", "published ratio", "CPU s a run", "learning rate"]
     rows = []
@@ -140,7 +140,7 @@ def _sizes(figures: dict[str, Any]) -> str:
 
 
 def _table(figures: dict[str, Any], control: str, methods: list[str]) -> str:
-    from smidgen.training.report import markdown_table
+    from smidgen.tasks.report import markdown_table
 
     rows = []
     for method in methods:
@@ -154,7 +154,7 @@ def _table(figures: dict[str, Any], control: str, methods: list[str]) -> str:
 
 def _against(done: dict[str, dict[str, list]]) -> str:
     """How each method stands against LoRA r=4 on each control."""
-    from smidgen.training.report import markdown_table
+    from smidgen.tasks.report import markdown_table
 
     rows = []
     for method in [name for name in bench.METHODS if name != "LoRA r4"]:
@@ -176,7 +176,7 @@ def sheet(found: dict[str, dict[str, list]]) -> Any:
     """For each control: its pictures, the real pictures, and each method's first ones of the first seed."""
     from PIL import Image
 
-    from smidgen.training.contact_sheet import Row, contact_sheet
+    from smidgen.tasks.contact_sheet import Row, contact_sheet
 
     kept, shown = bench.stored()["test"], slice(bench.COLUMNS)
     parts = []

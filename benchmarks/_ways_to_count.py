@@ -10,8 +10,8 @@ from typing import Any
 import peft
 from torch import nn
 
-from smidgen.counting import count
-from smidgen.models.architectures import architecture, build_architecture
+from smidgen.bases.architectures import architecture, build_architecture
+from smidgen.bases.counting import count
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Bench:
     def __init__(self) -> None:
         import torch
 
-        from smidgen.training.pipelines import encode_prompts, load_base
+        from smidgen.bases.stable_diffusion import encode_prompts, load_base
 
         torch.set_num_threads(1)
         self.base = load_base("embedded")
@@ -89,7 +89,7 @@ class Bench:
         return figures | {"cpu_seconds": time.process_time() - started, "pictures": packed(images)}
 
     def _train(self, control: str, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
-        from smidgen.training.control import hint
+        from smidgen.tasks.control import hint
         from smidgen.training.fitting import Rates, fit
         from smidgen.training.loop import LoopConfig
 
@@ -105,9 +105,9 @@ class Bench:
         return figures | {"loss": float(np.mean(run.losses[-50:]))}
 
     def _task(self, part: str, control: str, batch: int, seed: int) -> Any:
-        from smidgen.training.pipelines import Prompts
-        from smidgen.training.tasks.control import make_task
-        from smidgen.training.tasks.personalize import Encoded
+        from smidgen.bases.stable_diffusion import Prompts
+        from smidgen.tasks.control.task import make_task
+        from smidgen.tasks.diffusion.task import Encoded
 
         kept = self.stored[part]
         names = tuple(str(number) for number in range(len(kept["mean"])))
@@ -124,8 +124,8 @@ class Bench:
             return float(np.mean([float(task.loss(self.base.unet, task.batch(index))) for index in range(6)]))
 
     def _draw(self, seed: int, controls: Any) -> list:
-        from smidgen.training.control.sampling import draw_controlled
-        from smidgen.training.pipelines import Prompts, draw
+        from smidgen.bases.stable_diffusion import Prompts, draw
+        from smidgen.tasks.control.sampling import draw_controlled
         from smidgen.training.randomness import derive
 
         self.base.unet.eval()
@@ -138,7 +138,7 @@ class Bench:
 
     def _real(self) -> list:
         """The real pictures as the base's autoencoder gives them back: what no adapter can be expected to beat."""
-        from smidgen.training.pipelines import decode
+        from smidgen.bases.stable_diffusion import decode
 
         return decode(self.base, self.stored["test"]["mean"])
 
@@ -177,10 +177,10 @@ def _encoded(base: Any) -> dict[str, dict[str, Any]]:
 def _drawn(base: Any, part: str, count: int, number: int) -> dict[str, Any]:
     import torch
 
-    from smidgen.models.embedded import pose, world
-    from smidgen.training.control.pairs import as_controls, control_of
-    from smidgen.training.images import to_tensor
-    from smidgen.training.pipelines import encode_pictures, encode_prompts
+    from smidgen.bases.embedded import pose, world
+    from smidgen.bases.stable_diffusion import encode_pictures, encode_prompts
+    from smidgen.tasks.control.pairs import as_controls, control_of
+    from smidgen.tasks.data.images import to_tensor
 
     rng = np.random.default_rng([number, 500])
     portraits = [pose.sample_portrait(rng, "train" if part == "train" else "test") for _ in range(count)]
@@ -222,7 +222,7 @@ def stored() -> dict[str, dict[str, Any]]:
 
 def scored(cell: Cell) -> dict[str, Any]:
     """A finished cell with its scores over all pictures, and ``each``: those of every picture alone."""
-    from smidgen.training.control.sampling import scores
+    from smidgen.tasks.control.sampling import scores
 
     found = json.loads(path_of("run", cell).read_text())
     control, images = cell[0], unpacked(found["pictures"])
@@ -230,7 +230,7 @@ def scored(cell: Cell) -> dict[str, Any]:
     if control == "canny":
         asked = asked[:, 0] > 127
     elif control == "segmentation":
-        from smidgen.models.embedded.pose import labels_of
+        from smidgen.bases.embedded.pose import labels_of
 
         asked = np.stack([labels_of(picture.transpose(1, 2, 0)) for picture in asked])
     each = [scores(control, [image], asked[number : number + 1]) for number, image in enumerate(images)]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks._ways_to_count import Count, base_size, by_peft, formula, lora, ours, percent_of_base, ratio
-from smidgen.counting import count
+from smidgen.bases.counting import count
 
 COMMAND = "python -m benchmarks.counts"
 PAGE = Path(__file__).parent.parent / "docs" / "counts.md"

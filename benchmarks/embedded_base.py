@@ -21,8 +21,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from smidgen.models.embedded import embedded_base, world
-from smidgen.models.embedded.judge import load_judge
+from smidgen.bases.embedded import embedded_base, world
+from smidgen.bases.embedded.judge import load_judge
 
 RESULTS = Path(__file__).parent / "results" / "embedded_base.json"
 TARGETS = {"background": 0.95, "clothes_color": 0.9, "glasses": 0.9, "mouth": 0.75, "eyes": 0.75}

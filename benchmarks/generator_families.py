@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from benchmarks._harness import write_result
-from smidgen.difflora.audit.people import sitters
-from smidgen.difflora.audit.settings import Drawing
-from smidgen.difflora.audit.statistics import bootstrap
-from smidgen.difflora.audit.studio import Studio
 from smidgen.difflora.generator.fit import fit
 from smidgen.difflora.generator.generator import JSON, load_generator
 from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
 from smidgen.difflora.zoo.store import Zoo
-from smidgen.training.recipes.personalize_settings import Adapter
+from smidgen.lab.audit.people import sitters
+from smidgen.lab.audit.settings import Drawing
+from smidgen.lab.audit.statistics import bootstrap
+from smidgen.lab.audit.studio import Studio
+from smidgen.tasks.personalize.settings import Adapter
 
 
 def families(zoo: Path, steps: int) -> dict[str, GeneratorConfig]:

@@ -52,8 +52,8 @@ class Bench:
     def __init__(self) -> None:
         import torch
 
-        from smidgen.training.judging import EmbeddedJudge
-        from smidgen.training.pipelines import encode_prompts, load_base
+        from smidgen.bases.judging import EmbeddedJudge
+        from smidgen.bases.stable_diffusion import encode_prompts, load_base
 
         torch.set_num_threads(1)
         self.base = load_base("embedded")
@@ -64,9 +64,9 @@ class Bench:
 
     def cell(self, method: str, rate: float, person: int, seed: int) -> dict[str, float]:
         """Train one adapter and score it; ``base`` draws without any."""
+        from smidgen.tasks.diffusion.task import make_task
         from smidgen.training.fitting import Rates, fit
         from smidgen.training.loop import LoopConfig
-        from smidgen.training.tasks.personalize import make_task
 
         subject, encoded = self._person(person)
         self.base.pipe.unet = copy.deepcopy(self.clean)
@@ -82,9 +82,9 @@ class Bench:
         return figures | self._score(subject, seed)
 
     def _person(self, person: int):
-        from smidgen.models.embedded import world
-        from smidgen.training.images import load_picture, read_folder
-        from smidgen.training.tasks.personalize import encode_examples
+        from smidgen.bases.embedded import world
+        from smidgen.tasks.data.images import load_picture, read_folder
+        from smidgen.tasks.diffusion.task import encode_examples
 
         identity = world.sample_identity(np.random.default_rng(1000 + person), "test")
         with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ class Bench:
             return subject, encode_examples(self.base, found.pictures, found.captions, self.base.resolution)
 
     def _score(self, subject: list, seed: int) -> dict[str, float]:
-        from smidgen.training.pipelines import draw
+        from smidgen.bases.stable_diffusion import draw
         from smidgen.training.randomness import derive
 
         noise = [derive(seed, "bench", number) for number in range(SCENES)]
@@ -220,7 +220,7 @@ def report(command: str) -> None:
 
 
 def _page(figures: dict[str, Any], methods: list[str]) -> str:
-    from smidgen.training.report import markdown_table
+    from smidgen.tasks.report import markdown_table
 
     def score(key: str, name: str) -> str:
         low, high = figures[f"{key}_{name}_interval"]

@@ -24,18 +24,18 @@ from torch import nn
 
 import smidgen
 from benchmarks._harness import write_result
-from smidgen.difflora.audit.settings import Drawing
-from smidgen.difflora.audit.studio import Studio, scenes_seed
+from smidgen.bases.stable_diffusion import load_base
 from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.zoo.gate import Drawer
 from smidgen.difflora.zoo.settings import Gate, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.subjects import make_subjects
-from smidgen.training.images import Picture, load_picture
+from smidgen.lab.audit.settings import Drawing
+from smidgen.lab.audit.studio import Studio, scenes_seed
+from smidgen.tasks.data.images import Picture, load_picture
+from smidgen.tasks.diffusion.task import encode_examples, make_task
+from smidgen.tasks.personalize.settings import PRESETS
 from smidgen.training.loop import train
-from smidgen.training.pipelines import load_base
-from smidgen.training.recipes.personalize_settings import PRESETS
-from smidgen.training.tasks.personalize import encode_examples, make_task
 
 PICTURES = 8
 
@@ -125,7 +125,7 @@ def train_until(
 
 def judged(base: Any, drawing: Drawing) -> Drawer:
     """Draws and scores with whatever adapter is on; the scenes and noise of a studio of seed 0."""
-    from smidgen.training.judging import judge_for
+    from smidgen.bases.judging import judge_for
 
     judge = judge_for(base)
     assert judge is not None

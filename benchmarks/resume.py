@@ -102,7 +102,7 @@ def _import_everything() -> None:
     import torch
     import transformers
 
-    import smidgen.training.recipes.personalize  # noqa: F401
+    import smidgen.tasks.personalize.recipe  # noqa: F401
 
     torch.set_num_threads(1)
     for name in ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", "DDIMScheduler", "DDPMScheduler"):
@@ -112,9 +112,9 @@ def _import_everything() -> None:
 
 
 def _run(folder: Path, name: str, steps: int, point: int | None = None) -> None:
+    from smidgen.tasks.personalize.recipe import personalize
+    from smidgen.tasks.personalize.settings import Adapter, Data, PersonalizeConfig, Show
     from smidgen.training.loop import LoopConfig
-    from smidgen.training.recipes.personalize import personalize
-    from smidgen.training.recipes.personalize_settings import Adapter, Data, PersonalizeConfig, Show
 
     logging.disable(logging.WARNING)
     if point is not None:

@@ -114,7 +114,7 @@ def fit_layer(target: str, arm: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def base_weight() -> Tensor:
-    from smidgen.models.packaged import model_folder
+    from smidgen.bases.packaged import model_folder
 
     return load_file(model_folder("minilm") / "model.safetensors")[LAYER.removeprefix("bert.") + ".weight"].float()
 
@@ -145,10 +145,10 @@ def fine_tuned() -> Tensor:
 @functools.cache
 def task_of(seed: int) -> tuple[Any, Any]:
     """Tweets as ``smidgen train text-classification`` prepares them, and the loop's settings."""
+    from smidgen.tasks.text_classification.recipe import prepare
+    from smidgen.tasks.text_classification.settings import TextClassificationConfig, TextData
+    from smidgen.tasks.text_classification.task import Encoded
     from smidgen.training.loop import LoopConfig
-    from smidgen.training.recipes.finetune_settings import TextClassificationConfig, TextData
-    from smidgen.training.recipes.text_classification import prepare
-    from smidgen.training.tasks.text_classification import Encoded
 
     loop = LoopConfig(max_train_steps=TASK_STEPS, lr_warmup_steps=5, checkpointing_steps=TASK_STEPS, seed=seed)
     data = TextData("tweets", max_length=LENGTH, train_batch_size=BATCH)

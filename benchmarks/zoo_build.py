@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks._harness import write_result
+from smidgen.bases.stable_diffusion import load_base
 from smidgen.difflora.zoo.build import job_of, open_zoo
 from smidgen.difflora.zoo.group import Workshop, workshop
 from smidgen.difflora.zoo.settings import PRESETS, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.difflora.zoo.task import GroupTask
+from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.fitting import fit
-from smidgen.training.pipelines import load_base
-from smidgen.training.tasks.personalize import PersonalizeTask
 
 SATURATION = (16, 32, 64)  # batch sizes tried for the limit
 SIZES = (8, 16, 32)  # adapters in a group

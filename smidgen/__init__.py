@@ -40,8 +40,8 @@ from smidgen.errors import (
 )
 
 if TYPE_CHECKING:
-    from smidgen.counting import count
-    from smidgen.models.embedded import embedded_base
+    from smidgen.bases.counting import count
+    from smidgen.bases.embedded import embedded_base
 
 _peft_bridge.register()
 
@@ -73,7 +73,7 @@ __all__ = [
     "verify",
 ]
 
-_LATER = {"count": "smidgen.counting", "embedded_base": "smidgen.models.embedded"}
+_LATER = {"count": "smidgen.bases.counting", "embedded_base": "smidgen.bases.embedded"}
 
 
 def __getattr__(name: str) -> Any:

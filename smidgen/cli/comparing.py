@@ -28,8 +28,8 @@ def compare(
         out: where every training leaves its figures (none: runs/compare/NAME).
         report: where table, plot and JSON go (none: --out).
     """
-    from smidgen.training.compare.experiment import load_experiment
-    from smidgen.training.compare.run import compare as run
+    from smidgen.lab.compare.experiment import load_experiment
+    from smidgen.lab.compare.run import compare as run
 
     chosen = load_experiment(experiment).only(only)
     folder = out or Path("runs/compare") / chosen.name

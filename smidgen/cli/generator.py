@@ -77,10 +77,10 @@ def directions(
         most: people to learn from.
         calibrate: draw pictures and set the length of each slider by what the face encoder reads in them.
     """
-    from smidgen.difflora.generator.carrier import Carrier
     from smidgen.difflora.generator.directions import save_directions
     from smidgen.difflora.generator.generator import load_generator
-    from smidgen.difflora.generator.sliders import learn, table
+    from smidgen.difflora.use.carrier import Carrier
+    from smidgen.difflora.use.sliders import learn, table
 
     made = load_generator(generator)
     found = learn(made, Carrier(base or made.base, made.layout), people, most, calibrate)
@@ -127,9 +127,9 @@ def predict(
         keep_rank: bring a refined adapter back to the prediction's rank.
         refine_rate: learning rate of --refine (none: three tenths of personalize's).
     """
-    from smidgen.difflora.generator.commands import parse_seeds
-    from smidgen.difflora.generator.commands import predict as run
-    from smidgen.difflora.generator.refine import Refine
+    from smidgen.difflora.use.commands import parse_seeds
+    from smidgen.difflora.use.commands import predict as run
+    from smidgen.difflora.use.refine import Refine
 
     chosen = Refine(steps=refine, extra_rank=extra_rank, keep_rank=keep_rank, learning_rate=refine_rate)
     print(run(photos, work, parse_seeds(seeds), steps, guidance, caption, chosen))
@@ -145,8 +145,8 @@ def edit(sources: list[Path], /, work: Any, sliders: Any, seed: int = 0) -> None
             with the word are, less than 0 leads away from it.
         seed: of the prediction from photos.
     """
-    from smidgen.difflora.generator.commands import edit as run
     from smidgen.difflora.generator.directions import parse_sliders
+    from smidgen.difflora.use.commands import edit as run
 
     print(run(sources, work, parse_sliders(sliders), seed))
 
@@ -161,7 +161,7 @@ def blend(first: Path, second: Path, /, work: Any, share: float = 0.5, seed: int
         share: how much of the second.
         seed: of the prediction from photos.
     """
-    from smidgen.difflora.generator.commands import blend as run
+    from smidgen.difflora.use.commands import blend as run
 
     print(run(first, second, work, share, seed))
 
@@ -176,8 +176,8 @@ def sample(work: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "
             asks the generator's sampler without a photo.
         steps: steps of the generator's sampler.
     """
-    from smidgen.difflora.generator.commands import parse_seeds
-    from smidgen.difflora.generator.commands import sample as run
+    from smidgen.difflora.use.commands import parse_seeds
+    from smidgen.difflora.use.commands import sample as run
 
     print(run(work, parse_seeds(seeds), by, steps))
 
@@ -194,7 +194,7 @@ def invert(
         from_prediction: start from the prediction (otherwise from the mean adapter).
         caption: what the photos show (none: what the image encoder reads, or a neutral caption).
     """
-    from smidgen.difflora.generator.commands import invert_photos as run
+    from smidgen.difflora.use.commands import invert_photos as run
 
     print(run(photos, work, settings, from_prediction, caption))
 
@@ -210,8 +210,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def command(name: str) -> Callable[..., None]:
     """The command called ``name``, its sections of settings in place."""
-    from smidgen.difflora.generator.desk import Work
-    from smidgen.difflora.generator.invert import Invert
+    from smidgen.difflora.use.desk import Work
+    from smidgen.difflora.use.invert import Invert
 
     tyro, found = load_tyro(), COMMANDS[name]
     found.__annotations__["work"] = Annotated[Work, tyro.conf.arg(name="")]

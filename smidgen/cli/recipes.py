@@ -28,7 +28,7 @@ class Recipe:
 
 def _finetune(name: str, config: str, summary: str, help: str) -> Recipe:
     module = name.replace("-", "_")
-    return Recipe(name, summary, help, module, module, "finetune_settings", config, module)
+    return Recipe(name, summary, help, f"{module}.recipe", module, f"{module}.settings", config, f"{module}.recipe")
 
 
 RECIPES: dict[str, Recipe] = {
@@ -41,11 +41,11 @@ RECIPES: dict[str, Recipe] = {
 
         Captions come from metadata.jsonl or metadata.csv (file_name, text), from .txt files beside the pictures, or
         from --instance-prompt. Ends with the adapter, a contact sheet, a loss plot and a report in the --out folder.""",
+            "personalize.recipe",
             "personalize",
-            "personalize",
-            "personalize_settings",
+            "personalize.settings",
             "PersonalizeConfig",
-            "personalize_settings",
+            "personalize.settings",
             data="folder",
             kind=Path,
         ),
@@ -56,11 +56,11 @@ RECIPES: dict[str, Recipe] = {
 
         The folder is an imagefolder whose metadata.jsonl has file_name, control_file_name and text; for --control canny
         pictures with captions are enough. Draw with it: smidgen generate OUT --control PICTURE --prompt TEXT.""",
+            "control.recipe",
             "control",
-            "control",
-            "control_settings",
+            "control.settings",
             "ControlConfig",
-            "control_settings",
+            "control.settings",
             data="folder",
             kind=Path,
         ),
@@ -157,4 +157,4 @@ def recipe_command(recipe: Recipe, words: Sequence[str]) -> Callable[..., None]:
 
 
 def _module(name: str) -> Any:
-    return import_module(f"smidgen.training.recipes.{name}")
+    return import_module(f"smidgen.tasks.{name}")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 def methods() -> None:
     """List the methods: what each is made of and how many numbers it trains in a matrix."""
     from smidgen.adapters.methods import METHODS
-    from smidgen.training.report import markdown_table
+    from smidgen.tasks.report import markdown_table
 
     head = ["method", "transform", "residual", "trained numbers per matrix", "defaults", "paper"]
     rows = []

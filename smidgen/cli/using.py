@@ -41,7 +41,7 @@ def generate(
         control_scale: 0 leaves the control out, more than 1 exaggerates.
         mixed_precision: precision of the base's weights.
     """
-    from smidgen.training.drawing import generate as run
+    from smidgen.tasks.drawing import generate as run
 
     values = {name: value for name, value in locals().items() if name != "run"}
     for path in run(**values):
@@ -56,7 +56,7 @@ def verify(adapter: Path, /, base: str = "embedded") -> None:
         adapter: the adapter's folder.
         base: embedded, a pipeline folder, or a hub name.
     """
-    from smidgen.training.drawing import verify as run
+    from smidgen.tasks.drawing import verify as run
 
     ok, text = run(adapter, base)
     print(text)
@@ -70,7 +70,7 @@ def inspect(adapter: Path, /) -> None:
     Args:
         adapter: the adapter's folder.
     """
-    from smidgen.training.drawing import inspect as run
+    from smidgen.tasks.drawing import inspect as run
 
     print(run(adapter))
 
@@ -90,7 +90,7 @@ def pairs(
         seed: which people, scenes and poses.
         num_pictures: how many; the last tenth are people the base has never seen.
     """
-    from smidgen.training.control.pairs import write_pairs as run
+    from smidgen.tasks.control.pairs import write_pairs as run
 
     print(run(folder, control, num_pictures, seed))
 
@@ -103,6 +103,6 @@ def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
         seed: which person, and which scenes.
         num_pictures: how many pictures.
     """
-    from smidgen.training.drawing import draw_subject as run
+    from smidgen.tasks.drawing import draw_subject as run
 
     print(run(folder, seed, num_pictures))

@@ -65,7 +65,7 @@ def build_command(words: Sequence[str]) -> Callable[..., None]:
 
 def evaluate_command(words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--preset`` among ``words`` names."""
-    from smidgen.difflora.audit.settings import PRESETS, EvaluateConfig
+    from smidgen.lab.audit.settings import PRESETS, EvaluateConfig
 
     named = value_of(words, "--preset") or "default"
     if named not in PRESETS:
@@ -79,7 +79,7 @@ def evaluate_command(words: Sequence[str]) -> Callable[..., None]:
             settings: what is judged, on whom, and how.
             preset: settings to start from.
         """
-        from smidgen.difflora.audit.evaluate import evaluate as run
+        from smidgen.lab.audit.evaluate import evaluate as run
 
         print(run(zoo, settings))
 
@@ -130,7 +130,7 @@ def import_(
 
 def plan_command() -> Callable[..., None]:
     """The command with the plan's own assumptions as flags."""
-    from smidgen.difflora.planning.plan import Assumptions
+    from smidgen.lab.planning.plan import Assumptions
 
     def plan(base: Literal["sdxl", "sd15"] = "sdxl", assumed: Any = Assumptions(), json: bool = False) -> None:  # noqa: B008
         """Say what a zoo and a generator would cost: operations, hours, memory and disk, counted on the meta device.
@@ -140,8 +140,8 @@ def plan_command() -> Callable[..., None]:
             assumed: what is chosen, not counted.
             json: print everything as JSON.
         """
-        from smidgen.difflora.planning.plan import make_plan
-        from smidgen.difflora.planning.telling import to_json, to_markdown
+        from smidgen.lab.planning.plan import make_plan
+        from smidgen.lab.planning.telling import to_json, to_markdown
 
         print((to_json if json else to_markdown)(make_plan(base, assumed)))
 

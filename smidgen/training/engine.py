@@ -23,7 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import smidgen
+from smidgen.adapters import api
+from smidgen.adapters import verify as proof
+from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -55,14 +57,14 @@ _CONTROLS: dict[str, Control] = {control.kind: control for control in (LinearPro
 
 
 def is_ours(config: Config) -> bool:
-    return isinstance(config, smidgen.SmidgenConfig)
+    return isinstance(config, SmidgenConfig)
 
 
 def peft_config(method: str, rank: Any, alpha: float | None, targets: Any) -> peft.PeftConfig:
     """peft's own config for ``method`` (lora, oft, loha, ...), its other options at peft's defaults."""
     known = {name.value.lower(): kind for name, kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = known.get(method.lower())
-    if kind is None or kind is smidgen.SmidgenConfig:
+    if kind is None or kind is SmidgenConfig:
         raise ConfigError(f"peft has no method {method!r}.{did_you_mean(method, known)}")
     fields = kind.__dataclass_fields__
     wanted = {"r": rank, "lora_alpha" if "lora_alpha" in fields else "alpha": alpha, "target_modules": targets}
@@ -87,7 +89,7 @@ def adapt(model: nn.Module, config: Config, heads: Sequence[str] = ()) -> nn.Mod
     if heads:
         config.modules_to_save = list(heads)  # type: ignore[attr-defined]
     if is_ours(config):
-        return smidgen.adapt(model, config)
+        return api.adapt(model, config)
     try:
         return _inject(model, config)
     except ValueError as error:
@@ -131,7 +133,7 @@ def groups(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: list[dict[str, Any]] = [{"name": "trained", "params": trained, "lr": rate, "weight_decay": decay}]
     if is_ours(config):
-        found = smidgen.parameter_groups(model, lr=rate, transform_lr=transform_rate, weight_decay=decay)
+        found = api.parameter_groups(model, lr=rate, transform_lr=transform_rate, weight_decay=decay)
     for group in found:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
     found.append({"name": "head", "params": head, "lr": head_rate or rate, "weight_decay": decay})
@@ -142,7 +144,7 @@ def save(model: Any, config: Config, folder: Path, heads: Sequence[str] = ()) ->
     """Write what was trained, each file in one step; returns the bytes of all of them."""
     if is_ours(config):
         _hide_path(model.peft_config[NAME])
-        smidgen.save(model, folder)
+        api.save(model, folder)
         return _size(folder, FILES)
     folder.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -176,7 +178,7 @@ def load(model: nn.Module, folder: Path) -> Config:
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{folder} is not an adapter folder: {error}") from error
     if is_ours(config):
-        smidgen.load(model, folder)
+        api.load(model, folder)
         return config
     _inject(model, config)
     owner = _owner(model)
@@ -196,9 +198,9 @@ def verify(
     """
     if not is_ours(config):
         return True, []
-    found = smidgen.verify(model, folder)
+    found = proof.verify(model, folder)
     if found.verdict == "NOT PROVEN" and output is not None:
-        found = smidgen.verify(model, folder, lambda _: output())
+        found = proof.verify(model, folder, lambda _: output())
     return bool(found.ok), [str(reason) for reason in found.reasons]
 
 
@@ -206,7 +208,7 @@ def verify(
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within, ``model`` is the base; needs an adapter, as a control cannot be switched off."""
     if getattr(model, "peft_config", None) and all(map(is_ours, model.peft_config.values())):  # type: ignore[union-attr,operator]
-        with smidgen.disabled(model):
+        with api.disabled(model):
             yield model
         return
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
@@ -234,7 +236,7 @@ def _owner(model: nn.Module) -> nn.Module:
 
 def _write_control(model: Any, config: Control, folder: Path, heads: Sequence[str]) -> None:
     if isinstance(config, FullFineTuning) and hasattr(model, "save_pretrained"):
-        from smidgen.training.bases import quiet
+        from smidgen.training.quiet import quiet
 
         _hide_path(model.config)
         with quiet():
@@ -268,7 +270,7 @@ def _read_model(model: Any, folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder by their names in ``model``; transformers' files have names of their own."""
     if not hasattr(model, "save_pretrained"):
         return _read(folder / FullFineTuning.file)
-    from smidgen.training.bases import quiet
+    from smidgen.training.quiet import quiet
 
     try:
         with quiet():

@@ -10,9 +10,11 @@ from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.difflora.zoo import settings as zoo
 from smidgen.errors import ConfigError
-from smidgen.training.compare.experiment import Method
-from smidgen.training.compare.setups import make_setup
-from smidgen.training.recipes import control_settings, finetune_settings, personalize_settings
+from smidgen.lab.compare.experiment import Method
+from smidgen.lab.compare.setups import make_setup
+from smidgen.tasks.control import settings as control_settings
+from smidgen.tasks.finetune import settings as finetune_settings
+from smidgen.tasks.personalize import settings as personalize_settings
 
 BASES = ("embedded", "somebody/base")
 FAMILIES = ("encoder", "vision", "decoder")

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 import smidgen
-from smidgen import counting
-from smidgen.models import architectures
-from smidgen.models.architectures import ARCHITECTURES, architecture, build_architecture
+from smidgen.bases import architectures, counting
+from smidgen.bases.architectures import ARCHITECTURES, architecture, build_architecture
 
 TARGETS = {
     "sd15": 128,

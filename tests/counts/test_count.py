@@ -12,9 +12,10 @@ from peft import get_peft_model
 from torch import nn
 
 import smidgen
-import smidgen.counting
+import smidgen.adapters.counting
+import smidgen.bases.counting
 from smidgen import testing
-from smidgen.models import architectures
+from smidgen.bases import architectures
 
 CONFIGS = dict(testing.configs())
 TARGETS = ["query", "value"]
@@ -167,6 +168,6 @@ def test_sdxl_is_light():
 
 
 def test_examples_in_docstrings():
-    for module in (smidgen.counting, architectures):
+    for module in (smidgen.adapters.counting, smidgen.bases.counting, architectures):
         failed, tried = doctest.testmod(module)
         assert tried and not failed

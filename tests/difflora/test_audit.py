@@ -9,12 +9,8 @@ import torch
 from damage import rewrite
 from PIL import Image
 
+from smidgen.bases.stable_diffusion import load_base
 from smidgen.cli.dispatch import main
-from smidgen.difflora.audit import learned
-from smidgen.difflora.audit.evaluate import Audit, evaluate
-from smidgen.difflora.audit.scores import TABLE, Scores
-from smidgen.difflora.audit.settings import PRESETS, Drawing
-from smidgen.difflora.audit.studio import Studio
 from smidgen.difflora.generator import settings as generator_settings
 from smidgen.difflora.generator.fit import fit
 from smidgen.difflora.generator.people import Photos
@@ -22,8 +18,12 @@ from smidgen.difflora.zoo import settings as zoo_settings
 from smidgen.difflora.zoo.build import build
 from smidgen.difflora.zoo.store import DESCRIPTION, Zoo
 from smidgen.errors import BaseLockError, ConfigError, DataError
+from smidgen.lab.audit import learned
+from smidgen.lab.audit.evaluate import Audit, evaluate
+from smidgen.lab.audit.scores import TABLE, Scores
+from smidgen.lab.audit.settings import PRESETS, Drawing
+from smidgen.lab.audit.studio import Studio
 from smidgen.training.interrupts import TrainingInterrupted
-from smidgen.training.pipelines import load_base
 
 SIMPLE = [
     "real photo", "base model", "mean adapter", "nearest training identity", "noise around it (x 1)", "ridge",
@@ -189,7 +189,7 @@ def test_zoo_of_another_base_than_this_machines(zoo, config, monkeypatch):
             parameter.data.mul_(-1 if ".to_" in name else 1)
         return base
 
-    monkeypatch.setattr("smidgen.difflora.generator.carrier.load_base", other)
+    monkeypatch.setattr("smidgen.difflora.use.carrier.load_base", other)
     with pytest.raises(BaseLockError):
         evaluate(zoo, config, progress=False)
 

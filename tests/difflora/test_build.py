@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.bases.stable_diffusion import load_base
 from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.difflora.zoo import build as build_module
 from smidgen.difflora.zoo import group as group_module
@@ -25,10 +26,9 @@ from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import hashed_split, make_subjects, read_pictures, read_subjects
 from smidgen.difflora.zoo.tables import to_parquet
 from smidgen.errors import BaseLockError, ConfigError, DataError, SmidgenError
+from smidgen.tasks.personalize.settings import Adapter
 from smidgen.training.fitting import fit
 from smidgen.training.loop import LoopConfig
-from smidgen.training.pipelines import load_base
-from smidgen.training.recipes.personalize_settings import Adapter
 from smidgen.training.settings import flat, from_dict, to_dict
 
 

@@ -267,7 +267,7 @@ def test_the_name_pins_the_weights_and_the_preparation(tmp_path):
 def test_refusals_of_the_transformers_family(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from smidgen.training.data import debug
+    from smidgen.bases.packaged import debug
 
     folder = written(dinov2_model(), tmp_path / "dino")
     tensors = load_file(folder / "model.safetensors")

@@ -13,21 +13,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smidgen
+from smidgen.bases.embedded import world
+from smidgen.bases.stable_diffusion import encode_prompts, load_base
 from smidgen.cli import main
-from smidgen.difflora.generator import commands
-from smidgen.difflora.generator.carrier import Carrier, Sheet
-from smidgen.difflora.generator.commands import parse_seeds
-from smidgen.difflora.generator.desk import Work
 from smidgen.difflora.generator.directions import Space, fit_space, load_directions, parse_sliders, save_directions
-from smidgen.difflora.generator.folders import DIFFUSERS_NAME, digest_of, read_recipe
 from smidgen.difflora.generator.generator import load_generator
-from smidgen.difflora.generator.refine import Refine
-from smidgen.difflora.generator.sliders import calibrate
+from smidgen.difflora.use import commands
+from smidgen.difflora.use.carrier import Carrier, Sheet
+from smidgen.difflora.use.commands import parse_seeds
+from smidgen.difflora.use.desk import Work
+from smidgen.difflora.use.folders import DIFFUSERS_NAME, digest_of, read_recipe
+from smidgen.difflora.use.refine import Refine
+from smidgen.difflora.use.sliders import calibrate
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import BaseLockError, ConfigError, DataError
-from smidgen.models.embedded import world
-from smidgen.training.gallery import answer
-from smidgen.training.pipelines import encode_prompts, load_base
+from smidgen.tasks.diffusion.gallery import answer
 
 PLAIN = Sheet(sheet=False)
 QUICK = ["--num-prompts", "1", "--inference-steps", "1"]
@@ -492,8 +492,8 @@ def test_people_who_do_not_exist_are_spread_as_those_who_do():
 
 
 def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, tmp_path):
-    from smidgen.difflora.generator.invert import Invert, invert
-    from smidgen.difflora.generator.refine import PhotoTask, photo_task
+    from smidgen.difflora.use.invert import Invert, invert
+    from smidgen.difflora.use.refine import PhotoTask, photo_task
 
     generator = load_generator(trained)
     carrier = Carrier("embedded", generator.layout)
@@ -502,7 +502,7 @@ def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, t
     task = photo_task(carrier.base, [image], ["a portrait of a person"], 8, seed=5)
 
     def loss(latent: torch.Tensor) -> float:
-        from smidgen.difflora.generator.carrier import banked
+        from smidgen.difflora.use.carrier import banked
 
         with torch.no_grad(), banked(carrier, generator.layout) as bank:
             measured = PhotoTask(carrier, bank, generator.layout, [task])

@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from smidgen.adapters.tuner.config import SmidgenConfig
-from smidgen.difflora.generator.refine import Refine, refine_rows, widened
+from smidgen.bases.stable_diffusion import load_base
+from smidgen.difflora.use.refine import Refine, refine_rows, widened
 from smidgen.difflora.weightspace.layout import layout_of, write_adapter
 from smidgen.difflora.zoo.group import Workshop
 from smidgen.difflora.zoo.settings import Gate, ZooConfig
 from smidgen.errors import ConfigError, DataError
-from smidgen.training.pipelines import load_base
-from smidgen.training.recipes.personalize_settings import Adapter
+from smidgen.tasks.personalize.settings import Adapter
 from tests.difflora.helpers import layout as small_layout
 from tests.difflora.helpers import numbers
 from tests.training import tiny
@@ -66,7 +66,7 @@ def test_no_steps_leave_the_prediction_to_the_bit(shops):
 @pytest.mark.parametrize("name", ["lora", "tlora_star"])
 def test_the_first_step_starts_from_the_prediction(shops, name, monkeypatch):
     """Its loss is the loss of the prediction in its own rank, and the extra rank's B is zero."""
-    from smidgen.difflora.generator import refine
+    from smidgen.difflora.use import refine
 
     shop, seen = shops(name), []
     rows = predictions(shop, 1)
@@ -113,7 +113,7 @@ def test_refinement_lowers_the_loss_on_the_photo(shops):
 def refine_losses(shop, rows, config):
     from unittest.mock import patch
 
-    from smidgen.difflora.generator import refine
+    from smidgen.difflora.use import refine
 
     tasks = []
 

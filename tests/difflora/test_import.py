@@ -12,12 +12,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import smidgen
+from smidgen.bases.stable_diffusion import load_base
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.zoo.formats import Names, find, read_lora
 from smidgen.difflora.zoo.importing import import_zoo
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.errors import AdapterFileError, ConfigError, DataError
-from smidgen.training.pipelines import load_base
 
 TARGETS = ("to_q", "to_v")
 

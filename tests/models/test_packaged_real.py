@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.models.packaged import DATASETS, dataset_folder, model_folder
-from smidgen.models.packaged.fetch import contents
+from smidgen.bases.packaged import DATASETS, dataset_folder, model_folder
+from smidgen.bases.packaged.fetch import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("users_cache")]
 SENTENCES = ["A man is playing a guitar.", "Someone strums an instrument.", "The stock market fell sharply."]
@@ -74,7 +74,7 @@ def test_vit_is_the_onnx_graph_to_rounding():
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     from transformers import AutoImageProcessor, AutoModel
 
-    from smidgen.models.packaged import vit_s14
+    from smidgen.bases.packaged import vit_s14
 
     folder = model_folder("vit-s14")
     model = AutoModel.from_pretrained(folder).eval()

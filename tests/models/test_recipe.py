@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.models.embedded import world
-from smidgen.training.recipes.embedded_base import autoencoder, cli, diffusion, draw, text
-from smidgen.training.recipes.embedded_base.config import Budget, preset
-from smidgen.training.recipes.embedded_base.run import Run, learning_rate
+from smidgen.bases.embedded import world
+from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, text
+from smidgen.lab.embedded_base.config import Budget, preset
+from smidgen.lab.embedded_base.run import Run, learning_rate
 
 pytest.importorskip("dicebear")
 diffusers = pytest.importorskip("diffusers")

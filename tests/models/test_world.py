@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
+from smidgen.bases.embedded import world
 from smidgen.errors import DataError, MissingExtraError
-from smidgen.models.embedded import world
 
 
 def test_identities_are_distinct_and_split_without_overlap():

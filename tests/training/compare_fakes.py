@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from smidgen.training.compare.cells import Cell
-from smidgen.training.compare.experiment import Claim, Evaluation, Experiment, Method, Search
+from smidgen.lab.compare.cells import Cell
+from smidgen.lab.compare.experiment import Claim, Evaluation, Experiment, Method, Search
 
 BYTES = {"svfit": 1_000, "LoRA": 16_000, "linear probe": 0}
 BEST = {"svfit": 1e-1, "LoRA": 1e-3, "linear probe": 1e-2}

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from smidgen.bases.packaged.debug import CHATML, word_tokenizer
 from smidgen.errors import DataError
-from smidgen.training.data.chat import encode, encode_conversations, read_template
-from smidgen.training.data.conversations import Conversation, read_conversations
-from smidgen.training.data.debug import CHATML, word_tokenizer
-from smidgen.training.recipes import instruction
-from smidgen.training.tasks.instruction import IGNORED, InstructionTask
+from smidgen.tasks.data.chat import encode, encode_conversations, read_template
+from smidgen.tasks.data.conversations import Conversation, read_conversations
+from smidgen.tasks.instruction import recipe as instruction
+from smidgen.tasks.instruction.task import IGNORED, InstructionTask
 
 TWO = [
     ("system", "the day"),
@@ -201,7 +201,7 @@ def test_scores_do_not_depend_on_the_batch_size(prepared):
 
 
 def test_padding_is_never_a_target():
-    from smidgen.training.data.chat import Spoken
+    from smidgen.tasks.data.chat import Spoken
 
     rows = [
         Spoken([5, 6, 7], [False, True, True], "a"),

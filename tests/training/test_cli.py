@@ -5,8 +5,8 @@ import json
 import pytest
 
 from smidgen import cli
+from smidgen.tasks.personalize import recipe
 from smidgen.training.interrupts import TrainingInterrupted
-from smidgen.training.recipes import personalize as recipe
 
 
 def call(capsys, *words):

@@ -13,11 +13,11 @@ import pytest
 from filelock import FileLock
 
 from smidgen.errors import CheckpointError, ConfigError, TrainingError
-from smidgen.training.compare import report, schema
-from smidgen.training.compare.cells import Cells, make_cell
-from smidgen.training.compare.run import compare
-from smidgen.training.compare.search import choose, search_cells
-from smidgen.training.compare.table import gather, run_cells
+from smidgen.lab.compare import report, schema
+from smidgen.lab.compare.cells import Cells, make_cell
+from smidgen.lab.compare.run import compare
+from smidgen.lab.compare.search import choose, search_cells
+from smidgen.lab.compare.table import gather, run_cells
 from tests.training.compare_fakes import FakeTraining, experiment
 
 

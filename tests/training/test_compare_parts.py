@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 from smidgen.errors import ConfigError
+from smidgen.lab import statistics
+from smidgen.lab.compare.experiment import Experiment, load_experiment
+from smidgen.lab.compare.subsets import shortened
+from smidgen.lab.statistics import Point
 from smidgen.training import settings
-from smidgen.training.compare import statistics
-from smidgen.training.compare.experiment import Experiment, load_experiment
-from smidgen.training.compare.statistics import Point
-from smidgen.training.compare.subsets import shortened
 from tests.training.compare_fakes import experiment
 
 
@@ -158,7 +158,7 @@ def test_a_loss_meets_the_claim_from_below():
 
 
 def test_shortened_splits_are_the_same_every_time():
-    from smidgen.training.compare.recipes import prepare
+    from smidgen.lab.compare.recipes import prepare
 
     one = load_experiment("debug")
     first, second = (prepare(one.recipe, one.config(seed)).task for seed in (0, 1))

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from smidgen.errors import ConfigError
+from smidgen.lab.compare.cells import Cells
+from smidgen.lab.compare.cost import measure, measure_apart
+from smidgen.lab.compare.experiment import Method, load_experiment
+from smidgen.lab.compare.recipes import prepare
+from smidgen.lab.compare.run import compare
+from smidgen.lab.compare.setups import make_rates, make_setup
+from smidgen.lab.compare.sizes import disk_bytes
+from smidgen.lab.compare.table import gather
+from smidgen.lab.compare.trainer import Trainer
 from smidgen.training import engine
-from smidgen.training.compare.cells import Cells
-from smidgen.training.compare.cost import measure, measure_apart
-from smidgen.training.compare.experiment import Method, load_experiment
-from smidgen.training.compare.recipes import prepare
-from smidgen.training.compare.run import compare
-from smidgen.training.compare.setups import make_rates, make_setup
-from smidgen.training.compare.sizes import disk_bytes
-from smidgen.training.compare.table import gather
-from smidgen.training.compare.trainer import Trainer
 
 CLOCKS = ("created_at", "total_seconds", "cpu_seconds", "train_seconds")
 

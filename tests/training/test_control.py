@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from smidgen.cli import main
 from smidgen.errors import AdapterFileError, CheckpointError, ConfigError, DataError
-from smidgen.training import images
-from smidgen.training.drawing import generate, verify
+from smidgen.tasks.control import settings as control_settings
+from smidgen.tasks.control.recipe import control
+from smidgen.tasks.control.settings import PRESETS, Adapter, ControlConfig, Data, Show
+from smidgen.tasks.data import images
+from smidgen.tasks.drawing import generate, verify
 from smidgen.training.loop import LoopConfig
-from smidgen.training.recipes import control_settings
-from smidgen.training.recipes.control import control
-from smidgen.training.recipes.control_settings import PRESETS, Adapter, ControlConfig, Data, Show
 from tests.training import tiny
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-1", "checkpoint-2"]
@@ -145,7 +145,7 @@ def test_the_command_line_end_to_end(sd, pairs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_embedded_base_learns_to_follow_parts(tmp_path):
-    from smidgen.training.control.pairs import write_pairs
+    from smidgen.tasks.control.pairs import write_pairs
 
     write_pairs(tmp_path / "pairs", "segmentation", 420, seed=0)
     made = ControlConfig(

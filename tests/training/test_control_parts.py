@@ -10,12 +10,13 @@ import torch
 from PIL import Image, ImageDraw
 
 import smidgen
+from smidgen.bases import stable_diffusion as pipelines
+from smidgen.bases.embedded import pose, world
 from smidgen.errors import AdapterFileError, ConfigError, DataError
-from smidgen.models.embedded import pose, world
-from smidgen.training import engine, pipelines
-from smidgen.training.control import conditions, hint, metrics
-from smidgen.training.control.pairs import as_controls, control_of, read_pairs, write_pairs
-from smidgen.training.control.sampling import draw_controlled, scores, wanted
+from smidgen.tasks.control import conditions, hint, metrics
+from smidgen.tasks.control.pairs import as_controls, control_of, read_pairs, write_pairs
+from smidgen.tasks.control.sampling import draw_controlled, scores, wanted
+from smidgen.training import engine
 from tests.training import tiny
 
 CONTROLS = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy
 import pytest
 
-from smidgen.training.drawing import draw_subject
-from smidgen.training.recipes.personalize import personalize
-from smidgen.training.recipes.personalize_settings import PRESETS, Adapter, Data, Show
+from smidgen.tasks.drawing import draw_subject
+from smidgen.tasks.personalize.recipe import personalize
+from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, Show
 
 pytest.importorskip("resvg_py")
 
@@ -31,7 +31,7 @@ def test_the_judge_scores_and_peft_is_compared(tmp_path):
 
 
 def test_subjects_are_held_out_and_repeatable(tmp_path):
-    from smidgen.models.embedded import world
+    from smidgen.bases.embedded import world
 
     draw_subject(tmp_path / "a", seed=3, num_pictures=2)
     draw_subject(tmp_path / "b", seed=3, num_pictures=2)

@@ -10,13 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 import smidgen
+from smidgen.bases.packaged import debug
+from smidgen.bases.transformers import Head, load_classifier
 from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
+from smidgen.tasks.finetune.settings import Adapter
+from smidgen.tasks.image_classification import recipe as image_classification
+from smidgen.tasks.instruction import recipe as instruction
+from smidgen.tasks.text_classification import recipe as text_classification
+from smidgen.tasks.text_classification.settings import TextData
 from smidgen.training import engine
-from smidgen.training.bases import Head, load_classifier
-from smidgen.training.data import debug
 from smidgen.training.loop import LoopConfig
-from smidgen.training.recipes import image_classification, instruction, text_classification
-from smidgen.training.recipes.finetune_settings import Adapter, TextData
 from tests.training import tiny_models
 
 RECIPES = {

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from smidgen.errors import DataError
-from smidgen.training import images
+from smidgen.tasks.data import images
 from tests.training import tiny
 
 

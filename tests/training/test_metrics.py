@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from smidgen.errors import ConfigError
+from smidgen.tasks.finetune.measuring import label_scores
 from smidgen.training.metrics import CLASSES, NUMBERS, metric
-from smidgen.training.tasks.measuring import label_scores
 
 PREDICTED = np.array([1, 1, 0, 0, 1, 0])
 TARGET = np.array([1, 0, 0, 1, 1, 0])  # 2 true and 1 false positives, 2 true and 1 false negatives

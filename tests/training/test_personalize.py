@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smidgen
+from smidgen.bases import stable_diffusion as pipelines
 from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
-from smidgen.training import pipelines
+from smidgen.tasks.diffusion import task as task_module
+from smidgen.tasks.diffusion.task import diffuse, encode_examples, encode_prior, make_task, snr_weights
+from smidgen.tasks.personalize.recipe import personalize
+from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
 from smidgen.training.loop import LoopConfig
-from smidgen.training.recipes.personalize import personalize
-from smidgen.training.recipes.personalize_settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
-from smidgen.training.tasks import personalize as task_module
-from smidgen.training.tasks.personalize import diffuse, encode_examples, encode_prior, make_task, snr_weights
 from tests.training import tiny
 
 METHODS = ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft"]
@@ -182,7 +182,7 @@ def test_a_folder_that_is_no_pipeline(pictures, tmp_path):
 
 
 def test_batches_follow_from_their_number_and_methods_share_them(sd, pictures):
-    from smidgen.training.images import read_folder
+    from smidgen.tasks.data.images import read_folder
 
     base = pipelines.load_base(str(sd))
     found = read_folder(pictures)
@@ -196,7 +196,7 @@ def test_batches_follow_from_their_number_and_methods_share_them(sd, pictures):
 
 
 def test_class_pictures_are_drawn_once_and_weighted(sd, pictures, tmp_path, monkeypatch):
-    from smidgen.training.images import read_folder
+    from smidgen.tasks.data.images import read_folder
 
     base = pipelines.load_base(str(sd))
     found = read_folder(pictures)
@@ -244,7 +244,7 @@ def test_min_snr_weights_are_the_papers_and_finite_at_both_ends():
 
 
 def test_timesteps_are_uniform_and_spread(sd, pictures):
-    from smidgen.training.images import read_folder
+    from smidgen.tasks.data.images import read_folder
 
     base = pipelines.load_base(str(sd))
     found = read_folder(pictures)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from smidgen.errors import ConfigError, DataError
-from smidgen.training.data.pictures import read_pictures
-from smidgen.training.tasks.image_classification import ImageClassificationTask, choose_resolution
+from smidgen.tasks.data.pictures import read_pictures
+from smidgen.tasks.image_classification.task import ImageClassificationTask, choose_resolution
 
 
 def draw(path, number, label, size=(20, 16)):

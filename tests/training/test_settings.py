@@ -7,17 +7,10 @@ import pytest
 
 from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.errors import ConfigError
+from smidgen.tasks.diffusion.rates import PEFT_LORA
+from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show, rates
 from smidgen.training import settings
 from smidgen.training.loop import LoopConfig
-from smidgen.training.recipes.personalize_settings import (
-    PEFT_LORA,
-    PRESETS,
-    Adapter,
-    Data,
-    PersonalizeConfig,
-    Show,
-    rates,
-)
 
 
 def write(tmp_path, text):

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from smidgen.errors import ConfigError, DataError
-from smidgen.training.data import splits
-from smidgen.training.data.tables import read_rows, read_splits, split_of
-from smidgen.training.data.text import Columns, read_texts
+from smidgen.tasks.data import splits
+from smidgen.tasks.data.tables import read_rows, read_splits, split_of
+from smidgen.tasks.data.text import Columns, read_texts
 
 ROWS = [(f"a {word} text", label) for word in "abcdefghij" for label in ("bad", "good")]
 ROWS = [(f"{text} {number}", label) for number, (text, label) in enumerate(ROWS)]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from smidgen import cli
 from smidgen.cli.recipes import RECIPES
-from smidgen.training.recipes import text_classification as recipe
+from smidgen.tasks.text_classification import recipe
 from tests.training.test_two_processes import launch
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(capsys, tmp_path):
     out = tmp_path / "killed"
     code = (  # the third step never ends, so that the kill falls where it should
         "import sys, time\n"
-        "from smidgen.training.tasks.text_classification import TextClassificationTask as T\n"
+        "from smidgen.tasks.text_classification.task import TextClassificationTask as T\n"
         "from smidgen import cli\n"
         "batch = T.batch\n"
         "T.batch = lambda self, index: time.sleep(600) if index == 2 else batch(self, index)\n"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from smidgen.training.data.debug import CHATML, word_tokenizer
+from smidgen.bases.packaged.debug import CHATML, word_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT = ("bert", "roberta", "distilbert", "deberta", "gpt2", "llama")

@@ -30,11 +30,11 @@ from smidgen.difflora.zoo.settings import Gate, ZooConfig, rates
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
+from smidgen.tasks.diffusion.task import make_task
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.loop import LoopConfig, train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
-from smidgen.training.tasks.personalize import make_task
 
 logger = logging.getLogger(__name__)
 DECODING = 0.08  # learning rate of a decoder as a share of that of an adapter trained alone

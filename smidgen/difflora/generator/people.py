@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smidgen.bases.stable_diffusion import Base, Prompts, encode_pictures, encode_prompts, time_ids
+from smidgen.bases.transformers import fingerprint as weights_of
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.shards import Shards
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.subjects import TABLE, Subject, make_subjects, read_pictures, read_subjects
 from smidgen.errors import DataError
-from smidgen.training.bases import fingerprint as weights_of
-from smidgen.training.images import load_picture, to_tensor
-from smidgen.training.pipelines import Base, Prompts, encode_pictures, encode_prompts, time_ids
-from smidgen.training.tasks.personalize import Encoded
+from smidgen.tasks.data.images import load_picture, to_tensor
+from smidgen.tasks.diffusion.task import Encoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from smidgen.bases.stable_diffusion import EMBEDDED
 from smidgen.difflora.zoo.settings import Subjects, ZooConfig
 from smidgen.errors import ConfigError
+from smidgen.tasks.personalize.settings import Adapter
 from smidgen.training.loop import LoopConfig
-from smidgen.training.pipelines import EMBEDDED
-from smidgen.training.recipes.personalize_settings import Adapter
 
 
 @dataclass(frozen=True)

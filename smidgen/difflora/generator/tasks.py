@@ -16,8 +16,8 @@ from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.generator.settings import EndToEnd
 from smidgen.difflora.weightspace.codec import Codec
+from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.randomness import examples, stream
-from smidgen.training.tasks.personalize import PersonalizeTask
 
 
 class LatentTask:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smidgen.adapters.tuner.bank import Bank
+from smidgen.bases.judging import Judge
+from smidgen.bases.stable_diffusion import Base, Prompts, decode, draw_latents, encode_prompts
 from smidgen.difflora.zoo.settings import Gate
-from smidgen.training.judging import Judge
-from smidgen.training.pipelines import Base, Prompts, decode, draw_latents, encode_prompts
 from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:

@@ -22,20 +22,20 @@ from torch import Tensor, nn
 import smidgen
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.adapters.tuner.peft_bridge import make_slot
+from smidgen.bases.judging import judge_for
+from smidgen.bases.stable_diffusion import default_device, encode_pictures, encode_prompts, load_base
+from smidgen.bases.stable_diffusion import time_ids as sdxl_time_ids
 from smidgen.difflora.weightspace.layout import Layout, layout_of
 from smidgen.difflora.zoo.gate import Drawer, Verdict, decide
 from smidgen.difflora.zoo.records import GroupFiles, Record, pack_group
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError
+from smidgen.tasks.data.images import load_picture, to_tensor
+from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, make_task
 from smidgen.training.checkpoints import CheckpointStore
-from smidgen.training.images import load_picture, to_tensor
-from smidgen.training.judging import judge_for
 from smidgen.training.loop import LoopConfig, train
-from smidgen.training.pipelines import default_device, encode_pictures, encode_prompts, load_base
-from smidgen.training.pipelines import time_ids as sdxl_time_ids
 from smidgen.training.randomness import derive
-from smidgen.training.tasks.personalize import Encoded, PersonalizeTask, make_task
 
 PROBES = 4  # batches on which final losses are measured
 

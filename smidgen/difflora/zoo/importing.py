@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import smidgen
+from smidgen.bases.stable_diffusion import EMBEDDED, load_base
 from smidgen.difflora.weightspace.canonical import refactor
 from smidgen.difflora.weightspace.layout import Layout, layout_of
 from smidgen.difflora.zoo.formats import Factors, Names, find, read_lora
@@ -20,7 +21,6 @@ from smidgen.difflora.zoo.status import Status, status
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import hashed_split
 from smidgen.errors import ConfigError, DataError
-from smidgen.training.pipelines import EMBEDDED, load_base
 
 logger = logging.getLogger(__name__)
 

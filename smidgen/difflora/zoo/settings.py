@@ -7,11 +7,11 @@ from pathlib import Path
 
 import smidgen
 from smidgen.adapters.methods import Rates
+from smidgen.bases.stable_diffusion import EMBEDDED
 from smidgen.errors import ConfigError
+from smidgen.tasks.personalize.settings import Adapter, PersonalizeConfig
+from smidgen.tasks.personalize.settings import rates as personal_rates
 from smidgen.training.loop import LoopConfig
-from smidgen.training.pipelines import EMBEDDED
-from smidgen.training.recipes.personalize_settings import Adapter, PersonalizeConfig
-from smidgen.training.recipes.personalize_settings import rates as personal_rates
 
 
 @dataclass(frozen=True)

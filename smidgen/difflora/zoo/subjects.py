@@ -89,7 +89,7 @@ def hashed_split(name: str, share: float) -> str:
 def _invented(out: Path, wanted: Subjects) -> list[Subject]:
     import numpy
 
-    from smidgen.models.embedded import world
+    from smidgen.bases.embedded import world
 
     found: list[Subject] = []
     for split, count in (("train", wanted.people), ("test", wanted.held_out)):
@@ -109,7 +109,7 @@ def _invented(out: Path, wanted: Subjects) -> list[Subject]:
 
 
 def _drawn(out: Path, name: str, split: str, identity: Any, wanted: Subjects) -> Subject:
-    from smidgen.models.embedded import world
+    from smidgen.bases.embedded import world
 
     seed = derive(wanted.people_seed, "scenes") if wanted.same_scenes else derive(wanted.people_seed, "scenes", name)
     folder = Path("pictures") / name
@@ -128,7 +128,7 @@ def _drawn(out: Path, name: str, split: str, identity: Any, wanted: Subjects) ->
 
 
 def _from_folder(folder: Path, wanted: Subjects) -> list[Subject]:
-    from smidgen.training import images
+    from smidgen.tasks.data import images
 
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; a folder of people holds one folder of pictures for each.")

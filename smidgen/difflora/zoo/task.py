@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.training.tasks.personalize import PersonalizeTask
+from smidgen.tasks.diffusion.task import PersonalizeTask
 
 
 class GroupTask:

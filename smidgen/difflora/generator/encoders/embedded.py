@@ -1,4 +1,4 @@
-"""The embedded base's own encoders; see ``smidgen.models.embedded.encoders``."""
+"""The embedded base's own encoders; see ``smidgen.bases.embedded.encoders``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from smidgen.models.embedded.encoders import FaceEncoder, load_encoder
-from smidgen.models.embedded.words import ATTRIBUTES, SCENE_ATTRIBUTES
-from smidgen.models.embedded.world import Scene, caption
+from smidgen.bases.embedded.encoders import FaceEncoder, load_encoder
+from smidgen.bases.embedded.words import ATTRIBUTES, SCENE_ATTRIBUTES
+from smidgen.bases.embedded.world import Scene, caption
 
 if TYPE_CHECKING:
     from PIL.Image import Image

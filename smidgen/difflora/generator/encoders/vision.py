@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smidgen.bases import transformers as bases
 from smidgen.errors import ConfigError
-from smidgen.training import bases
-from smidgen.training.images import to_tensor
+from smidgen.tasks.data.images import to_tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image

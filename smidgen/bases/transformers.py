@@ -1,0 +1,254 @@
+"""Bases of the transformers family: a packaged name, a folder or a hub name becomes a model with its task's head.
+
+The head's start follows from the seed and its tensors' names alone, so every method of a comparison starts from the
+same one.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.bases.packaged import debug
+from smidgen.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from smidgen.training.quiet import quiet
+from smidgen.training.randomness import stream
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEAD_STD = 0.02  # of a fresh head's matrices, where the model's config names no initializer_range
+_DROPOUTS = ("dropout", "drop", "pdrop", "dropout_prob", "dropout_rate")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a classifier's head must offer: the classes' names in order, or one number for a regression."""
+
+    labels: tuple[str, ...]
+    regression: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.regression:
+            return {"num_labels": 1, "problem_type": "regression"}
+        names = dict(enumerate(self.labels))
+        numbers = {label: at for at, label in names.items()}
+        return {"num_labels": len(names), "id2label": names, "label2id": numbers}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base with its head; ``heads`` are the modules to train beside any adapter, by name."""
+
+    model: Any
+    heads: tuple[str, ...]
+
+
+def locate(name: str) -> str:
+    """A packaged model's name as its folder; a folder or a hub name as it is."""
+    from smidgen.bases import packaged
+
+    if name in debug.NAMES:
+        return str(debug.model_folder(name))
+    if name in packaged.MODELS:
+        return str(packaged.model_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} is no transformers folder: it has no config.json.")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ConfigError(f"There is no model folder {name!r}.")
+    return name
+
+
+def locate_data(name: str | None) -> Path:
+    """A packaged data set's name as its folder; a file or folder as it is. DataError when there is nothing."""
+    from smidgen.bases import packaged
+
+    if name is None:
+        raise DataError(f"Which data? Give a file, a folder, or a packaged name ({', '.join(packaged.DATASETS)}).")
+    if name in debug.NAMES:
+        return debug.data_folder(name)
+    if name in packaged.DATASETS:
+        return packaged.dataset_folder(name)
+    path = Path(name).expanduser()
+    if not path.exists():
+        near = (
+            [*packaged.DATASETS, *(p.name for p in path.parent.iterdir())]
+            if path.parent.is_dir()
+            else packaged.DATASETS
+        )
+        raise DataError(
+            f"There is no data at {name}.{did_you_mean(path.name, near)} Give a file, a folder, or a packaged name "
+            f"({', '.join(packaged.DATASETS)})."
+        )
+    return path
+
+
+def load_classifier(auto: str, name: str, head: Head, seed: int, precision: str, dropout: float | None) -> Loaded:
+    """The base ``name`` by the transformers class ``auto`` (AutoModelFor...), with a head for ``head``.
+
+    A head of the right size that the folder already holds keeps its numbers; all else the folder lacks starts from
+    ``seed``.
+    """
+    model, missing = _load(auto, name, precision, dropout, **head.options)
+    heads = head_modules(model, missing)
+    if not heads:
+        raise ConfigError(f"{name}: no head was found in a {type(model).__name__}.")
+    _start(model, missing, seed)
+    for module in heads:
+        model.get_submodule(module).float()  # trained in fp32 whatever the base's precision
+    return Loaded(model, heads)
+
+
+def load_language_model(name: str, precision: str, dropout: float | None) -> Loaded:
+    """The causal language model ``name``; it needs no new head."""
+    model, missing = _load("AutoModelForCausalLM", name, precision, dropout)
+    if missing:
+        raise ConfigError(f"{name} does not hold a whole language model: {min(missing)!r} is missing.")
+    return Loaded(model, ())
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of ``name``, with a padding token."""
+    transformers = _transformers()
+    with hub_errors(name):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(f"The tokenizer of {name} has no padding, end or unknown token to fill batches with.")
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_config(name: str) -> Any:
+    """The transformers config of ``name``."""
+    transformers = _transformers()
+    with hub_errors(name):
+        return transformers.AutoConfig.from_pretrained(locate(name))
+
+
+def image_processor(name: str) -> dict[str, Any]:
+    """What ``preprocessor_config.json`` of the base says of sizes, ``image_mean`` and ``image_std`` (ImageNet's if none)."""
+    transformers = _transformers()
+    try:
+        values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(locate(name))[0]
+    except (OSError, ValueError):
+        logger.warning("%s has no preprocessor_config.json; pixels are scaled by ImageNet's mean and deviation.", name)
+        values = {}
+    imagenet = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+    return values | {key: values.get(key) or value for key, value in imagenet.items()}
+
+
+def image_statistics(name: str) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [3] of pixels in 0..1 that the base's image processor names (ImageNet's if none)."""
+    values = image_processor(name)
+    return tuple(torch.tensor(values[key], dtype=torch.float32) for key in ("image_mean", "image_std"))  # type: ignore[return-value]
+
+
+def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the modules that are not the pre-trained base: those beside it, and those its folder lacked.
+
+    Each is the largest module that is new as a whole (``classifier``; ``bert.pooler``).
+    """
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    outside = [name for name, _ in model.named_parameters() if prefix and not name.startswith(f"{prefix}.")]
+    new = {*outside, *missing} & {name for name, _ in model.named_parameters()}
+    found: dict[str, None] = {}
+    for name in sorted(new):
+        parts = name.split(".")[:-1]
+        whole = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        module = next((path for path in whole if _all_new(model, path, new)), None)
+        if module is None:
+            raise ConfigError(f"The folder lacks {name!r}, which is part of the base itself, not of a head.")
+        found[module] = None
+    return tuple(found)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A few digits of every weight, enough to notice that a run is resumed on another base."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _load(auto: str, name: str, precision: str, dropout: float | None, **options: Any) -> tuple[Any, list[str]]:
+    transformers = _transformers()
+    config = load_config(name)
+    if dropout is not None:
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), not {dropout}.")
+        for key in _dropouts(config):
+            setattr(config, key, dropout)
+    for key, value in options.items():
+        setattr(config, key, value)
+    with hub_errors(name), quiet():
+        model, info = getattr(transformers, auto).from_pretrained(
+            locate(name), config=config, dtype=DTYPES[precision], ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    return model, [*info["missing_keys"], *other]
+
+
+def _dropouts(config: Any) -> list[str]:
+    return [
+        key
+        for key, value in config.to_dict().items()
+        if isinstance(value, int | float | None) and not isinstance(value, bool) and key.endswith(_DROPOUTS)
+    ]
+
+
+def _start(model: nn.Module, names: Sequence[str], seed: int) -> None:
+    """Matrices from a normal distribution, biases 0, scales of norms 1."""
+    std = float(getattr(model.config, "initializer_range", None) or HEAD_STD)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameter = parameters.get(name)
+            if parameter is None:
+                continue
+            if parameter.ndim >= 2:
+                parameter.copy_(torch.randn(parameter.shape, generator=stream(seed, "head", name)) * std)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def _all_new(model: nn.Module, path: str, new: set[str]) -> bool:
+    return all(f"{path}.{name}" in new for name, _ in model.get_submodule(path).named_parameters())
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What the hub and damaged folders raise, as ConfigError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        from smidgen.bases import packaged
+
+        text = str(error).strip().split("\n")[0]
+        hint = did_you_mean(name, packaged.MODELS)
+        raise ConfigError(
+            f"The model {name!r} cannot be loaded: {text}{hint} Give a packaged name "
+            f"({', '.join(packaged.MODELS)}), a transformers folder, or a hub name."
+        ) from error
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("These tasks need transformers: pip install 'smidgen[tasks]'") from error
+    return transformers

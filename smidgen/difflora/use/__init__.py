@@ -1,0 +1,1 @@
+"""What is done with a trained generator: predict, edit, blend, invert, sample, refine."""

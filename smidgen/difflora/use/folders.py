@@ -1,0 +1,159 @@
+"""What goes in and out of the commands: photos as files, adapters as folders with the recipe they were made by.
+
+adapter_config.json, adapter_model.safetensors    the adapter, for smidgen and peft
+pytorch_lora_weights.safetensors                  the same for diffusers and whatever reads its files, where it is a LoRA
+recipe.json                                       how it was made, with its latent: what edit and blend start from
+README.md, contact_sheet.png
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from smidgen.difflora.weightspace.layout import Layout, write_adapter
+from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
+from smidgen.errors import DataError, did_you_mean
+from smidgen.tasks.data.images import LARGEST, SMALLEST, UNREADABLE, upright
+from smidgen.training.checkpoints import write_file
+
+RECIPE, CARD, SHEET = "recipe.json", "README.md", "contact_sheet.png"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as given, upright and RGB, and the hash of its file."""
+
+    path: Path
+    image: Image.Image
+    digest: str
+
+
+def read_photos(paths: Sequence[Path]) -> list[Photo]:
+    """The photos at ``paths``.
+
+    Raises:
+        DataError: there is none, or one is missing, no picture, broken, or larger than ``LARGEST`` pixels, by name.
+    """
+    if not paths:
+        raise DataError("Give at least one photo.")
+    return [_read_photo(Path(path)) for path in paths]
+
+
+def _read_photo(path: Path) -> Photo:
+    if not path.is_file():
+        near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        what = "is a folder, not a photo" if path.is_dir() else "does not exist"
+        raise DataError(f"{path} {what}.{did_you_mean(path.name, near)}")
+    try:
+        content = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
+            image = Image.open(io.BytesIO(content))
+        with image:
+            width, height = image.size
+            if width * height > LARGEST:
+                raise ValueError(
+                    f"{width} x {height} is more than {LARGEST // 1_000_000} million pixels; make it smaller"
+                )
+            if min(width, height) < SMALLEST:
+                raise ValueError(f"{width} x {height} is smaller than {SMALLEST} pixels")
+            return Photo(path, upright(image), hashlib.sha256(content).hexdigest())
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as a photo: {error}.") from error
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder whose files are in ``out`` when the block ends well; on an error ``out`` is as it was.
+
+    Raises:
+        DataError: ``out`` is a file, or holds anything and ``overwrite`` is not set. Files of other names stay in any case.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; --out names a folder.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise DataError(
+            f"{out} holds files already; choose another --out, or give --overwrite to replace what is written anew."
+        )
+    above = next(folder for folder in out.absolute().parents if folder.is_dir())
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=above))
+    try:
+        yield scratch
+        for path in sorted(scratch.rglob("*")):
+            place = out / path.relative_to(scratch)
+            if path.is_dir():
+                place.mkdir(parents=True, exist_ok=True)
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_folder(layout: Layout, row: Tensor, unet: nn.Module, folder: Path, recipe: dict[str, Any]) -> int:
+    """Writes ``row`` [numbers] of ``layout`` as an adapter folder with its recipe; returns the adapter's bytes (config and
+    weights)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the carrier is meant
+        write_adapter(layout, row, unet, folder)
+    if is_lora(layout):
+        write_file(folder / DIFFUSERS_NAME, diffusers_lora(layout, row))
+    recipe = {"format": FORMAT, "smidgen": version("smidgen"), "layout": layout.digest} | recipe
+    write_file(folder / RECIPE, (json.dumps(recipe, indent=1) + "\n").encode())
+    return sum((folder / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe in an adapter folder, None when there is none; DataError when it is damaged or of another format."""
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        known = recipe["format"], torch.tensor(recipe["latent"], dtype=torch.float32), recipe["generator"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}).") from error
+    if known[0] != FORMAT:
+        raise DataError(f"{path} has format {known[0]}; this version of smidgen reads format {FORMAT}.")
+    return dict(recipe)
+
+
+def is_lora(layout: Layout) -> bool:
+    """Whether adapters of ``layout`` are plain LoRA."""
+    return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
+
+
+def diffusers_lora(layout: Layout, row: Tensor) -> bytes:
+    """``pytorch_lora_weights.safetensors`` of a LoRA's row [numbers], its scale in B."""
+    tensors: dict[str, Tensor] = {}
+    for a, b in layout.factor_pairs():
+        tensors[f"unet.{a.key}.lora_A.weight"] = row[a.columns].reshape(a.shape).contiguous()
+        tensors[f"unet.{b.key}.lora_B.weight"] = (b.scale * row[b.columns].reshape(b.shape)).contiguous()
+    return save(tensors)
+
+
+def digest_of(*paths: Path) -> str:
+    """SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""Inversion: one photo by coefficients. The latent alone is trained by the denoising loss on the photo.
+
+weights2weights (Dravid et al. 2024, arXiv 2406.09413, section 4.3): Adam at rate 0.1, at most 400 steps, started from the mean
+adapter. The result lies in the space of the generator's people, so it can be edited and blended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.difflora.generator.generator import Generator
+from smidgen.difflora.use.carrier import Carries, banked
+from smidgen.difflora.use.refine import CAPTION, PhotoTask, descend, photo_task
+from smidgen.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Invert:
+    """How the latent is found."""
+
+    invert_steps: int = 400  # optimizer steps
+    invert_rate: float = 0.1  # learning rate of the coefficients
+    invert_batch: int = 4  # noised copies of the photos in a step
+    anchor: float = 0.0  # weight of the squared distance to where it started
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.invert_steps < 1 or self.invert_batch < 1 or not self.invert_rate > 0 or self.anchor < 0:
+            raise ConfigError(
+                f"invert_steps={self.invert_steps}, invert_batch={self.invert_batch}: at least 1; "
+                f"invert_rate={self.invert_rate}: above 0; anchor={self.anchor}: at least 0."
+            )
+
+
+def invert(
+    generator: Generator,
+    carrier: Carries,
+    photos: Sequence[Image],
+    config: Invert | None = None,
+    captions: Sequence[str] | None = None,
+    start: Tensor | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """The latent [size] with which the base denoises ``photos`` best, sought from ``start`` [size] (None: the latent 0,
+    which is the mean adapter).
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    config = config or Invert()
+    start = torch.zeros(generator.network.latents) if start is None else start
+    pictures = photo_task(carrier.base, photos, captions or [CAPTION] * len(photos), config.invert_batch, config.seed)
+    with banked(carrier, generator.layout) as bank:
+        model = _Coefficients(generator, start).to(carrier.base.device)
+        task = PhotoTask(carrier, bank, generator.layout, [pictures], config.anchor)
+        descend(task, model, config.invert_rate, config.invert_steps, config.seed, progress)
+    return (model.start + model.change).detach()[0].cpu()
+
+
+class _Coefficients(nn.Module):
+    """Rows [1, numbers] of the latent start + change [1, size]."""
+
+    start: Tensor
+
+    def __init__(self, generator: Generator, start: Tensor) -> None:
+        super().__init__()
+        self.change = nn.Parameter(torch.zeros(1, len(start)))
+        self.register_buffer("start", start[None].clone())
+        self._codec = generator.codec
+
+    def forward(self) -> Tensor:
+        latents = (self.start + self.change).reshape(-1, *self._codec.latent_shape)
+        return self._codec.decode(latents).float()
+
+    def distances(self) -> Tensor:
+        """Squared distance from the start [1]."""
+        return self.change.square().sum(1)

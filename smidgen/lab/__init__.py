@@ -1,0 +1,1 @@
+"""What proves our claims; only the command line imports it."""

@@ -1,0 +1,47 @@
+"""``python -m smidgen.lab.embedded_base``: the stages by name."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import smidgen.bases.embedded as embedded
+from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, judge
+from smidgen.lab.embedded_base import export as exporting
+from smidgen.lab.embedded_base.config import PRESETS, Config, preset
+
+STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
+
+
+def run(stage: str, config: Config, folder: Path, out: Path) -> None:
+    """One stage, or ``"all"`` of them in order. `folder` holds drawings and checkpoints, `out` gets what is
+    shipped."""
+    torch.set_num_threads(1)
+    actions = {
+        "render": lambda: draw.render(config, folder),
+        "judge": lambda: judge.train(config, folder, out / "judge_weights"),
+        "encoders": lambda: encoders.train(config, folder, out / "encoder_weights"),
+        "autoencoder": lambda: autoencoder.autoencode(config, folder),
+        "latents": lambda: autoencoder.freeze(config, folder),
+        "diffusion": lambda: diffusion.train(config, folder),
+        "decoder": lambda: autoencoder.fine_tune_decoder(config, folder),
+        "export": lambda: exporting.export(config, folder, out / "pipeline"),
+        "card": lambda: card.write(config, folder, out / "pipeline"),
+    }
+    for name in STAGES if stage == "all" else (stage,):
+        actions[name]()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m smidgen.lab.embedded_base", description=__doc__)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
+    parser.add_argument("--work", type=Path, default=Path("work/embedded_base"), help="drawings, caches, checkpoints")
+    parser.add_argument("--out", type=Path, default=Path(embedded.__file__).parent, help="where the shipped folders go")
+    choice = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    run(choice.stage, preset(choice.preset), choice.work, choice.out)
+    return 0

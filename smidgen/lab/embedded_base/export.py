@@ -1,0 +1,92 @@
+"""Stages `export` and `card`: the trained parts as one diffusers folder in fp16 safetensors, and its model card."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from smidgen.lab.embedded_base import autoencoder, diffusion, text
+from smidgen.lab.embedded_base.config import Config
+
+
+def _load_average(model: nn.Module, checkpoint: Path) -> nn.Module:
+    tensors = load_file(checkpoint)
+    model.load_state_dict({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})
+    return model.eval()
+
+
+def vae(config: Config, folder: Path) -> AutoencoderKL:
+    """The frozen encoder with the best decoder there is: the fine-tuned one if that stage has run."""
+    model = autoencoder.freeze(config, folder)
+    fine_tuned = folder / "decoder.safetensors"
+    if fine_tuned.exists():
+        _load_average(model, fine_tuned)
+    return model.requires_grad_(False).eval()
+
+
+def pipeline(config: Config, folder: Path) -> StableDiffusionPipeline:
+    """The whole model, averaged weights, fp32, from the checkpoints in `folder`."""
+    words = text.tokenizer(folder / "tokenizer")
+    denoiser = _load_average(diffusion.Denoiser(config, words), folder / "diffusion.safetensors")
+    return StableDiffusionPipeline(
+        vae=vae(config, folder),
+        text_encoder=denoiser.text_encoder,
+        tokenizer=words,
+        unet=denoiser.unet,
+        scheduler=diffusion.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def export(config: Config, folder: Path, out: Path) -> None:
+    """Write the pipeline folder `out` in fp16, replacing an older one only when the new one is complete."""
+    temporary = out.with_name(f".{out.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline(config, folder).to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
+    settings = json.loads((temporary / "text_encoder" / "config.json").read_text())
+    write_json(
+        temporary / "text_encoder" / "config.json", {**settings, "dtype": "float32"}
+    )  # else it alone loads in fp16
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / "tokenizer" / name, temporary / "tokenizer" / name)
+    for path in temporary.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner may read
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        card = out / "README.md"
+        if card.exists():
+            shutil.copy(card, temporary / "README.md")
+        os.replace(out, old)
+    os.replace(temporary, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def training_facts(config: Config, folder: Path) -> dict[str, float]:
+    """Steps and minutes of each training so far, from the checkpoints' headers (`diffusion_first`: one before a restart
+    from its weights, if there was one)."""
+    from safetensors import safe_open
+
+    facts: dict[str, float] = {}
+    for name in ("autoencoder", "decoder", "diffusion_first", "diffusion", "judge_reader", "judge_identity"):
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            facts[f"{name}_steps"] = int(metadata["step"])
+            facts[f"{name}_minutes"] = round(float(metadata["seconds"]) / 60, 1)
+    return facts
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON atomically."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,175 @@
+"""Teach a text-to-image base to follow control pictures: edges, parts, landmarks. Read from top to bottom.
+
+    report = control(ControlConfig(data=Data(Path("pairs"), "segmentation"), out=Path("steered")))
+
+The steps: read and check the pairs; encode them once; train a hint encoder and an adapter; save both; load the file
+into a fresh base and prove that it answers as the trained model did; draw the held-out controls and score them beside
+the base.
+"""
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from smidgen.bases.stable_diffusion import (
+    EMBEDDED,
+    Base,
+    default_device,
+    encode_prompts,
+    fingerprint,
+    load_base,
+)
+from smidgen.errors import AdapterFileError, DataError
+from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot, save_image
+from smidgen.tasks.control import hint
+from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs
+from smidgen.tasks.control.report import ControlReport, Line, model_card
+from smidgen.tasks.control.sampling import Scenes, can_score, scores, wanted
+from smidgen.tasks.control.settings import ControlConfig, rates
+from smidgen.tasks.control.task import make_task
+from smidgen.tasks.data import images
+from smidgen.tasks.diffusion.gallery import SAMPLING
+from smidgen.tasks.diffusion.task import encode_examples
+from smidgen.tasks.finetune.settings import PROBE, setup
+from smidgen.tasks.report import public_name
+from smidgen.training.checkpoints import replace_file
+from smidgen.training.fitting import Fitted, Rates, fit, prove
+from smidgen.training.processes import is_main, open_folder
+from smidgen.training.randomness import derive
+from smidgen.training.settings import dump_yaml, flat
+
+logger = logging.getLogger(__name__)
+
+# Settings that do not decide the trained numbers.
+_ASIDE = {
+    "folder", "out", "overwrite", "resume_from_checkpoint", "gradient_checkpointing", "report_to", "preview_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "inference_steps", "guidance_scale", "num_columns",
+}  # fmt: skip
+
+
+def control(config: ControlConfig, progress: bool = True) -> ControlReport | None:
+    """Train, save, prove and score one adapter with its hint encoder in ``config.out``; see the module's text.
+
+    Under ``accelerate launch`` only the main process returns a report. Raises SmidgenError for every refusal: pairs
+    that do not fit, settings without meaning, a run that diverged, a saved adapter that does not come back.
+    """
+    data = config.data
+    if data.folder is None:
+        raise DataError("Which pictures? Give the folder that holds them.")
+    device = default_device()
+    base = load_base(config.base, config.train.mixed_precision, device)
+    resolution = data.resolution or base.resolution
+    pairs = read_pairs(data.folder, data.control, data.instance_prompt, resolution)
+    for warning in pairs.warnings:
+        logger.warning("%s", warning)
+    seen, held_out = pairs.split(data.num_held_out)
+    made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
+
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
+    if is_main():
+        replace_file(out / "config.yaml", dump_yaml(config))
+        replace_file(out / hint.FILE, hint.dump_config(made))
+    identity, scenes = _identity(config, base, pairs), _scenes(config, base, held_out, resolution)
+    fitted = _fit(config, base, seen, made, rate, (scenes, held_out), identity, progress)
+    if not is_main():
+        return None
+
+    trained = scenes.answer(base)
+    base.unet.cpu()
+    base = load_base(config.base, config.train.mixed_precision, device)
+    drawn = {"real pictures": [images.load_picture(picture.path, resolution) for picture in held_out.pictures]}
+    drawn["base without control"] = plain = scenes.draw(base, steer=False)
+    notes = _proved(config, base, made, scenes, trained)
+    drawn[fitted.name] = ours = scenes.draw(base)
+    if all(a.tobytes() == b.tobytes() for a, b in zip(plain, ours, strict=True)):
+        raise AdapterFileError(f"{out} draws exactly what the base draws: nothing steers.")
+
+    few = slice(config.show.num_columns)
+    rows = [Row("control", held_out.controls[few]), *(Row(name, found[few]) for name, found in drawn.items())]
+    title = f"{data.control} with {fitted.name} on {public_name(config.base)}: pictures kept from training"
+    save_image(contact_sheet(title, rows), out / "contact_sheet.png")
+    loss_plot({fitted.name: fitted.losses}, out / "loss.png")
+    lines = _lines(config, held_out, drawn, fitted)
+    report = ControlReport(fitted.name, config.base, data.control, out, lines, pairs.warnings, notes, identity)
+    replace_file(out / "report.json", report.as_json())
+    replace_file(out / "README.md", model_card(report, held_out.pictures[0].caption))
+    return report
+
+
+def _fit(
+    config: ControlConfig,
+    base: Base,
+    seen: ControlPairs,
+    made: hint.HintConfig,
+    rate: Rates,
+    shown: tuple[Scenes, ControlPairs],
+    identity: Mapping[str, Any],
+    progress: bool,
+) -> Fitted:
+    chosen, (scenes, held_out) = config.adapter, shown
+    captions = [picture.caption for picture in seen.pictures]
+    encoded = encode_examples(base, seen.pictures, captions, scenes.options["size"])
+    options: dict[str, Any] = {"batch_size": config.data.train_batch_size, "seed": config.train.seed}
+    task = make_task(base, encoded, as_controls(seen.controls), cubic=chosen.cubic_timesteps, **options)
+    task.previewer = lambda _, step, folder: scenes.preview(base, held_out.controls, step, folder)
+    base.release_encoders(keep_vae=bool(config.train.preview_steps))
+    hint.attach(base.unet, made, config.train.seed)
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    targets = list(chosen.target_modules) if chosen.target_modules is not None else None
+    chosen_setup = setup(chosen, targets, config.train.seed)
+    options = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
+    options |= {"heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
+    return fit(chosen.method, base.unet, task, chosen_setup, rate, config.train, config.out, **options)
+
+
+def _scenes(config: ControlConfig, base: Base, held_out: ControlPairs, resolution: int) -> Scenes:
+    usual, show = SAMPLING[EMBEDDED if config.base == EMBEDDED else base.family], config.show
+    options: dict[str, Any] = {"steps": show.inference_steps or usual[0], "size": resolution}
+    options["guidance"] = usual[1] if show.guidance_scale is None else show.guidance_scale
+    options["negative"] = encode_prompts(base, [""])
+    prompts = encode_prompts(base, [picture.caption for picture in held_out.pictures])
+    seeds = [derive(config.train.seed, "show", number) for number in range(len(held_out))]
+    return Scenes(prompts, as_controls(held_out.controls), seeds, options)
+
+
+def _proved(
+    config: ControlConfig, fresh: Base, made: hint.HintConfig, scenes: Scenes, trained: torch.Tensor
+) -> tuple[str, ...]:
+    """Load the file into ``fresh`` and prove that it answers a control picture as the trained UNet did."""
+    hint.attach(fresh.unet, made)
+    notes = prove(fresh.unet, config.out, partial(scenes.answer, fresh))
+    error = float((scenes.answer(fresh) - trained).norm() / trained.norm())
+    halves = (
+        getattr(getattr(fresh.unet, "peft_config", {}).get("default"), "store_dtype", None) == "float16"
+    )  # rounded when saved
+    if not error <= (2e-2 if config.train.mixed_precision != "no" else 5e-3 if halves else 1e-4):
+        raise AdapterFileError(
+            f"The adapter saved in {config.out} does not answer a control picture as the trained one did: it is "
+            f"{error:.1e} off."
+        )
+    return (*notes, f"Steered by a control picture, its answer differs from the trained model's by {error:.1e}.")
+
+
+def _lines(
+    config: ControlConfig, held_out: ControlPairs, drawn: Mapping[str, list[Image.Image]], fitted: Fitted
+) -> tuple[Line, ...]:
+    """Every row of pictures scored against the held-out controls, where there is something to score them by."""
+    kind = config.data.control
+    asked = wanted(kind, held_out.controls) if can_score(kind, config.base) else None
+    measured = {name: scores(kind, found, asked) if asked is not None else {} for name, found in drawn.items()}
+    sizes: dict[str, Any] = {"numbers": fitted.trained_numbers, "hint_numbers": fitted.head_numbers}
+    sizes |= {"bytes_on_disk": fitted.bytes, "seconds": fitted.seconds}
+    if config.adapter.method == PROBE:
+        sizes["numbers"] = 0
+    return tuple(Line(name, found, **(sizes if name == fitted.name else {})) for name, found in measured.items())
+
+
+def _identity(config: ControlConfig, base: Base, pairs: ControlPairs) -> dict[str, Any]:
+    """The settings that decide the trained numbers; where things lie and what is shown does not."""
+    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
+    return kept | {"pairs": pairs.digests(), "base_weights": fingerprint(base)}

@@ -1,0 +1,152 @@
+"""Draw the same scenes with the base and with each adapter, from the same noise; score them and lay them on one
+sheet."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from smidgen.bases.judging import Judge
+from smidgen.bases.stable_diffusion import Base, Prompts, draw, encode_prompts, load_base, time_ids
+from smidgen.errors import AdapterFileError
+from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.report import Entry, public_name
+from smidgen.training import engine
+from smidgen.training.fitting import Fitted, prove
+from smidgen.training.randomness import derive
+
+SAMPLING = {"embedded": (20, 3.0), "sd": (30, 7.5), "sdxl": (30, 5.0)}  # steps, guidance
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What to draw: each prompt (``plain``: as a judge knows it, ``bound``: with the subject's word) with each seed."""
+
+    plain: tuple[str, ...]
+    bound: tuple[str, ...]
+    num_seeds: int
+    seed: int
+    steps: int
+    guidance: float
+    size: int
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """(prompt, seed number) of every picture, prompts outermost."""
+        return [(prompt, number) for prompt in range(len(self.plain)) for number in range(self.num_seeds)]
+
+    def noise_seeds(self) -> list[int]:
+        return [derive(self.seed, "show", prompt, number) for prompt, number in self.columns]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The sheet, one line of the report for each row of drawn pictures, and what was proved of the first adapter."""
+
+    sheet: Image.Image
+    entries: tuple[Entry, ...]
+    proof: tuple[str, ...]
+
+
+def gallery(
+    base: str,
+    precision: str,
+    device: torch.device,
+    runs: Sequence[Fitted],
+    scenes: Scenes,
+    subject: Sequence[Image.Image],
+    judge: Judge | None,
+) -> Gallery:
+    """Prove each run's file on a fresh base and draw ``scenes`` with it. ``subject`` holds the subject's own
+    pictures."""
+    rows: list[tuple[Entry, list[Image.Image]]] = []
+    entries: list[Entry] = []
+    proof: tuple[str, ...] = ()
+    for run in runs:
+        fresh = load_base(base, precision, device)
+        bound, negative = encode_prompts(fresh, scenes.bound), encode_prompts(fresh, [""])
+        said = prove(fresh.unet, run.folder, partial(answer, fresh, bound, scenes.size))
+        if not rows:
+            proof = said
+            with engine.disabled(fresh.unet):
+                images = _draw(fresh, bound, negative, scenes)
+            entries.append(_entry(Entry("base model", 0, 0), images, scenes, subject, judge))
+            rows.append((entries[-1], images))
+        images = _draw(fresh, bound, negative, scenes)
+        _check_difference(rows[0][1], images, run)
+        last = sum(run.losses[-20:]) / len(run.losses[-20:])
+        entry = Entry(run.name, run.trained_numbers, run.bytes, run.seconds, final_loss=last)
+        entries.append(_entry(entry, images, scenes, subject, judge))
+        rows.append((entries[-1], images))
+    return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
+
+
+def previewer(base: Base, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
+    """What a run calls to draw its first few scenes as ``preview-<step>.png``; the prompts are encoded now."""
+    few = replace(scenes, plain=scenes.plain[:4], bound=scenes.bound[:4], num_seeds=1)
+    bound, negative = encode_prompts(base, few.bound), encode_prompts(base, [""])
+
+    def preview(model: nn.Module, step: int, folder: Path) -> None:
+        was_training = model.training
+        model.eval()
+        row = Row(f"step {step}", _draw(base, bound, negative, few))
+        save_image(contact_sheet(f"after step {step}", [row], few.bound), folder / f"preview-{step}.png")
+        model.train(was_training)
+
+    return preview
+
+
+def _draw(base: Base, prompts: Prompts, negative: Prompts, scenes: Scenes) -> list[Image.Image]:
+    chosen = prompts[[prompt for prompt, _ in scenes.columns]]
+    options = {"steps": scenes.steps, "guidance": scenes.guidance, "size": scenes.size}
+    return draw(base, chosen, scenes.noise_seeds(), negative=negative, **options)
+
+
+def answer(base: Base, prompts: Prompts, size: int) -> torch.Tensor:
+    """The UNet's answer to fixed noise in the middle of its schedule."""
+    unet = base.unet
+    side = size // base.pipe.vae_scale_factor
+    noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    extra = {}
+    if prompts.pooled is not None:
+        ids = time_ids((size, size), size)[None]
+        extra["added_cond_kwargs"] = {
+            "text_embeds": prompts.pooled[:1].to(base.device, unet.dtype),
+            "time_ids": ids.to(base.device, unet.dtype),
+        }
+    embeds = prompts.embeds[:1].to(base.device, unet.dtype)
+    time = torch.tensor([500], device=base.device)
+    noise = noise.to(base.device, unet.dtype)
+    return unet(noise, time, encoder_hidden_states=embeds, return_dict=False, **extra)[0].float()
+
+
+def _entry(
+    entry: Entry, images: list[Image.Image], scenes: Scenes, subject: Sequence[Image.Image], judge: Judge | None
+) -> Entry:
+    if judge is None:
+        return entry
+    scores = judge.scores(images, [scenes.plain[prompt] for prompt, _ in scenes.columns], subject)
+    return replace(entry, identity=scores.pop("identity", None), caption=scores.pop("caption", None), details=scores)
+
+
+def _check_difference(before: Sequence[Image.Image], after: Sequence[Image.Image], run: Fitted) -> None:
+    if all(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True)):
+        raise AdapterFileError(f"{run.folder} draws exactly what the base draws: the adapter changes no pixel.")
+
+
+def _sheet(
+    rows: Sequence[tuple[Entry, list[Image.Image]]], scenes: Scenes, subject: Sequence[Image.Image], base: str
+) -> Image.Image:
+    across = min(8, len(scenes.columns))
+    shown = [Row("the subject", list(subject)[:across], f"{len(subject)} pictures")]
+    for entry, images in rows:
+        note = f"{entry.bytes_on_disk / 1000:.1f} kB" if entry.bytes_on_disk else ""
+        if entry.identity is not None and entry.caption is not None:
+            note += f" identity {entry.identity:.2f} captions {entry.caption:.2f}"
+        shown.append(Row(entry.name, images[:across], note.strip()))
+    labels = [scenes.bound[prompt] for prompt, _ in scenes.columns[:across]]
+    return contact_sheet(f"{rows[1][0].name} on {public_name(base)}: same noise in each column", shown, labels)

@@ -1,0 +1,185 @@
+"""What is done with a finished adapter folder: draw with it, verify it, look into it."""
+
+import json
+import logging
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import smidgen
+from smidgen.adapters.checkpoint.base_lock import read_lock
+from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
+from smidgen.adapters.tuner.coverage import entry_of
+from smidgen.bases.stable_diffusion import Base, default_device, draw, encode_prompts, load_base
+from smidgen.errors import ConfigError
+from smidgen.tasks.contact_sheet import save_image
+from smidgen.tasks.control import hint
+from smidgen.tasks.control.conditions import edge_picture
+from smidgen.tasks.control.pairs import as_controls, load_control
+from smidgen.tasks.control.sampling import draw_controlled
+from smidgen.tasks.data.images import UNREADABLE, load_picture
+from smidgen.tasks.diffusion.gallery import SAMPLING
+from smidgen.tasks.report import markdown_table
+from smidgen.training import engine
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    adapter: Path,
+    prompt: list[str],
+    base: str = "embedded",
+    out: Path = Path("pictures"),
+    num_images: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    strength: float = 1.0,
+    negative_prompt: str = "",
+    control: Path | None = None,
+    edges_of: Path | None = None,
+    control_scale: float = 1.0,
+    mixed_precision: str = "no",
+) -> list[Path]:
+    """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
+
+    An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
+    ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base.
+    """
+    if num_images < 1:
+        raise ConfigError(f"num_images must be at least 1, not {num_images}.")
+    single = out.suffix.lower() == ".png"
+    if single and len(prompt) * num_images > 1:
+        raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
+    made = _check_control(adapter, control, edges_of)
+    loaded = load_base(base, mixed_precision, default_device())
+    if made is not None:
+        hint.attach(loaded.unet, made)
+    config = engine.load(loaded.unet, adapter)
+    _set_strength(loaded, engine.is_ours(config), strength)
+    usual = SAMPLING["embedded" if base == "embedded" else loaded.family]
+    prompts = [text for text in prompt for _ in range(num_images)]
+    seeds = [seed + number for _ in prompt for number in range(num_images)]
+    encoded = encode_prompts(loaded, prompts)
+    options: dict[str, Any] = {"negative": encode_prompts(loaded, [negative_prompt]), "steps": steps or usual[0]}
+    options["guidance"] = usual[1] if guidance is None else guidance
+    if made is None:
+        images = draw(loaded, encoded, seeds, **options)
+    else:
+        controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
+        images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
+    if single:
+        return [save_image(images[0], out)]
+    names = [
+        f"{number // num_images:02d}-{_slug(text)}-{s}.png"
+        for number, (text, s) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    return [save_image(image, out / name) for name, image in zip(names, images, strict=True)]
+
+
+def verify(adapter: Path, base: str) -> tuple[bool, str]:
+    """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
+    kind = read_config(adapter).get("peft_type")
+    loaded = load_base(base, "no", default_device())
+    made = hint.read_config(adapter)
+    if made is not None:
+        hint.attach(loaded.unet, made)
+    if kind != PEFT_TYPE_NAME:
+        engine.load(loaded.unet, adapter)
+        return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."
+    found = smidgen.verify(loaded.unet, adapter)
+    return bool(found.ok), str(found)
+
+
+def inspect(adapter: Path) -> str:
+    """A page of text about an adapter folder; nothing is executed and no base is needed."""
+    config, tensors = read_config(adapter), read_tensors(adapter)
+    sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
+    lock = config.pop("base_lock", None)
+    canary = config.pop("canary", None)
+    facts = {key: value for key, value in config.items() if value not in (None, [], {}, False, "")}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    lines = [f"{adapter}: {config.get('method') or config.get('peft_type')}, {numbers:,} stored numbers"]
+    lines += [f"  {file}: {size:,} bytes" for file, size in sizes.items()]
+    lines += [f"  base lock: {_lock_words(lock)}", f"  canary: {'yes' if canary else 'no'}", ""]
+    lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
+    rows = []
+    for name, tensor in sorted(tensors.items()):
+        value = tensor.float()
+        shape = "x".join(map(str, tensor.shape))
+        rows.append(
+            [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
+        )
+    if lock:
+        lines += ["", *_covered(lock)]
+    return "\n".join([*lines, "", markdown_table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
+
+
+def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
+    """Draw ``num_pictures`` of a held-out identity of the embedded base's world; returns a sentence about it."""
+    import numpy
+
+    from smidgen.bases.embedded import world
+
+    if num_pictures < 1:
+        raise ConfigError(f"num_pictures must be at least 1, not {num_pictures}.")
+    if folder.is_dir() and any(path.suffix == ".png" for path in folder.iterdir()):
+        known = len(list(folder.glob("*.png")))
+        logger.info("%s holds %d pictures already; they are drawn anew.", folder, known)
+    identity = world.sample_identity(numpy.random.default_rng(seed), "test")
+    world.write_subject(folder, identity, num_pictures, seed)
+    looks = ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in identity.as_dict().items())
+    return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
+
+
+def _check_control(adapter: Path, control: Path | None, edges_of: Path | None) -> hint.HintConfig | None:
+    """The hint encoder's config; refuses a control picture for an adapter without one, and the other way round."""
+    made, given = hint.read_config(adapter), [path for path in (control, edges_of) if path is not None]
+    if made is None and given:
+        raise ConfigError(f"{adapter} was trained without control pictures, so {given[0]} cannot steer it.")
+    if made is not None and len(given) != 1:
+        raise ConfigError(
+            f"{adapter} follows {made.control} pictures: give one with --control"
+            + (", or --edges-of a picture." if made.control == "canny" else ".")
+        )
+    if made is not None and edges_of is not None and made.control != "canny":
+        raise ConfigError(f"--edges-of is for canny adapters; {adapter} follows {made.control}: use --control.")
+    return made
+
+
+def _control_picture(control: Path | None, edges_of: Path | None, resolution: int) -> Any:
+    if control is not None:
+        return load_control(control, resolution)
+    try:
+        return edge_picture(load_picture(str(edges_of), resolution))
+    except UNREADABLE as error:
+        raise ConfigError(f"{edges_of} cannot be read as a picture: {error}") from error
+
+
+def _covered(lock: dict[str, Any]) -> list[str]:
+    """A table of the layers an adapter is on, by the ends of their names. What else a base has, verify says."""
+    kept, entries = read_lock(lock), dict[str, list[int]]()
+    for name, shape in zip(kept.targets, kept.shapes, strict=True):
+        entries.setdefault(entry_of(name), []).append(prod(shape))
+    rows = [[entry, str(len(sizes)), f"{sum(sizes):,}"] for entry, sizes in sorted(entries.items())]
+    return markdown_table(["entry", "layers", "weights adapted"], rows).splitlines()
+
+
+def _lock_words(lock: dict[str, Any] | None) -> str:
+    if not lock:
+        return "none; the adapter does not know its base"
+    return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
+
+
+def _set_strength(base: Base, ours: bool, strength: float) -> None:
+    if strength == 1.0:
+        return
+    if not ours:
+        raise ConfigError("--strength needs one of smidgen's adapters; peft's own keep their own scale.")
+    smidgen.set_strength(base.unet, strength)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"

@@ -1,0 +1,1 @@
+"""What the transformers tasks share: the course of a fine-tuning, its settings and its report."""

@@ -1,0 +1,208 @@
+"""The common course of the recipes: text classification, image classification, instruction tuning.
+
+A recipe prepares the base with its head and the task; then, here: adapt, train, save, load the file into a fresh base,
+prove that it is on and scores what the trained model scored, and report.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smidgen
+from smidgen.adapters.methods import Kind
+from smidgen.bases.transformers import fingerprint
+from smidgen.errors import AdapterFileError, ConfigError, TrainingError
+from smidgen.tasks.contact_sheet import loss_plot
+from smidgen.tasks.finetune.report import FinetuneReport, model_card
+from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
+from smidgen.training import engine
+from smidgen.training.checkpoints import replace_file
+from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
+from smidgen.training.processes import is_main, open_folder
+from smidgen.training.settings import dump_yaml, flat
+
+logger = logging.getLogger(__name__)
+
+SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
+OTHERS = 2e-2
+BUDGETED = "seeded"  # the method a budget trains
+# Settings that do not decide the trained numbers: where things lie, what is shown, how much is held in memory. Data,
+# template and model are known by their content instead.
+_ASIDE = {
+    "path", "chat_template", "model", "out", "eval_batch_size", "memory_mb", "report_to", "preview_steps",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite", "gradient_checkpointing",
+    "push_to_hub", "hub_private",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A base with its fresh head and the task it is to learn, before any adapter.
+
+    ``heads`` are the modules trained and saved with any adapter, ``fresh`` loads the same base with the same fresh head
+    again, ``counts`` are examples by split and label, ``data_digest`` says which examples these are.
+    """
+
+    model: Any
+    task: Any
+    heads: tuple[str, ...]
+    family: Kind
+    fresh: Callable[[], Any] = field(repr=False)
+    labels: tuple[str, ...] = ()
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    data_digest: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)  # further files of the adapter's folder, by name
+
+
+def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bool = True) -> FinetuneReport | None:
+    """Train, save, prove and score one adapter in ``config.out``; see the module's text.
+
+    ``kind`` is the recipe's name. Under ``accelerate launch`` only the main process returns a report. Raises
+    SmidgenError for settings without meaning, a run that diverged, and a saved adapter that does not come back.
+    """
+    config = _settled(config)
+    chosen, model = config.adapter, prepared.model
+    for warning in prepared.warnings:
+        logger.warning("%s", warning)
+    rate = rates(chosen, prepared.family)
+    config_of_peft = _setup(config, prepared)
+    identity = _identity(config, prepared, rate)
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
+    if is_main():
+        for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
+            replace_file(out / name, content)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
+    options |= {"heads": prepared.heads, "resume": config.resume_from_checkpoint}
+    fitted = fit(chosen.method, model, prepared.task, config_of_peft, rate, config.train, out, **options)
+    if not is_main():
+        return None
+    _check_learnt(fitted, prepared.task.metric, config)
+    scores, notes = _proved(config, prepared, out)
+    loss_plot({fitted.name: fitted.losses}, out / "loss.png")
+    report = _report(kind, config, prepared, fitted, scores, notes, identity)
+    replace_file(out / "report.json", report.as_json())
+    replace_file(out / "README.md", model_card(report))
+    if config.push_to_hub:
+        from smidgen.training.hub import push_to_hub
+
+        push_to_hub(out, config.push_to_hub, config.hub_private)
+    return report
+
+
+def targets(config: FinetuneConfig, model: Any) -> Any:
+    """The modules to adapt: those named, a regular expression or all-linear as it is, or the attention projections."""
+    named = config.adapter.target_modules
+    if config.adapter.method in (PROBE, FULL):
+        return None
+    if named is None:
+        return sorted(smidgen.default_targets(model))
+    return "all-linear" if named == ("all-linear",) else list(named)
+
+
+def _settled(config: FinetuneConfig) -> FinetuneConfig:
+    """With a budget the config names the method that a budget trains, and nothing else may choose it."""
+    chosen = config.adapter
+    if chosen.budget is None:
+        return config
+    others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
+    clash = [name for name, value in others.items() if value is not None]
+    if clash or chosen.method not in (Adapter().method, BUDGETED):
+        what = clash[0] if clash else f"method {chosen.method}"
+        raise ConfigError(f"A budget decides what is trained and how; leave out {what}, or the budget.")
+    return replace(config, adapter=replace(chosen, method=BUDGETED))
+
+
+def _setup(config: FinetuneConfig, prepared: Prepared) -> Any:
+    """The config that ``engine`` adapts by."""
+    chosen, seed = config.adapter, config.train.seed
+    if chosen.budget is None:
+        return setup(chosen, targets(config, prepared.model), seed)
+    where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
+    return budgeted(prepared.model, prepared.task, prepared.heads, chosen.budget, seed=seed, target_modules=where)
+
+
+def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig) -> None:
+    """Refuse an adapter that is best untrained; its files are taken away again."""
+    if fitted.best_step != 0 or not config.train.load_best:
+        return
+    for file in engine.FILES:
+        (config.out / file).unlink(missing_ok=True)
+    scores = ", ".join(f"{entry[metric]:.4f} at step {entry['step']}" for entry in fitted.evaluations)
+    raise TrainingError(
+        f"No step was better on the validation split than the untrained adapter ({metric}: {scores}). Try another "
+        "--learning-rate or more steps, or keep the last step with --no-load-best."
+    )
+
+
+def _proved(config: FinetuneConfig, prepared: Prepared, out: Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Test scores of the base and of the adapter as it comes back from its file, and what was proved of it."""
+    task, device = prepared.task, next(prepared.model.parameters()).device
+    trained = task.predict(prepared.model, "test")
+    validation = task.evaluate_split(prepared.model, "validation")
+    prepared.model.cpu()
+    fresh = prepared.fresh().to(device)
+    if config.adapter.method == FULL:
+        fresh.float()  # as it was trained
+    outputs: list[torch.Tensor] = []
+
+    def output() -> torch.Tensor:
+        outputs.append(task.predict(fresh, "test"))
+        return outputs[-1]
+
+    notes = list(prove(fresh, out, output, "the outputs on the test split"))
+    base, again = outputs[0], outputs[-1]
+    error = float((again - trained).norm() / trained.norm().clamp(min=1e-12))
+    if not error <= SAME.get(fresh.dtype, OTHERS):
+        raise AdapterFileError(
+            f"The adapter saved in {out} does not answer as the trained model did: outputs on the test split differ by "
+            f"{error:.1%}."
+        )
+    notes.append(f"The saved file's test outputs differ from the trained model's by {error:.1e}.")
+    found = {"base": task.scores(base, "test"), "test": task.scores(again, "test"), "validation": validation}
+    return found, notes
+
+
+def _report(
+    kind: str,
+    config: FinetuneConfig,
+    prepared: Prepared,
+    fitted: Fitted,
+    scores: dict[str, dict[str, float]],
+    notes: list[str],
+    identity: dict[str, Any],
+) -> FinetuneReport:
+    return FinetuneReport(
+        kind=kind,
+        method=config.adapter.method,
+        base=config.model,
+        adapter=config.out,
+        metric=prepared.task.metric,
+        scores=scores,
+        trained_numbers=fitted.trained_numbers,
+        head_numbers=fitted.head_numbers,
+        bytes_on_disk=fitted.bytes,
+        head_bytes=fitted.head_bytes,
+        seconds=fitted.seconds,
+        final_loss=sum(fitted.losses[-20:]) / len(fitted.losses[-20:]),
+        evaluations=tuple(fitted.evaluations),
+        best_step=fitted.best_step,
+        labels=prepared.labels,
+        counts=prepared.counts,
+        warnings=prepared.warnings,
+        notes=tuple(notes),
+        settings=identity,
+    )
+
+
+def _identity(config: FinetuneConfig, prepared: Prepared, rate: Rates) -> dict[str, Any]:
+    """The settings that decide the trained numbers; where things lie and what is shown does not."""
+    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
+    kept |= {"rate": rate.residual, "transform_rate": rate.transform, "head_rate": rate.head}
+    return kept | {"data": prepared.data_digest, "base_weights": fingerprint(prepared.model)}

@@ -1,0 +1,184 @@
+"""What a fine-tuning says at its end: a table, report.json, and a model card that others can load from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smidgen.tasks.finetune.settings import FULL, PROBE
+from smidgen.tasks.report import markdown_table, public_name
+
+PIPELINES = {"instruction": "text-generation"}  # the hub's name of a task where it is not the recipe's
+AUTO = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "instruction": "AutoModelForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """The result of one fine-tuning in the folder ``adapter``.
+
+    ``scores`` are ``base`` (untouched, its head fresh, on the test split), ``test`` (the saved file, on the test split)
+    and ``validation``. Numbers and bytes of the head are counted apart from the adapter's.
+    """
+
+    kind: str
+    method: str
+    base: str
+    adapter: Path
+    metric: str
+    scores: Mapping[str, Mapping[str, float]]
+    trained_numbers: int
+    head_numbers: int
+    bytes_on_disk: int
+    head_bytes: int
+    seconds: float
+    final_loss: float
+    evaluations: tuple[Mapping[str, float], ...] = ()
+    best_step: int | None = None
+    labels: tuple[str, ...] = ()
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    verified: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        """Everything but local paths."""
+        values = asdict(self) | {"base": public_name(self.base)}
+        del values["adapter"]
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+    def table(self) -> str:
+        """The figures as a table for a terminal or a model card (GitHub Markdown)."""
+        shown = [name for name in self.scores["test"] if name in self.scores["base"]]
+        head = [
+            "on the test split",
+            "numbers trained",
+            "of the head",
+            "bytes on disk",
+            "of the head",
+            "seconds",
+            *shown,
+        ]
+        rows = [["base, fresh head" if self.head_numbers else "base", "0", "0", "0", "0", "-"]]
+        counted = (self.trained_numbers, self.head_numbers, self.bytes_on_disk, self.head_bytes)
+        rows.append([self.method, *(f"{value:,}" for value in counted), f"{self.seconds:.0f}"])
+        for row, name in zip(rows, ("base", "test"), strict=True):
+            row += [f"{self.scores[name][score]:.4f}" for score in shown]
+        return markdown_table(head, rows)
+
+
+def model_card(report: FinetuneReport) -> str:
+    """README.md of an adapter folder."""
+    base = public_name(report.base)
+    kind = PIPELINES.get(report.kind, report.kind)
+    title = {PROBE: "a trained head", FULL: "a fine-tuned model"}.get(report.method, f"a {report.method} adapter")
+    counts = "\n".join(
+        f"- {split}: {', '.join(f'{number:,} {name}' for name, number in some.items())}"
+        for split, some in report.counts.items()
+    )
+    warnings = "\n".join(f"- {warning}" for warning in report.warnings) or "None."
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: {kind}
+license: other
+license_name: same-as-base-model
+tags: [smidgen, {report.method.replace(":", "-")}, {kind}]
+---
+
+# {report.kind}: {title} of {report.bytes_on_disk:,} bytes
+
+{report.trained_numbers:,} trained numbers, and {report.head_numbers:,} of the head, on `{base}`. Made with Smidgen.
+
+## Use
+
+```python
+{loading_code(report)}
+```
+
+{_how(report)}
+
+## Measured
+
+{report.table()}
+
+Best step: {report.best_step if report.best_step is not None else "the last"}. {" ".join(report.notes)}
+
+![training loss](loss.png)
+
+## Data
+
+{counts}
+
+Warnings:
+
+{warnings}
+
+## Licence
+
+The adapter stands under the licence of its base model `{base}`; whoever shares it also needs the right to the data it was
+trained on.
+"""
+
+
+def loading_code(report: FinetuneReport) -> str:
+    """Python that loads the base and what was trained, and asks it once."""
+    from smidgen.bases import packaged
+
+    auto, base, folder = AUTO[report.kind], public_name(report.base), '"path/of/this/folder"'
+    lines = [f"from transformers import {auto}{_reader(report.kind)}"]
+    where = repr(base)
+    if base in packaged.MODELS:
+        lines.insert(0, "from smidgen.bases.packaged import model_folder")
+        where = f"model_folder({base!r})"
+    names = dict(enumerate(report.labels))
+    labels = f", id2label={names}" if names else ", num_labels=1" if report.kind == "text-classification" else ""
+    load = [f"model = {auto}.from_pretrained(base{labels})"]
+    if report.method == FULL:
+        load = [f"model = {auto}.from_pretrained({folder})"]
+    elif report.method == PROBE:
+        lines = ["from pathlib import Path", "from smidgen.training import engine", *lines]
+        load.append(f"engine.load(model, Path({folder}))")
+    elif report.method.startswith("peft:"):
+        lines.insert(0, "import peft")
+        load.append(f"model = peft.PeftModel.from_pretrained(model, {folder})")
+    else:
+        lines.insert(0, "import smidgen")
+        load.append(f"smidgen.load(model, {folder})")
+    return "\n".join([*lines, "", f"base = {where}", *load, "model.eval()", *_asking(report)])
+
+
+def _reader(kind: str) -> str:
+    return "" if kind == "image-classification" else ", AutoTokenizer"
+
+
+def _asking(report: FinetuneReport) -> list[str]:
+    if report.kind == "image-classification":
+        return ["# pixel_values: pictures as the base's image processor makes them", "# model(pixel_values).logits"]
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(base)"
+    if report.kind == "instruction":
+        return [
+            tokenizer,
+            'messages = [{"role": "user", "content": "Hello!"}]',
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        ]
+    answer = "model.config.id2label[int(logits.argmax())]" if report.labels else "float(logits)"
+    asked = 'logits = model(**tokenizer("Some text.", return_tensors="pt")).logits'
+    return [tokenizer, asked, f"print({answer})"]
+
+
+def _how(report: FinetuneReport) -> str:
+    if report.method == FULL:
+        return "The folder is an ordinary transformers model."
+    if report.method == PROBE:
+        return "`head.safetensors` holds the head's tensors by their names in the model."
+    note = "The files are ordinary peft (`adapter_config.json`, `adapter_model.safetensors`)"
+    if report.method.startswith("peft:"):
+        return f"{note}."
+    return f"{note}; after `import smidgen`, `peft.PeftModel.from_pretrained(model, folder)` reads them too, head included."

@@ -1,0 +1,71 @@
+"""The settings of a fine-tuning: frozen configs."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from smidgen.adapters.methods import Kind, Rates, learning_rates
+from smidgen.training.loop import LoopConfig
+
+PROBE, FULL = "linear_probe", "full"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained. None leaves a choice to the method's own defaults."""
+
+    method: str = "svfit"  # one of `smidgen methods`, rotation+low_rank, peft:lora, linear_probe, or full
+    transform: str | None = None  # replaces the method's
+    residual: str | None = None  # replaces the method's
+    rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
+    alpha: float | None = None  # strength of the residual at 1.0, where the method has one
+    transform_rank: int | None = None  # ring rank of tlora's transform
+    target_modules: tuple[str, ...] | None = None  # endings of names, or all-linear; None: attention
+    budget: str | None = None  # bytes of the adapter's folder without a head, such as 20kB; decides ranks and targets
+    learning_rate: float | None = None  # None: the method's own for the family of models
+    transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
+    head_learning_rate: float = 2e-3  # of a classifier's head
+    weight_decay: float = 0.0  # pulls towards the base
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What the three recipes share; each has its own ``data``."""
+
+    data: Any = None
+    adapter: Adapter = field(default_factory=Adapter)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    model: str = "minilm"  # packaged name, transformers folder, or hub name
+    dropout: float | None = None  # None: the model's own
+    out: Path = Path("runs/finetune")  # where everything goes
+    resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
+    overwrite: bool = False  # start again where an earlier run left checkpoints
+    gradient_checkpointing: bool = False  # less memory, slower steps
+    push_to_hub: str | None = None  # repository to upload to, such as me/my-adapter; needs a login
+    hub_private: bool = True  # whether a new repository is private
+
+
+def rates(adapter: Adapter, family: Kind) -> Rates:
+    """The learning rates of this run: the flags where given, else the method's own."""
+    head = adapter.head_learning_rate
+    if adapter.method == PROBE:
+        return Rates(head, head, head)
+    usual = learning_rates(adapter.method, family, adapter.transform, adapter.residual)
+    return usual.chosen(adapter.learning_rate, adapter.transform_learning_rate, head)
+
+
+def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
+    """The config that ``engine`` adapts by: smidgen's, peft's, or one of the two controls."""
+    import smidgen
+    from smidgen.training import engine
+
+    if adapter.method == PROBE:
+        return engine.LinearProbe()
+    if adapter.method == FULL:
+        return engine.FullFineTuning()
+    if adapter.method.startswith("peft:"):
+        return engine.peft_config(adapter.method.removeprefix("peft:"), adapter.rank, adapter.alpha, targets)
+    named = {"r": adapter.rank, "alpha": adapter.alpha, "transform": adapter.transform, "residual": adapter.residual}
+    named["transform_rank"] = adapter.transform_rank
+    given = {name: value for name, value in named.items() if value is not None}
+    return smidgen.config(adapter.method, target_modules=targets, seed=seed, **given)

@@ -1,0 +1,1 @@
+"""Teach a language model to answer."""

@@ -1,0 +1,1 @@
+"""Teach a text-to-image base one subject."""

@@ -1,0 +1,165 @@
+"""Personalise a text-to-image base: a folder of pictures in, an adapter of kilobytes out. Read from top to bottom.
+
+    report = personalize(PersonalizeConfig(data=Data("pictures"), adapter=Adapter("svfit"), out=Path("me")))
+
+The steps: read and check the pictures; encode them once; train; save; load the file into a fresh base and prove that it
+works; draw and score it beside the base and beside peft's own LoRA trained the same way.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import smidgen
+from smidgen.bases.judging import NO_JUDGE, Judge, judge_for
+from smidgen.bases.stable_diffusion import EMBEDDED, Base, default_device, fingerprint, load_base
+from smidgen.errors import DataError
+from smidgen.tasks.contact_sheet import loss_plot, save_image
+from smidgen.tasks.data import images
+from smidgen.tasks.diffusion.gallery import SAMPLING, Scenes, gallery, previewer
+from smidgen.tasks.diffusion.rates import PEFT_LORA
+from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior, make_task
+from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
+from smidgen.tasks.report import Report, model_card, write_report
+from smidgen.training.checkpoints import replace_file
+from smidgen.training.fitting import Fitted, fit
+from smidgen.training.processes import open_folder
+from smidgen.training.settings import dump_yaml, flat
+
+logger = logging.getLogger(__name__)
+
+
+def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress: bool = True) -> Report:
+    """Train, save, prove and score one adapter in ``config.out``; see the module's text.
+
+    ``judge`` scores the pictures (None: the base's own judge if it has one). Raises SmidgenError for every refusal:
+    unusable pictures, settings without meaning, a run that diverged, a saved adapter that does not come back.
+    """
+    if config.data.folder is None:
+        raise DataError("Which pictures? Give the folder that holds them.")
+    device = default_device()
+    base = load_base(config.base, config.train.mixed_precision, device)
+    resolution = config.data.resolution or base.resolution
+    found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
+    for warning in found.warnings:
+        logger.warning("%s", warning)
+    captions = _bound(found.captions, config.data)
+    judge = judge or judge_for(base)
+    scenes = _scenes(config, base, judge, found, resolution)
+
+    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora")
+    replace_file(out / "config.yaml", dump_yaml(config))
+    task = _task(config, base, found, captions, resolution)
+    identity = _identity(config, base, found)
+    task.previewer = previewer(base, scenes) if config.train.preview_steps else None
+    base.release_encoders(keep_vae=task.previewer is not None)
+
+    runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
+    if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
+        again = load_base(config.base, config.train.mixed_precision, device)
+        runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
+
+    subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
+    shown = gallery(config.base, config.train.mixed_precision, device, runs, scenes, subject, judge)
+    save_image(shown.sheet, out / "contact_sheet.png")
+    loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
+    notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
+    proved = bool(shown.proof)
+    report = Report(config.adapter.method, config.base, out, shown.entries, found.warnings, notes, proved, identity)
+    write_report(out, report, model_card(report, scenes.bound, _subject_words(config.data)))
+    return report
+
+
+def _fit(
+    config: PersonalizeConfig,
+    method: str,
+    base: Base,
+    task: PersonalizeTask,
+    folder: Path,
+    identity: dict,
+    progress: bool,
+) -> Fitted:
+    """Train ``method`` in ``base``'s UNet; peft's own LoRA for PEFT_LORA, by the same loop on the same batches."""
+    chosen = config.adapter
+    if config.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    if method == PEFT_LORA:
+        import peft
+
+        rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
+        setup: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(chosen.target_modules))
+    else:
+        named = {"r": chosen.rank, "alpha": chosen.alpha}
+        named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
+        given = {name: value for name, value in named.items() if value is not None}
+        setup = smidgen.config(method, target_modules=list(chosen.target_modules), seed=config.train.seed, **given)
+    rate = rates(config, method)
+    identity = identity | {"method": method, "rate": rate.residual, "transform_rate": rate.transform}
+    options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
+    resume = config.resume_from_checkpoint
+    if method == PEFT_LORA and resume:
+        resume = "latest"
+    return fit(method, base.unet, task, setup, rate, config.train, folder, resume=resume, **options)
+
+
+def _task(
+    config: PersonalizeConfig, base: Base, found: images.PictureFolder, captions: list[str], resolution: int
+) -> PersonalizeTask:
+    """Everything encoded, so that the VAE and the text encoders can go."""
+    data, prior = config.data, None
+    if data.with_prior_preservation:
+        about = [data.class_prompt] if data.class_prompt else found.captions
+        prompts = [about[number % len(about)] for number in range(data.num_class_images)]
+        steps, guidance = _sampling(config, base)
+        cache = config.out / "class_latents.safetensors"
+        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": config.train.seed}
+        prior = encode_prior(base, prompts, resolution, cache, key=fingerprint(base), **drawing)
+    return make_task(
+        base,
+        encode_examples(base, found.pictures, captions, resolution),
+        batch_size=data.train_batch_size,
+        seed=config.train.seed,
+        prior=prior,
+        prior_batch_size=max(1, data.train_batch_size // 2),
+        prior_weight=data.prior_loss_weight,
+        snr_gamma=config.adapter.snr_gamma,
+    )
+
+
+def _scenes(
+    config: PersonalizeConfig, base: Base, judge: Judge | None, found: images.PictureFolder, resolution: int
+) -> Scenes:
+    show = config.show
+    plain = list(show.validation_prompt)
+    if not plain and judge is not None:
+        plain = judge.prompts(show.num_prompts, config.train.seed)
+    plain = plain or list(dict.fromkeys(found.captions))[: show.num_prompts]
+    bound = _bound(plain, config.data) if not show.validation_prompt else plain
+    steps, guidance = _sampling(config, base)
+    return Scenes(tuple(plain), tuple(bound), show.num_seeds, config.train.seed, steps, guidance, resolution)
+
+
+def _sampling(config: PersonalizeConfig, base: Base) -> tuple[int, float]:
+    steps, guidance = SAMPLING[EMBEDDED if base.name == EMBEDDED else base.family]
+    show = config.show
+    return show.inference_steps or steps, guidance if show.guidance_scale is None else show.guidance_scale
+
+
+def _bound(captions: list[str], data: Data) -> list[str]:
+    return images.bind(captions, data.class_word, data.placeholder_token) if data.placeholder_token else captions
+
+
+def _subject_words(data: Data) -> str:
+    return f"{data.placeholder_token} {data.class_word}" if data.placeholder_token else f"a {data.class_word}"
+
+
+def _identity(config: PersonalizeConfig, base: Base, found: images.PictureFolder) -> dict[str, Any]:
+    """The settings that decide the trained numbers; where things lie and what is shown does not."""
+    keys = {
+        key: value for key, value in flat(config).items() if key.split(".")[0] in ("data", "adapter", "train", "base")
+    }
+    for key in ("data.folder", "train.report_to", "train.preview_steps", "train.checkpoints_total_limit"):
+        del keys[key]
+    del keys["train.checkpointing_steps"]
+    pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
+    return keys | {"pictures": pictures, "base_weights": fingerprint(base)}

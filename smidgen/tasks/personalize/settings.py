@@ -1,0 +1,90 @@
+"""The settings of a personalisation: frozen configs, and presets."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from smidgen.adapters.methods import Rates, learning_rates, parse_method
+from smidgen.tasks.diffusion.rates import PEFT_LORA, picture_kind
+from smidgen.training.loop import LoopConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """The subject's pictures and what is said about them."""
+
+    folder: Path | None = None
+    instance_prompt: str | None = None  # caption of pictures that have none
+    class_word: str = "person"  # what the subject is one of
+    placeholder_token: str | None = None  # a rare word put before the class word, such as sks
+    class_prompt: str | None = None  # None: the captions themselves, which name no subject
+    with_prior_preservation: bool = False  # also train on the base's own pictures of the class
+    prior_loss_weight: float = 1.0  # of the class pictures' loss
+    num_class_images: int = 32  # drawn once by the base, half a batch in each batch
+    resolution: int | None = None  # None: the base's own
+    train_batch_size: int = 4  # pictures of the subject in a batch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is trained. None leaves a choice to the method's own defaults."""
+
+    method: str = "tlora"  # one of `smidgen methods`, tlora(2,6) and the like, or a pair such as rotation+low_rank
+    rank: int | str | None = None  # r of the residual: a number, full, or energy:0.99 (svfit)
+    alpha: float | None = None  # strength of the residual at 1.0, where the method has one
+    transform_rank: int | None = None  # ring rank of tlora's transform
+    residual_rank: int | None = None  # ring rank of tlora's residual
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # endings of the UNet's module names
+    learning_rate: float | None = None  # None: the method's own for the base
+    transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
+    weight_decay: float = 0.0  # pulls towards the base
+    snr_gamma: float | None = None  # min-SNR weighting; None: off
+
+    def __post_init__(self) -> None:
+        parse_method(self.method)  # raises where there is none
+
+
+@dataclass(frozen=True)
+class Show:
+    """What is drawn and scored at the end."""
+
+    validation_prompt: tuple[str, ...] = ()  # none: scenes of the judge, or the captions
+    num_prompts: int = 8  # scenes to draw and score
+    num_seeds: int = 2  # pictures of each scene
+    inference_steps: int | None = None  # None: as the base's kind needs
+    guidance_scale: float | None = None  # None: as the base's kind needs
+    compare_lora: bool | None = None  # train peft's LoRA the same way; None: when a judge exists for the base
+
+
+@dataclass(frozen=True)
+class PersonalizeConfig:
+    """One personalisation."""
+
+    data: Data = field(default_factory=Data)
+    adapter: Adapter = field(default_factory=Adapter)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    show: Show = field(default_factory=Show)
+    base: str = "embedded"  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
+    out: Path = Path("runs/personalize")  # where everything goes
+    resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
+    overwrite: bool = False  # start again where an earlier run left checkpoints
+    gradient_checkpointing: bool = False  # less memory, slower steps
+
+
+PRESETS = {
+    "default": PersonalizeConfig(),
+    "debug": PersonalizeConfig(
+        train=LoopConfig(max_train_steps=4, lr_warmup_steps=1, checkpointing_steps=2),
+        show=Show(num_prompts=2, num_seeds=1, inference_steps=2),
+    ),
+    "thorough": PersonalizeConfig(
+        data=Data(with_prior_preservation=True, train_batch_size=8), train=LoopConfig(max_train_steps=600)
+    ),
+}
+
+
+def rates(config: PersonalizeConfig, method: str) -> Rates:
+    """The learning rates of this run: the flags where given, else the defaults of ``method``."""
+    chosen, kind = config.adapter, picture_kind(config.base)
+    if method == PEFT_LORA:
+        return learning_rates("peft:lora", kind)
+    return learning_rates(method, kind).chosen(chosen.learning_rate, chosen.transform_learning_rate)

@@ -1,0 +1,1 @@
+"""Sort texts, or pairs of texts, or give them a number."""

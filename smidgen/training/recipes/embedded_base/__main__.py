@@ -1,8 +1,0 @@
-"""Run the recipe from the command line."""
-
-import sys
-
-from smidgen.training.recipes.embedded_base.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
