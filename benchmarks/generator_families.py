@@ -24,9 +24,9 @@ from smidgen.difflora.generator.generator import JSON, load_generator
 from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.lab.audit.people import sitters
+from smidgen.lab.audit.scenes import AuditScenes
 from smidgen.lab.audit.settings import Drawing
 from smidgen.lab.audit.statistics import bootstrap
-from smidgen.lab.audit.studio import Studio
 from smidgen.tasks.personalize.settings import Adapter
 
 
@@ -58,10 +58,10 @@ def families(zoo: Path, steps: int) -> dict[str, GeneratorConfig]:
 def scored(folder: Path, zoo: Path, people: int) -> dict[str, float | list[float]]:
     """Identity with its interval and captions of the generator in ``folder`` from one photo of held-out people."""
     generator = load_generator(folder)
-    studio = Studio(generator.base, generator.layout, None, Drawing(unrelated=()), 0)
-    sitting = sitters(Zoo(zoo), people, 1, studio.base.resolution)
+    scenes = AuditScenes(generator.base, generator.layout, None, Drawing(unrelated=()), 0)
+    sitting = sitters(Zoo(zoo), people, 1, scenes.pipeline.base.resolution)
     rows = torch.cat([generator.predict(person.photos) for person in sitting])
-    found = [studio.scores(p, person.others) for p, person in zip(studio.draw(rows), sitting, strict=True)]
+    found = [scenes.scores(p, person.others) for p, person in zip(scenes.draw(rows), sitting, strict=True)]
     identity = bootstrap([score["identity"] for score in found])
     figures: dict[str, float | list[float]] = {"numbers": generator.layout.size, "identity": round(identity.mean, 3)}
     if identity.low is not None and identity.high is not None:

@@ -14,7 +14,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,19 @@ from torch import nn
 
 import smidgen
 from benchmarks._harness import write_result
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.judging import judge_for
+from smidgen.bases.stable_diffusion import draw, encode_prompts, load_base
 from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.weightspace.layout import write_adapter
-from smidgen.difflora.zoo.gate import Drawer
-from smidgen.difflora.zoo.settings import Gate, Subjects, ZooConfig, adapter_config, rates
+from smidgen.difflora.zoo.settings import Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.subjects import make_subjects
+from smidgen.lab.audit.scenes import AuditScenes, scenes_seed
 from smidgen.lab.audit.settings import Drawing
-from smidgen.lab.audit.studio import Studio, scenes_seed
 from smidgen.tasks.data.images import Picture, load_picture
 from smidgen.tasks.diffusion.task import encode_examples, make_task
 from smidgen.tasks.personalize.settings import PRESETS
 from smidgen.training.loop import train
+from smidgen.training.randomness import derive
 
 PICTURES = 8
 
@@ -94,7 +94,7 @@ def train_until(
     base = load_base(recipe.base)
     encoded = encode_examples(base, pictures, [picture.caption for picture in pictures], base.resolution)
     task = make_task(base, encoded, batch_size=chosen.data.train_batch_size, seed=recipe.train.seed)
-    studio = judged(base, drawing)
+    judged = scorer(base, drawing)
     smidgen.adapt(base.unet, adapter_config(recipe))
     rate = rates(recipe)
     groups = smidgen.parameter_groups(base.unet, lr=rate.residual, transform_lr=rate.transform)
@@ -103,7 +103,7 @@ def train_until(
     def look(model: nn.Module, step: int, folder: Path) -> None:
         seen["steps"], (seen["cpu"], seen["wall"]) = step, clock.read()
         model.eval()
-        score = clock.pause(lambda: studio.scores(studio.draw(nullcontext(), 1)[0], own)["identity"])
+        score = clock.pause(lambda: judged(own))
         model.train()
         if score >= target:
             raise Reached
@@ -123,13 +123,19 @@ def train_until(
     return reached, int(seen["steps"]), seen["cpu"], seen["wall"]
 
 
-def judged(base: Any, drawing: Drawing) -> Drawer:
-    """Draws and scores with whatever adapter is on; the scenes and noise of a studio of seed 0."""
-    from smidgen.bases.judging import judge_for
-
-    judge = judge_for(base)
+def scorer(base: Any, drawing: Drawing) -> Callable[[Sequence[Any]], float]:
+    """Draws with whatever adapter is on and scores by somebody's own pictures; scenes and noise of an audit of seed 0."""
+    judge, seed = judge_for(base), scenes_seed(0)
     assert judge is not None
-    return Drawer(base, judge, Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale), scenes_seed(0))
+    texts = judge.prompts(drawing.scenes, seed)
+    prompts, negative = encode_prompts(base, texts), encode_prompts(base, [""])
+    seeds = [derive(seed, "gate", number) for number in range(len(texts))]
+    how: dict[str, Any] = {"steps": drawing.inference_steps, "guidance": drawing.guidance_scale}
+
+    def identity(own: Sequence[Any]) -> float:
+        return judge.scores(draw(base, prompts, seeds, negative=negative, **how), texts, own)["identity"]
+
+    return identity
 
 
 def main() -> None:
@@ -145,8 +151,8 @@ def main() -> None:
     drawing, generator = Drawing(unrelated=()), load_generator(args.generator)
     with tempfile.TemporaryDirectory() as scratch:
         everybody = people(Path(scratch), args.people)
-        studio = Studio(generator.base, generator.layout, None, drawing, 0)
-        side = studio.base.resolution
+        scenes = AuditScenes(generator.base, generator.layout, None, drawing, 0)
+        side = scenes.pipeline.base.resolution
         loaded = [[load_picture(picture.path, side) for picture in own] for own in everybody]
         photos, plain = [own[0] for own in loaded], load_base(generator.base).unet
         figures: dict[str, float] = {"people": len(photos), "numbers": generator.layout.size}
@@ -155,8 +161,8 @@ def main() -> None:
             figures |= {f"predict_cpu_seconds_{threads}_threads": cpu, f"predict_wall_seconds_{threads}_threads": wall}
         torch.set_num_threads(args.threads)
         rows = torch.cat([generator.predict([photo]) for photo in photos])
-        drawn = studio.draw(rows)
-        targets = [studio.scores(p, own[1:])["identity"] for p, own in zip(drawn, loaded, strict=True)]
+        drawn = scenes.draw(rows)
+        targets = [scenes.scores(p, own[1:])["identity"] for p, own in zip(drawn, loaded, strict=True)]
         figures["predict_identity"] = statistics.mean(targets)
         for name, shown in (("same_photo", 1), ("all_pictures", PICTURES)):
             runs = [

@@ -25,7 +25,7 @@ import torch
 from benchmarks._harness import write_result
 from smidgen.bases.stable_diffusion import load_base
 from smidgen.difflora.zoo.build import job_of, open_zoo
-from smidgen.difflora.zoo.group import Workshop, workshop
+from smidgen.difflora.zoo.group import GroupTrainer, trainer
 from smidgen.difflora.zoo.settings import PRESETS, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.difflora.zoo.task import GroupTask
@@ -76,11 +76,11 @@ def train_alone(config: ZooConfig, plain: torch.nn.Module, task: Any) -> list[fl
         return fit("alone", unet, task, adapter_config(config), rates(config), config.train, target, **options).losses
 
 
-def train_group(shop: Workshop, names: list[str], task: Any) -> torch.Tensor:
+def train_group(trainer: GroupTrainer, names: list[str], task: Any) -> torch.Tensor:
     """A group as the zoo trains it; loss curves [step, person]."""
-    bank = shop.fresh_bank(names)
+    bank = trainer.fresh_bank(names)
     with tempfile.TemporaryDirectory() as folder, bank.rows([n for n in names for _ in range(task.batch_size)]):
-        shop.train(task, bank, names, Path(folder))
+        trainer.train(task, bank, names, Path(folder))
     return torch.stack(task.history)
 
 
@@ -91,9 +91,9 @@ class Bench:
         self.config, zoo = config, open_zoo(config)
         everybody = replace(config, group=replace(config.group, group_size=config.subjects.people))
         people = job_of(everybody, zoo, read_subjects(config.out), 0, keep_work=False).people
-        self.shop, self.plain = workshop(config), load_base(config.base).unet.requires_grad_(False)
+        self.trainer, self.plain = trainer(config), load_base(config.base).unet.requires_grad_(False)
         self.names = [person.id for person in people]
-        self.tasks = [self.shop.task(person, self.shop.encode(person)) for person in people]
+        self.tasks = [self.trainer.task(person, self.trainer.encode(person)) for person in people]
 
     def task(self, person: int, pictures: int) -> PersonalizeTask:
         return replace(self.tasks[person], batch_size=pictures)
@@ -108,16 +108,16 @@ class Bench:
 
     def group(self, size: int, pictures: int) -> list[float]:
         task = Clocked(self.group_task(size, pictures))
-        train_group(self.shop, self.names[:size], task)
+        train_group(self.trainer, self.names[:size], task)
         return task.steps()
 
     def curves(self, size: int, steps: int) -> dict[str, float]:
         """How far the loss curves of a group are from those of its people trained one by one."""
         config = replace(self.config, train=replace(self.config.train, max_train_steps=steps))
         alone = torch.tensor([train_alone(config, self.plain, self.task(person, 1)) for person in range(size)]).T
-        shop = copy.copy(self.shop)
-        shop.config = config
-        together = train_group(shop, self.names[:size], self.group_task(size, 1))
+        trainer = copy.copy(self.trainer)
+        trainer.config = config
+        together = train_group(trainer, self.names[:size], self.group_task(size, 1))
         apart = (together - alone).abs()
         return {
             "curves_people": size,

@@ -77,13 +77,13 @@ def directions(
         most: people to learn from.
         calibrate: draw pictures and set the length of each slider by what the face encoder reads in them.
     """
+    from smidgen.difflora.adapted_pipeline import AdaptedPipeline
     from smidgen.difflora.generator.directions import save_directions
     from smidgen.difflora.generator.generator import load_generator
-    from smidgen.difflora.use.carrier import Carrier
     from smidgen.difflora.use.sliders import learn, table
 
     made = load_generator(generator)
-    found = learn(made, Carrier(base or made.base, made.layout), people, most, calibrate)
+    found = learn(made, AdaptedPipeline.load(base or made.base, made.layout), people, most, calibrate)
     print(table(found.directions))
     print(f"\n{save_directions(found, generator, made)}: {len(found.directions)} sliders")
 
@@ -103,7 +103,7 @@ def inspect(generator: Path | None = None, /) -> None:
 def predict(
     photos: list[Path],
     /,
-    work: Any,
+    output: Any,
     seeds: str = "0",
     refine: int = 0,
     steps: int | None = None,
@@ -117,7 +117,7 @@ def predict(
 
     Args:
         photos: one or more photos of one person.
-        work: where results go, and what makes them.
+        output: where results go, and what makes them.
         seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
         refine: steps of training on the photos afterwards, such as 25.
         steps: steps of the generator's sampler (none: its own default).
@@ -132,15 +132,15 @@ def predict(
     from smidgen.difflora.use.refine import Refine
 
     chosen = Refine(steps=refine, extra_rank=extra_rank, keep_rank=keep_rank, learning_rate=refine_rate)
-    print(run(photos, work, parse_seeds(seeds), steps, guidance, caption, chosen))
+    print(run(photos, output, parse_seeds(seeds), steps, guidance, caption, chosen))
 
 
-def edit(sources: list[Path], /, work: Any, sliders: Any, seed: int = 0) -> None:
+def edit(sources: list[Path], /, output: Any, sliders: Any, seed: int = 0) -> None:
     """Edit the person in SOURCES (photos of one person, or an adapter that predict wrote) along attributes.
 
     Args:
         sources: photos, or one adapter folder.
-        work: where results go, and what makes them.
+        output: where results go, and what makes them.
         sliders: ATTRIBUTE=WORD:NUMBER, such as skin=dark:1.0; may be given several times. 0 changes nothing, 1 is as people
             with the word are, less than 0 leads away from it.
         seed: of the prediction from photos.
@@ -148,29 +148,29 @@ def edit(sources: list[Path], /, work: Any, sliders: Any, seed: int = 0) -> None
     from smidgen.difflora.generator.directions import parse_sliders
     from smidgen.difflora.use.commands import edit as run
 
-    print(run(sources, work, parse_sliders(sliders), seed))
+    print(run(sources, output, parse_sliders(sliders), seed))
 
 
-def blend(first: Path, second: Path, /, work: Any, share: float = 0.5, seed: int = 0) -> None:
+def blend(first: Path, second: Path, /, output: Any, share: float = 0.5, seed: int = 0) -> None:
     """Make the adapter of somebody between FIRST and SECOND, each a photo or an adapter that predict wrote.
 
     Args:
         first: share 0.
         second: share 1.
-        work: where results go, and what makes them.
+        output: where results go, and what makes them.
         share: how much of the second.
         seed: of the prediction from photos.
     """
     from smidgen.difflora.use.commands import blend as run
 
-    print(run(first, second, work, share, seed))
+    print(run(first, second, output, share, seed))
 
 
-def sample(work: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "gaussian", steps: int = 50) -> None:
+def sample(output: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "gaussian", steps: int = 50) -> None:
     """Make adapters of people who do not exist.
 
     Args:
-        work: where results go, and what makes them.
+        output: where results go, and what makes them.
         seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
         by: gaussian draws a latent as those of the training people are spread (needs `smidgen generator directions`), diffusion
             asks the generator's sampler without a photo.
@@ -179,24 +179,24 @@ def sample(work: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "
     from smidgen.difflora.use.commands import parse_seeds
     from smidgen.difflora.use.commands import sample as run
 
-    print(run(work, parse_seeds(seeds), by, steps))
+    print(run(output, parse_seeds(seeds), by, steps))
 
 
 def invert(
-    photos: list[Path], /, work: Any, settings: Any, from_prediction: bool = False, caption: str | None = None
+    photos: list[Path], /, output: Any, settings: Any, from_prediction: bool = False, caption: str | None = None
 ) -> None:
     """Find the adapter that draws PHOTOS best among those that the generator can make: its latent alone is trained.
 
     Args:
         photos: one or more photos of one person.
-        work: where results go, and what makes them.
+        output: where results go, and what makes them.
         settings: how it is sought.
         from_prediction: start from the prediction (otherwise from the mean adapter).
         caption: what the photos show (none: what the image encoder reads, or a neutral caption).
     """
     from smidgen.difflora.use.commands import invert_photos as run
 
-    print(run(photos, work, settings, from_prediction, caption))
+    print(run(photos, output, settings, from_prediction, caption))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -210,11 +210,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def command(name: str) -> Callable[..., None]:
     """The command called ``name``, its sections of settings in place."""
-    from smidgen.difflora.use.desk import Work
     from smidgen.difflora.use.invert import Invert
+    from smidgen.difflora.use.sampler import Output
 
     tyro, found = load_tyro(), COMMANDS[name]
-    found.__annotations__["work"] = Annotated[Work, tyro.conf.arg(name="")]
+    found.__annotations__["output"] = Annotated[Output, tyro.conf.arg(name="")]
     if name == "invert":
         found.__annotations__["settings"] = Annotated[Invert, tyro.conf.arg(name="")]
     if name == "edit":

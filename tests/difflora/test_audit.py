@@ -20,9 +20,9 @@ from smidgen.difflora.zoo.store import DESCRIPTION, Zoo
 from smidgen.errors import BaseLockError, ConfigError, DataError
 from smidgen.lab.audit import learned
 from smidgen.lab.audit.evaluate import Audit, evaluate
+from smidgen.lab.audit.scenes import AuditScenes
 from smidgen.lab.audit.scores import TABLE, Scores
 from smidgen.lab.audit.settings import PRESETS, Drawing
-from smidgen.lab.audit.studio import Studio
 from smidgen.training.interrupts import TrainingInterrupted
 
 SIMPLE = [
@@ -103,7 +103,7 @@ def test_copies_are_looked_for_in_weights_and_pictures(evaluated):
 def test_what_was_scored_is_not_drawn_again(evaluated, zoo, generator, monkeypatch):
     config, report = evaluated
     drawn = []
-    monkeypatch.setattr(Studio, "draw", lambda self, rows: drawn.append(rows))
+    monkeypatch.setattr(AuditScenes, "draw", lambda self, rows: drawn.append(rows))
     monkeypatch.setattr(learned, "refine_rows", lambda *a, **k: drawn.append(a))
     again = evaluate(zoo, config, progress=False)
     assert not drawn
@@ -111,7 +111,7 @@ def test_what_was_scored_is_not_drawn_again(evaluated, zoo, generator, monkeypat
 
 
 def test_a_stopped_run_keeps_what_is_done_and_other_scenes_are_drawn_anew(zoo, config, monkeypatch):
-    real, calls = Studio.draw, []
+    real, calls = AuditScenes.draw, []
 
     def stop(self, rows):
         calls.append(len(rows))
@@ -119,7 +119,7 @@ def test_a_stopped_run_keeps_what_is_done_and_other_scenes_are_drawn_anew(zoo, c
             raise TrainingInterrupted("stopped", 15)
         return real(self, rows)
 
-    monkeypatch.setattr(Studio, "draw", stop)
+    monkeypatch.setattr(AuditScenes, "draw", stop)
     with pytest.raises(TrainingInterrupted):
         evaluate(zoo, config, progress=False)
     kept = Scores(config.out).lines
@@ -129,7 +129,7 @@ def test_a_stopped_run_keeps_what_is_done_and_other_scenes_are_drawn_anew(zoo, c
         audit.score(contender)
     assert len(calls) == 2
     other = Audit(zoo, replace(config, drawing=replace(DRAWING, guidance_scale=2.0)), None, False)
-    monkeypatch.setattr(Studio, "draw", real)
+    monkeypatch.setattr(AuditScenes, "draw", real)
     other.score(other.contenders()[1])
     assert set(Scores(config.out).lines) > set(kept)
 
@@ -189,7 +189,7 @@ def test_zoo_of_another_base_than_this_machines(zoo, config, monkeypatch):
             parameter.data.mul_(-1 if ".to_" in name else 1)
         return base
 
-    monkeypatch.setattr("smidgen.difflora.use.carrier.load_base", other)
+    monkeypatch.setattr("smidgen.difflora.adapted_pipeline.load_base", other)
     with pytest.raises(BaseLockError):
         evaluate(zoo, config, progress=False)
 

@@ -12,10 +12,10 @@ from smidgen.lab.audit import regression
 from smidgen.lab.audit.distances import DeltaComponents, comparable, distances, entries, nearest, squares
 from smidgen.lab.audit.memorisation import like_neighbour, spread
 from smidgen.lab.audit.report import BASE, PERSONAL, REAL, Report, as_json, as_markdown
+from smidgen.lab.audit.scenes import difference
 from smidgen.lab.audit.scores import Score, Scores, key_of
 from smidgen.lab.audit.settings import Drawing, EvaluateConfig
 from smidgen.lab.audit.statistics import bootstrap, paired, ratio
-from smidgen.lab.audit.studio import difference
 from tests.difflora.helpers import layout, numbers
 
 # ---- intervals -------------------------------------------------------------------------------------------------------

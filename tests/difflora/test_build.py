@@ -19,7 +19,7 @@ from smidgen.difflora.zoo import group as group_module
 from smidgen.difflora.zoo import store as store_module
 from smidgen.difflora.zoo.build import build, config_of, job_of, open_zoo
 from smidgen.difflora.zoo.gate import decide
-from smidgen.difflora.zoo.group import build_group, workshop
+from smidgen.difflora.zoo.group import build_group, trainer
 from smidgen.difflora.zoo.settings import PRESETS, Gate, Group, Subjects, ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.status import status
 from smidgen.difflora.zoo.store import Zoo
@@ -58,8 +58,8 @@ def one_by_one(config: ZooConfig, folder: Path) -> tuple[torch.Tensor, list[list
     zoo, subjects = Zoo(config.out), read_subjects(config.out)
     rows, curves = [], []
     for person in job_of(replace(config, group=replace(config.group, group_size=99)), zoo, subjects, 0, False).people:
-        shop = workshop(config)
-        task = shop.task(person, shop.encode(person))
+        group = trainer(config)
+        task = group.task(person, group.encode(person))
         unet = load_base(config.base).unet
         done = fit(
             person.id,
@@ -140,16 +140,16 @@ def test_common_random_numbers_and_start_can_be_switched_off(config):
     assert float((shared - shared[0]).abs().max()) < 1e-6, "everybody starts from the same numbers"
     apart = rows(shared_start=False)
     assert float((apart - apart[0]).abs().max()) > 0.01
-    shop = workshop(config)
+    group = trainer(config)
     zoo = open_zoo(config)
     members = job_of(config, zoo, read_subjects(config.out), 0, False).people
-    common = [shop.task(p, shop.encode(p)).batch(3) for p in members]
+    common = [group.task(p, group.encode(p)).batch(3) for p in members]
     assert torch.equal(common[0]["noise"], common[1]["noise"]) and torch.equal(
         common[0]["timesteps"], common[1]["timesteps"]
     )
-    shop.config = replace(config, group=replace(config.group, common_noise=False))
-    apart = [shop.task(p, shop.encode(p)).batch(3) for p in members]
-    shop.config = config
+    group.config = replace(config, group=replace(config.group, common_noise=False))
+    apart = [group.task(p, group.encode(p)).batch(3) for p in members]
+    group.config = config
     assert not torch.equal(apart[0]["noise"], apart[1]["noise"])
 
 

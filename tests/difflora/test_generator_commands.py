@@ -4,6 +4,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,14 +17,14 @@ import smidgen
 from smidgen.bases.embedded import world
 from smidgen.bases.stable_diffusion import encode_prompts, load_base
 from smidgen.cli import main
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.directions import Space, fit_space, load_directions, parse_sliders, save_directions
 from smidgen.difflora.generator.generator import load_generator
 from smidgen.difflora.use import commands
-from smidgen.difflora.use.carrier import Carrier, Sheet
 from smidgen.difflora.use.commands import parse_seeds
-from smidgen.difflora.use.desk import Work
 from smidgen.difflora.use.folders import DIFFUSERS_NAME, digest_of, read_recipe
 from smidgen.difflora.use.refine import Refine
+from smidgen.difflora.use.sampler import Output, Sheet
 from smidgen.difflora.use.sliders import calibrate
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import BaseLockError, ConfigError, DataError
@@ -68,7 +69,7 @@ def photos(tmp_path_factory) -> list[Path]:
 @pytest.fixture(scope="session")
 def predicted(trained, photos, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("predicted") / "ann"
-    commands.predict([photos[0]], Work(out, trained, sheet=PLAIN))
+    commands.predict([photos[0]], Output(out, trained, sheet=PLAIN))
     return out
 
 
@@ -92,8 +93,8 @@ def _rank(folder: Path) -> int:
     return int(json.loads((folder / "adapter_config.json").read_text())["r"])
 
 
-def work(out: Path, trained: Path, **options) -> Work:
-    return Work(out, trained, sheet=PLAIN, **options)
+def work(out: Path, trained: Path, **options) -> Output:
+    return Output(out, trained, sheet=PLAIN, **options)
 
 
 # ---- an ordinary adapter folder -----------------------------------------------------------------------------------
@@ -409,7 +410,9 @@ def test_calibration_takes_the_least_length_at_which_the_word_is_read(trained, s
             return {direction.attribute: words, "other": {"x": sure * 0 + 1, "y": sure * 0}}
 
     class Table:
-        def draw(self, rows, sheet):
+        base = SimpleNamespace(name="embedded")
+
+        def draw(self, rows, scenes):
             return [[row] for row in rows]
 
     generator.__dict__["face"] = Reader()
@@ -496,16 +499,14 @@ def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, t
     from smidgen.difflora.use.refine import PhotoTask, photo_task
 
     generator = load_generator(trained)
-    carrier = Carrier("embedded", generator.layout)
+    pipeline = AdaptedPipeline.load("embedded", generator.layout)
     image = Image.open(photos[0]).convert("RGB")
-    latent = invert(generator, carrier, [image], Invert(invert_steps=12, invert_batch=4))
-    task = photo_task(carrier.base, [image], ["a portrait of a person"], 8, seed=5)
+    latent = invert(generator, pipeline, [image], Invert(invert_steps=12, invert_batch=4))
+    task = photo_task(pipeline, [image], ["a portrait of a person"], 8, seed=5)
 
     def loss(latent: torch.Tensor) -> float:
-        from smidgen.difflora.use.carrier import banked
-
-        with torch.no_grad(), banked(carrier, generator.layout) as bank:
-            measured = PhotoTask(carrier, bank, generator.layout, [task])
+        with torch.no_grad(), pipeline.banked(generator.layout) as bank:
+            measured = PhotoTask(pipeline, bank, generator.layout, [task])
             value = measured.loss(lambda: generator.rows(latent[None]), measured.batch(0))
             measured.release()
         return float(value)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import smidgen
 from smidgen.bases.stable_diffusion import encode_pictures, encode_prompts, load_base
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders, people, shards
 from smidgen.difflora.generator import fit as fitting
 from smidgen.difflora.generator.generator import load_generator
@@ -20,9 +21,8 @@ from smidgen.difflora.generator.settings import PRESETS, Encoders, TwoStage
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.zoo.build import build
-from smidgen.difflora.zoo.group import Workshop
 from smidgen.difflora.zoo.settings import PRESETS as ZOOS
-from smidgen.difflora.zoo.settings import Gate, Subjects, ZooConfig
+from smidgen.difflora.zoo.settings import Subjects, adapter_config
 from smidgen.difflora.zoo.store import Zoo, ZooRows
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
@@ -86,9 +86,9 @@ def test_a_photo_becomes_an_adapter_folder_that_draws_like_the_predicted_row(mad
     before = base.unet(**inputs)[0]
     folder = write_adapter(generator.layout, rows[0], base.unet, tmp_path / "adapter")
     assert torch.equal(base.unet(**inputs)[0], before)
-    shop = workshop(made)
-    with torch.no_grad(), shop.fresh_bank(["x"]).holding(generator.layout.unpack(rows[:1]), rows=[0]):
-        wanted = shop.unet(**inputs)[0]
+    adapted = pipeline(made)
+    with torch.no_grad(), adapted.bank(["x"]).holding(generator.layout.unpack(rows[:1]), rows=[0]):
+        wanted = adapted.unet(**inputs)[0]
     smidgen.load(base.unet, folder, "ann")
     found = base.unet(**inputs)[0]
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if made.family == "sdxl" else {}
@@ -106,16 +106,14 @@ def unet_inputs(family, dtype):
     return inputs | {"return_dict": False}
 
 
-def workshop(made) -> Workshop:
-    return Workshop(
-        ZooConfig(adapter=made.zoo.adapter, train=made.zoo.train, base=made.base, gate=Gate(judged_pictures=0))
-    )
+def pipeline(made) -> AdaptedPipeline:
+    return AdaptedPipeline.load(made.base, adapter_config(made.zoo), made.zoo.train.mixed_precision)
 
 
 def test_trained_numbers_stay_in_fp32_on_a_base_in_16_bits(made):
-    shop = workshop(made)
-    assert shop.base.unet.dtype == (torch.bfloat16 if made.family == "sdxl" else torch.float32)
-    assert {p.dtype for p in shop.fresh_bank(["x"]).parameters()} == {torch.float32}
+    adapted = pipeline(made)
+    assert adapted.base.unet.dtype == (torch.bfloat16 if made.family == "sdxl" else torch.float32)
+    assert {p.dtype for p in adapted.bank(["x"]).parameters()} == {torch.float32}
 
 
 # ---- the end-to-end stage --------------------------------------------------------------------------------------------

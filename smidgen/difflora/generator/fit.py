@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.card import write_card
 from smidgen.difflora.generator.encoders import PictureEncoder
@@ -25,14 +26,13 @@ from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig, TwoSt
 from smidgen.difflora.generator.tasks import EndToEndTask, LatentTask, Trained
 from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.codec import Codec, known_codec
-from smidgen.difflora.zoo.group import Workshop
-from smidgen.difflora.zoo.settings import Gate, ZooConfig, rates
+from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import make_task
 from smidgen.training.checkpoints import replace_file
-from smidgen.training.loop import LoopConfig, train
+from smidgen.training.loop import train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
 
@@ -53,14 +53,14 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     config.out.mkdir(parents=True, exist_ok=True)
     replace_file(config.out / "config.yaml", dump_yaml(config))
     seen = encoders.load(config.encoders.face), encoders.load(config.encoders.image)
-    loop = LoopConfig(mixed_precision=_precision(config))
-    shop = Workshop(ZooConfig(adapter=config.adapter, train=loop, base=config.base, gate=Gate(judged_pictures=0)))
+    adapter = adapter_config(ZooConfig(adapter=config.adapter))
+    pipeline = AdaptedPipeline.load(config.base, adapter, _precision(config))
     codec: Codec | None = None
     network: Network | None = None
     if config.two_stage.zoo is not None:
-        codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, shop, seen, progress)
+        codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, pipeline, seen, progress)
     if config.end_to_end is not None:
-        codec, network = _end_to_end(config, config.end_to_end, shop, seen, codec, network, progress)
+        codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
     assert codec is not None and network is not None
     generator = Generator(config.base, codec, network, config.encoders, config.model)
     generator.save(config.out)
@@ -88,16 +88,16 @@ def _precision(config: GeneratorConfig) -> Any:
 
 
 def _two_stages(
-    config: GeneratorConfig, stage: TwoStage, folder: Path, shop: Workshop, seen: Seen, progress: bool
+    config: GeneratorConfig, stage: TwoStage, folder: Path, pipeline: AdaptedPipeline, seen: Seen, progress: bool
 ) -> tuple[Codec, Network]:
     """The codec of the zoo, and the transformer on its latents."""
     zoo = Zoo(folder)
-    shop.layout.check_same(zoo.layout, f"The adapters in {folder}")
+    pipeline.layout.check_same(zoo.layout, f"The adapters in {folder}")
     rows = zoo.rows("train")
     codec = known_codec(stage.codec)(zoo.layout).fit(rows, config.out / "codec_fit", progress)
     wanted = {person.id: person for person in read_subjects(folder)}
     people = [wanted[name] for name in rows.ids]
-    photos = photos_of(folder, people, seen[0], seen[1], shop.base.resolution, progress)
+    photos = photos_of(folder, people, seen[0], seen[1], pipeline.base.resolution, progress)
     place = {name: number for number, name in enumerate(rows.ids)}
     chosen = torch.tensor([place[name] for name in photos.ids]).split(ROWS)
     latents = torch.cat([codec.encode(rows.take(part.tolist())) for part in chosen]).flatten(1)
@@ -113,29 +113,31 @@ def _two_stages(
 
 
 def _end_to_end(
-    config: GeneratorConfig, stage: EndToEnd, shop: Workshop, seen: Seen, codec: Codec | None, network: Network | None,
+    config: GeneratorConfig, stage: EndToEnd, pipeline: AdaptedPipeline, seen: Seen, codec: Codec | None, network: Network | None,
     progress: bool,
 ) -> tuple[Codec, Network]:  # fmt: skip
     """The transformer and the decoder, from the two stages' weights or from nothing."""
-    photos, encoded = people_of(config.out / "people", stage.people, shop.base, seen[0], seen[1], progress)
-    bank = shop.fresh_bank(["start"])
-    codec = _decoder(config, shop.layout, shop.layout.pack(bank.get("start")), codec)
+    photos, encoded = people_of(config.out / "people", stage.people, pipeline.base, seen[0], seen[1], progress)
+    bank = pipeline.bank(["start"])
+    codec = _decoder(config, pipeline.layout, pipeline.layout.pack(bank.get("start")), codec)
     network = network or _network(config, photos, torch.Size(codec.latent_shape).numel(), seen)
     decoder: torch.nn.Module = codec.numbers if isinstance(codec, Basis) else codec.network  # type: ignore[attr-defined]
     model = Trained(network, decoder).requires_grad_(True)
-    shop.base.release_encoders()
+    pipeline.base.release_encoders()
     if stage.gradient_checkpointing:
-        shop.base.unet.enable_gradient_checkpointing()
+        pipeline.base.unet.enable_gradient_checkpointing()
     rows = stage.batch_size * stage.pictures
-    pictures = make_task(shop.base, encoded, batch_size=rows, seed=config.seed, snr_gamma=stage.snr_gamma)
-    task = EndToEndTask(photos, pictures, shop.unet, bank, codec, stage, config.seed)
-    decoding = stage.decoder_learning_rate or DECODING * rates(shop.config).residual
+    pictures = make_task(pipeline.base, encoded, batch_size=rows, seed=config.seed, snr_gamma=stage.snr_gamma)
+    task = EndToEndTask(photos, pictures, pipeline.unet, bank, codec, stage, config.seed)
+    decoding = (
+        stage.decoder_learning_rate or DECODING * rates(ZooConfig(adapter=config.adapter, base=config.base)).residual
+    )
     groups = [
         {"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
         {"params": list(decoder.parameters()), "lr": decoding, "weight_decay": 0.0},
     ]
     identity: dict[str, Any] = {"stage": to_dict(stage), "model": to_dict(config.model), "shared": config.shared}
-    identity |= {"layout": shop.layout.digest, "decoder_learning_rate": decoding, "zoo": str(config.two_stage.zoo)}
+    identity |= {"layout": pipeline.layout.digest, "decoder_learning_rate": decoding, "zoo": str(config.two_stage.zoo)}
     try:
         train(
             task, model, groups, replace(stage.train, seed=config.seed), config.out / "end_to_end", resume="latest",

@@ -113,7 +113,7 @@ def write_folder(layout: Layout, row: Tensor, unet: nn.Module, folder: Path, rec
     """Writes ``row`` [numbers] of ``layout`` as an adapter folder with its recipe; returns the adapter's bytes (config and
     weights)."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the carrier is meant
+        warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
         write_adapter(layout, row, unet, folder)
     if is_lora(layout):
         write_file(folder / DIFFUSERS_NAME, diffusers_lora(layout, row))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.use.carrier import Carries, banked
 from smidgen.difflora.use.refine import CAPTION, PhotoTask, descend, photo_task
 from smidgen.errors import ConfigError
 
@@ -42,7 +42,7 @@ class Invert:
 
 def invert(
     generator: Generator,
-    carrier: Carries,
+    pipeline: AdaptedPipeline,
     photos: Sequence[Image],
     config: Invert | None = None,
     captions: Sequence[str] | None = None,
@@ -57,10 +57,10 @@ def invert(
     """
     config = config or Invert()
     start = torch.zeros(generator.network.latents) if start is None else start
-    pictures = photo_task(carrier.base, photos, captions or [CAPTION] * len(photos), config.invert_batch, config.seed)
-    with banked(carrier, generator.layout) as bank:
-        model = _Coefficients(generator, start).to(carrier.base.device)
-        task = PhotoTask(carrier, bank, generator.layout, [pictures], config.anchor)
+    pictures = photo_task(pipeline, photos, captions or [CAPTION] * len(photos), config.invert_batch, config.seed)
+    with pipeline.banked(generator.layout) as bank:
+        model = _Coefficients(generator, start).to(pipeline.base.device)
+        task = PhotoTask(pipeline, bank, generator.layout, [pictures], config.anchor)
         descend(task, model, config.invert_rate, config.invert_steps, config.seed, progress)
     return (model.start + model.change).detach()[0].cpu()
 

@@ -4,7 +4,7 @@ Rank-relaxed as in HyperDreamBooth (Ruiz et al. 2023, arXiv 2307.06949): low-ran
 random and whose B is zero, so that step 0 is the prediction to the bit. Families without factors (SVFit, LoLDU, TLoRA) are
 refined as they are. Many people are refined at once through the bank, each as if alone.
 
-    rows, layout = refine_rows(shop, generator.predict([photo]), [[photo]])
+    rows, layout = refine_rows(pipeline, generator.predict([photo]), [[photo]])
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 from smidgen.adapters.methods import member_rates
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.bases.stable_diffusion import Base, encode_pictures, encode_prompts, time_ids
+from smidgen.bases.stable_diffusion import Base
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.encoders import PictureEncoder
-from smidgen.difflora.use.carrier import Carries, banked
 from smidgen.difflora.weightspace.canonical import canonical_rows, refactor
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, DataError
-from smidgen.tasks.data.images import fit, to_tensor, upright
+from smidgen.tasks.data.images import fit, upright
 from smidgen.tasks.diffusion.rates import picture_kind
-from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, make_task
+from smidgen.tasks.diffusion.task import PersonalizeTask, make_task
 from smidgen.training.loop import LoopConfig, train
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Refine:
 
 
 def refine_rows(
-    shop: Carries,
+    pipeline: AdaptedPipeline,
     rows: Tensor,
     people: Sequence[Sequence[Image]],
     config: Refine | None = None,
@@ -83,20 +83,20 @@ def refine_rows(
         TrainingError: the loss of everybody is not finite.
     """
     config = config or Refine()
-    _check(rows, people, captions, shop.layout)
+    _check(rows, people, captions, pipeline.layout)
     if not config.steps:
-        return rows.clone(), shop.layout
-    layout = widened(shop.layout, config.extra_rank)
+        return rows.clone(), pipeline.layout
+    layout = widened(pipeline.layout, config.extra_rank)
     parts = []
     for at in range(0, len(rows), config.group_size):
         group = slice(at, at + config.group_size)
         texts = captions[group] if captions is not None else [[CAPTION] * len(photos) for photos in people[group]]
         tasks = [
-            photo_task(shop.base, photos, own, config.batch_size, config.seed)
+            photo_task(pipeline, photos, own, config.batch_size, config.seed)
             for photos, own in zip(people[group], texts, strict=True)
         ]
-        parts.append(_refined(shop, layout, rows[group], tasks, config, progress))
-    return _finished(torch.cat(parts), layout, shop.layout, config)
+        parts.append(_refined(pipeline, layout, rows[group], tasks, config, progress))
+    return _finished(torch.cat(parts), layout, pipeline.layout, config)
 
 
 def captions_of(encoder: PictureEncoder, photos: Sequence[Image], caption: str | None = None) -> list[str]:
@@ -138,17 +138,17 @@ class PhotoTask(GroupTask):
     [people, numbers] of ``layout`` and how far they are from their start.
 
     Args:
-        shop: carries ``bank``, which is of ``layout``.
+        pipeline: carries ``bank``, which is of ``layout``.
         anchor: weight of the squared distance from the start.
         timesteps: share of the noise schedule, from clean to noise.
     """
 
     def __init__(
-        self, shop: Carries, bank: Bank, layout: Layout, people: Sequence[PersonalizeTask], anchor: float = 0.0,
+        self, pipeline: AdaptedPipeline, bank: Bank, layout: Layout, people: Sequence[PersonalizeTask], anchor: float = 0.0,
         timesteps: tuple[float, float] = (0.0, 1.0),
     ) -> None:  # fmt: skip
         super().__init__(people)
-        self.unet, self.bank, self.layout, self.anchor, self.timesteps = shop.unet, bank, layout, anchor, timesteps
+        self.unet, self.bank, self.layout, self.anchor, self.timesteps = pipeline.unet, bank, layout, anchor, timesteps
         self.owners = [row for row in range(len(self.people)) for _ in range(self.batch_size)]
         self._held = ExitStack()
 
@@ -190,14 +190,19 @@ class Moving(nn.Module):
 
 
 def _refined(
-    shop: Carries, layout: Layout, rows: Tensor, tasks: list[PersonalizeTask], config: Refine, progress: bool
+    pipeline: AdaptedPipeline,
+    layout: Layout,
+    rows: Tensor,
+    tasks: list[PersonalizeTask],
+    config: Refine,
+    progress: bool,
 ) -> Tensor:
     """One group, trained by the one loop."""
-    with banked(shop, layout) as bank:
-        rate, transform_pace = _rates(shop.base, layout, config)
-        start, pace = _start(rows, shop.layout, layout, bank, config, transform_pace)
-        model = Moving(start.to(shop.base.device), pace.to(shop.base.device))
-        task = PhotoTask(shop, bank, layout, tasks, config.anchor, config.timesteps)
+    with pipeline.banked(layout) as bank:
+        rate, transform_pace = _rates(pipeline.base, layout, config)
+        start, pace = _start(rows, pipeline.layout, layout, bank, config, transform_pace)
+        model = Moving(start.to(pipeline.base.device), pace.to(pipeline.base.device))
+        task = PhotoTask(pipeline, bank, layout, tasks, config.anchor, config.timesteps)
         descend(task, model, rate, config.steps, config.seed, progress)
         return model().detach().cpu()
 
@@ -256,16 +261,11 @@ def _finished(rows: Tensor, wide: Layout, narrow: Layout, config: Refine) -> tup
 
 
 def photo_task(
-    base: Base, photos: Sequence[Image], captions: Sequence[str], batch_size: int, seed: int
+    pipeline: AdaptedPipeline, photos: Sequence[Image], captions: Sequence[str], batch_size: int, seed: int
 ) -> PersonalizeTask:
     """Denoising of one person's photos, ``batch_size`` noised copies at a time."""
-    pictures = [fit(upright(photo), base.resolution) for photo in photos]
-    mean, std = encode_pictures(base, to_tensor(pictures))
-    size = (base.resolution, base.resolution)
-    ids = torch.stack([time_ids(size, base.resolution)] * len(pictures)) if base.family == "sdxl" else None
-    names = tuple(f"photo {number + 1}" for number in range(len(pictures)))
-    encoded = Encoded(mean, std, encode_prompts(base, captions), ids, names)
-    return make_task(base, encoded, batch_size=batch_size, seed=seed)
+    pictures = [fit(upright(photo), pipeline.base.resolution) for photo in photos]
+    return make_task(pipeline.base, pipeline.encode(pictures, captions, "photo"), batch_size=batch_size, seed=seed)
 
 
 def _rates(base: Base, layout: Layout, config: Refine) -> tuple[float, float]:

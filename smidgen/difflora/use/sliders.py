@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.directions import Direction, Space, fit_space
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.generator.people import Photos, photos_of
-from smidgen.difflora.use.carrier import Carrier, Sheet
+from smidgen.difflora.use.sampler import Sheet
 from smidgen.difflora.zoo.subjects import TABLE, read_subjects
 from smidgen.errors import DataError
 from smidgen.tasks.report import markdown_table
@@ -28,7 +29,12 @@ AT_LEAST = 0.5  # or of this, if it is hardly read from theirs
 
 
 def learn(
-    generator: Generator, carrier: Carrier, folder: Path, most: int = 1000, drawn: bool = True, progress: bool = True
+    generator: Generator,
+    pipeline: AdaptedPipeline,
+    folder: Path,
+    most: int = 1000,
+    drawn: bool = True,
+    progress: bool = True,
 ) -> Space:
     """The latent space as at most ``most`` training people of the zoo or table in ``folder`` show it.
 
@@ -44,12 +50,12 @@ def learn(
     people = [person for person in read_subjects(folder) if person.split == "train" and person.attributes][:most]
     if not people:
         raise DataError(f"Nobody in {folder / TABLE} has attributes, so there is nothing to learn directions of.")
-    photos = photos_of(folder, people, generator.face, generator.image, carrier.base.resolution, progress)
+    photos = photos_of(folder, people, generator.face, generator.image, pipeline.base.resolution, progress)
     known = {person.id: person.attributes for person in people}
     latents, attributes = latents_of(generator, photos), [known[name] for name in photos.ids]
     space = fit_space(latents, attributes)
     if drawn and hasattr(generator.face, "read"):
-        space = calibrate(generator, carrier, space, latents, attributes, progress=progress)
+        space = calibrate(generator, pipeline, space, latents, attributes, progress=progress)
     return space
 
 
@@ -68,7 +74,7 @@ def latents_of(generator: Generator, photos: Photos, batch: int = 64) -> Tensor:
 
 def calibrate(
     generator: Generator,
-    carrier: Carrier,
+    pipeline: AdaptedPipeline,
     space: Space,
     latents: Tensor,
     attributes: Sequence[Mapping[str, str]],
@@ -86,14 +92,14 @@ def calibrate(
     from tqdm.auto import tqdm
 
     reader: Any = generator.face
-    sheet = Sheet(num_prompts=1, inference_steps=steps)
+    scenes = Sheet(num_prompts=1, inference_steps=steps).scenes(pipeline.base)
     found = []
     for direction in tqdm(space.directions, desc="directions", unit="word", disable=not progress, dynamic_ncols=True):
         mine = torch.tensor([own.get(direction.attribute) == direction.word for own in attributes])
         without, having = ((mine == there).nonzero().flatten()[:people] for there in (False, True))
         way = space.toward(latents[without], direction.name)
         moved = [space.moved(latents[without], length * way) for length in (0.0, *LENGTHS)]
-        pictures = [own[0] for own in carrier.draw(generator.rows(torch.cat([latents[having], *moved])), sheet)]
+        pictures = [own[0] for own in pipeline.draw(generator.rows(torch.cat([latents[having], *moved])), scenes)]
         read = reader.read(pictures)
         if direction.word in read.get(direction.attribute, {}):
             direction = _calibrated(direction, read, len(having), len(without))

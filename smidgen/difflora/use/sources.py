@@ -14,8 +14,8 @@ from torch import Tensor
 
 import smidgen
 from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.use.carrier import Carrier
 from smidgen.difflora.use.folders import Photo, read_photos, read_recipe
 from smidgen.difflora.weightspace.layout import Layout, plain_config
 from smidgen.errors import DataError
@@ -29,7 +29,7 @@ class Source:
     """A latent [size], the photos behind it if they are at hand, what a recipe says of it, and remarks."""
 
     latent: Tensor
-    told: dict[str, Any]
+    info: dict[str, Any]
     images: list[Image.Image]
     notes: tuple[str, ...] = ()
 
@@ -38,7 +38,7 @@ class Opened(Protocol):
     """A generator and its base, loaded."""
 
     generator: Generator
-    carrier: Carrier
+    pipeline: AdaptedPipeline
 
     def fitted(self, photos: Sequence[Photo]) -> list[Image.Image]: ...
 
@@ -76,15 +76,15 @@ def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> S
             f"The recipe in {folder} is damaged: {latent.numel()} latents, not {generator.network.latents}."
         )
     notes = (f"{folder} was refined; this starts from its prediction.",) if recipe.get("refine") else ()
-    told = {name: value for name, value in recipe.items() if name not in ("latent", "format", "layout", "smidgen")}
-    return Source(latent, told, [], notes)
+    info = {name: value for name, value in recipe.items() if name not in ("latent", "format", "layout", "smidgen")}
+    return Source(latent, info, [], notes)
 
 
 def _encoded(opened: Opened, folder: Path) -> Source:
     """An adapter that no generator made, as the codec sees it."""
-    codec, unet, name = opened.generator.codec, opened.carrier.unet, "given"
+    codec, unet, name = opened.generator.codec, opened.pipeline.unet, "given"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the carrier is meant
+        warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
         smidgen.load(unet, folder, name)
     try:
         config: SmidgenConfig = unet.peft_config[name]  # type: ignore[index,assignment]

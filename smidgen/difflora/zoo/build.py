@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smidgen.difflora.zoo.group import Job, Person, build_group, workshop
+from smidgen.difflora.zoo.group import Job, Person, build_group, trainer
 from smidgen.difflora.zoo.queue import Queue
 from smidgen.difflora.zoo.settings import ZooConfig
 from smidgen.difflora.zoo.status import Status, status
@@ -70,7 +70,7 @@ def open_zoo(config: ZooConfig) -> Zoo:
     """The zoo in ``config.out``, made ready: subjects and their pictures first, then the description."""
     if not (config.out / DESCRIPTION).exists():
         make_subjects(config.out, config.subjects)
-    zoo = Zoo.create(config.out, workshop(config).layout, settings_of(config))
+    zoo = Zoo.create(config.out, trainer(config).layout, settings_of(config))
     zoo.sweep()
     return zoo
 
@@ -140,7 +140,7 @@ def _worker(config: ZooConfig, parent: int) -> tuple[str, int] | None:
 
 
 def _with_processes(config: ZooConfig, workers: int, bar: Any) -> None:
-    workshop.cache_clear()  # this process only waits
+    trainer.cache_clear()  # this process only waits
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures: list[Future] = [pool.submit(_worker, config, os.getpid()) for _ in range(workers)]

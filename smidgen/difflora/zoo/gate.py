@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from smidgen.adapters.tuner.bank import Bank
+import torch
+from torch import Tensor
+
 from smidgen.bases.judging import Judge
-from smidgen.bases.stable_diffusion import Base, Prompts, decode, draw_latents, encode_prompts
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
 from smidgen.difflora.zoo.settings import Gate
 from smidgen.training.randomness import derive
 
@@ -30,8 +32,8 @@ class Verdict:
     base_identity: float | None
 
 
-class Drawer:
-    """Draws the same scenes with each adapter of a bank and with the base, from the same noise.
+class ScoredScenes:
+    """A judge's scenes: drawn with adapters and with the base from the same noise, and scored.
 
     Args:
         gate: how many of the judge's scenes, and how they are sampled.
@@ -39,42 +41,28 @@ class Drawer:
         others: further prompts, drawn after the scenes and not judged.
     """
 
-    def __init__(self, base: Base, judge: Judge, gate: Gate, seed: int, others: Sequence[str] = ()) -> None:
-        self.base, self.judge, self.gate, self.seed = base, judge, gate, seed
+    def __init__(
+        self, pipeline: AdaptedPipeline, judge: Judge, gate: Gate, seed: int, others: Sequence[str] = ()
+    ) -> None:
+        self.pipeline, self.judge = pipeline, judge
         self.texts = judge.prompts(gate.judged_pictures, seed)
-        self.prompts: Prompts = encode_prompts(base, [*self.texts, *others])
-        self.negative: Prompts = encode_prompts(base, [""])
-        self._base_pictures: list[Image] | None = None
+        prompts = (*self.texts, *others)
+        seeds = tuple(derive(seed, "gate", number) for number in range(len(prompts)))
+        self.scenes = Scenes(prompts, seeds, gate.inference_steps, gate.guidance_scale)
 
-    def identities(
-        self, bank: Bank, names: Sequence[str], references: Sequence[Sequence[Image]]
-    ) -> list[tuple[float, float]]:
-        """(score with the adapter, score of the base) for each name; ``references`` are the people's own pictures."""
-        drawn = self.draw(bank.rows(names), len(names))
+    def identities(self, rows: Tensor, references: Sequence[Sequence[Image]]) -> list[tuple[float, float]]:
+        """(score with the adapter, score of the base) for each of ``rows`` [n, size]; ``references`` are the people's own
+        pictures."""
         return [
-            (self.scores(pictures, own)["identity"], self.scores(self.base_pictures(), own)["identity"])
-            for pictures, own in zip(drawn, references, strict=True)
+            (self.scores(pictures, own)["identity"], self.scores(self.base_pictures, own)["identity"])
+            for pictures, own in zip(self.pipeline.draw(rows, self.scenes, batch=16), references, strict=True)
         ]
 
+    @cached_property
     def base_pictures(self) -> list[Image]:
-        """What the base draws; drawn once."""
-        if self._base_pictures is None:
-            self._base_pictures = self.draw(nullcontext(), 1)[0]
-        return self._base_pictures
-
-    def draw(self, adapters: AbstractContextManager[Any], count: int) -> list[list[Image]]:
-        """Pictures [adapter][prompt] within ``adapters``: ``rows`` or ``holding`` of a bank, ``count`` of them. Each
-        prompt is drawn for all at once."""
-        columns = []
-        with adapters:
-            for number in range(len(self.prompts)):
-                same = self.prompts[[number] * count]
-                seeds = [derive(self.seed, "gate", number)] * count
-                steps, guidance = self.gate.inference_steps, self.gate.guidance_scale
-                options: dict[str, Any] = {"steps": steps, "guidance": guidance, "batch": count}
-                latents = draw_latents(self.base, same, seeds, negative=self.negative, **options)
-                columns.append(decode(self.base, latents, batch=16))
-        return [list(pictures) for pictures in zip(*columns, strict=True)]
+        """What the base draws."""
+        nothing = torch.empty(0, self.pipeline.layout.size)
+        return self.pipeline.draw(nothing, self.scenes, with_base=True, batch=16)[0]
 
     def scores(self, pictures: Sequence[Image], own: Sequence[Image]) -> dict[str, float]:
         """All that the judge says of one adapter's pictures of the scenes, beside the person's ``own``."""

@@ -10,32 +10,32 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import smidgen
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.adapters.tuner.peft_bridge import make_slot
 from smidgen.bases.judging import judge_for
-from smidgen.bases.stable_diffusion import default_device, encode_pictures, encode_prompts, load_base
-from smidgen.bases.stable_diffusion import time_ids as sdxl_time_ids
-from smidgen.difflora.weightspace.layout import Layout, layout_of
-from smidgen.difflora.zoo.gate import Drawer, Verdict, decide
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
+from smidgen.difflora.weightspace.layout import Layout
+from smidgen.difflora.zoo.gate import ScoredScenes, decide
 from smidgen.difflora.zoo.records import GroupFiles, Record, pack_group
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.task import GroupTask
-from smidgen.errors import ConfigError
-from smidgen.tasks.data.images import load_picture, to_tensor
+from smidgen.errors import ConfigError, SmidgenError
+from smidgen.tasks.data.images import load_picture
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, make_task
 from smidgen.training.checkpoints import CheckpointStore
-from smidgen.training.loop import LoopConfig, train
+from smidgen.training.loop import LoopConfig
 from smidgen.training.randomness import derive
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PROBES = 4  # batches on which final losses are measured
 
@@ -70,83 +70,60 @@ def build_group(job: Job) -> GroupFiles:
     """
     started = time.perf_counter()
     with _one_thread():
-        shop = workshop(job.config)
-        job.layout.check_same(shop.layout, "Adapters made with this machine's base")
+        group = trainer(job.config)
+        job.layout.check_same(group.layout, "Adapters made with this machine's base")
         with contextlib.ExitStack() as stack:
             work = job.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            rows, records = shop.make(job, work)
+            rows, records = group.make(job, work)
         return pack_group(job.layout, job.group, rows, records, time.perf_counter() - started)
 
 
 @lru_cache(maxsize=1)
-def workshop(config: ZooConfig) -> Workshop:
+def trainer(config: ZooConfig) -> GroupTrainer:
     """The loaded base and what hangs on it, once a process."""
-    return Workshop(config)
+    return GroupTrainer(config)
 
 
-class Workshop:
-    """A base with one frozen adapter as a carrier for banks, its layout, and its judge if it has one."""
+class GroupTrainer:
+    """Trains adapters of a zoo's config, many at once in a bank, and scores them if there is a judge for the base."""
 
     def __init__(self, config: ZooConfig) -> None:
         self.config = config
-        self.base = load_base(config.base, config.train.mixed_precision, default_device())
-        self.unet: nn.Module = self.base.unet
+        self.pipeline = AdaptedPipeline.load(config.base, adapter_config(config), config.train.mixed_precision)
+        self.base, self.unet, self.layout = self.pipeline.base, self.pipeline.unet, self.pipeline.layout
         if config.gradient_checkpointing:
             self.base.unet.enable_gradient_checkpointing()
-        smidgen.adapt(self.unet, adapter_config(config))
-        self.own: smidgen.SmidgenConfig = self.unet.peft_config["default"]  # type: ignore[index,assignment]
-        self.layout = layout_of(self.unet, self.own)
-        for parameter in self.unet.parameters():
-            parameter.requires_grad_(False)
         judge = judge_for(self.base) if config.gate.judged_pictures else None
-        self.drawer = Drawer(self.base, judge, config.gate, config.train.seed) if judge else None
+        self.scenes = ScoredScenes(self.pipeline, judge, config.gate, config.train.seed) if judge else None
 
     def make(self, job: Job, work: Path) -> tuple[Tensor, list[Record]]:
         """Rows [adapters x checkpoints, size] and their lines."""
         names = [person.id for person in job.people]
-        encoded = [self.encode(person) for person in job.people]
         bank = self.fresh_bank(names)
-        task = GroupTask([self.task(person, one) for person, one in zip(job.people, encoded, strict=True)])
+        task = GroupTask([self.task(person, self.encode(person)) for person in job.people])
         repeated = [name for name in names for _ in range(task.batch_size)]
         with bank.rows(repeated):
             self.train(task, bank, names, work)
             losses = self.measure(task)
         with bank.rows([None] * len(repeated)):
             base_losses = self.measure(task)
-        scores: list[Any] = [None] * len(names)
-        if self.drawer is not None:
-            own = [
-                [load_picture(io.BytesIO(p), self.base.resolution) for p in person.pictures] for person in job.people
-            ]
-            scores = list(self.drawer.identities(bank, names, own))  # type: ignore[arg-type]
+        rows = self._rows(work)
+        scores: Sequence[Any] = [None] * len(names)
+        if self.scenes is not None:
+            scores = self.scenes.identities(list(rows.values())[-1], [self.pictures(person) for person in job.people])
         found = zip(losses.tolist(), base_losses.tolist(), scores, strict=True)
-        return self._lines(job, bank, work, [decide(self.config.gate, *each) for each in found])
+        verdicts = [decide(self.config.gate, *each) for each in found]
+        lines = [
+            Record(person.id, job.group, 0, person.split, step, step == max(rows), **vars(verdict), sha256="")
+            for step in rows
+            for person, verdict in zip(job.people, verdicts, strict=True)
+        ]
+        return torch.cat(list(rows.values())), lines
 
     def train(self, task: GroupTask, bank: Bank, names: list[str], work: Path) -> None:
         """Trains the bank with the one loop; goes on from the newest checkpoint in ``work``."""
         rate, decay = rates(self.config), self.config.adapter.weight_decay
-        groups: dict[str, dict[str, Any]] = {}
-        for layer in bank.layers.values():
-            for name, parameter in layer.bank.named_parameters():  # type: ignore[union-attr]
-                parameter.requires_grad_(True)
-                kind = name.partition("_")[0]
-                lr = rate.transform if kind == "transform" else rate.residual
-                groups.setdefault(kind, {"params": [], "lr": lr, "weight_decay": decay})["params"].append(parameter)
-        identity = {"people": names, "layout": self.layout.digest}
-        try:
-            train(
-                task,
-                self.unet,
-                list(groups.values()),
-                self.loop(),
-                work,
-                resume="latest",
-                identity=identity,
-                progress=False,
-            )
-        finally:
-            for parameter in bank.parameters():
-                parameter.requires_grad_(False)
+        self.pipeline.train(task, bank, rate, decay, self.loop(), work, {"people": names})
 
     def loop(self) -> LoopConfig:
         """The loop's settings: as asked for, with the checkpoints that go into the zoo among those it writes."""
@@ -167,41 +144,24 @@ class Workshop:
             return torch.stack([task.losses(self.unet, batch).float().cpu() for batch in moved]).mean(0)
 
     def fresh_bank(self, names: list[str]) -> Bank:
-        """A bank of untrained adapters that shares the carrier's frozen factors."""
-        bank = Bank(self.unet, self.own, names)
-        for layer in bank.layers.values():
-            slot: Any = layer.bank
-            if not slot.ready:
-                bank._share_factors(slot, layer.slot("default"))
-        if not self.config.group.shared_start:
-            self._start_apart(bank)
-        return bank
+        """A bank of untrained adapters, all from one start or each from its own."""
+        if self.config.group.shared_start:
+            return self.pipeline.bank(names)
+        try:
+            return self.pipeline.bank(names, [derive(self.config.train.seed, "start", name) for name in names])
+        except SmidgenError as error:
+            raise ConfigError(
+                f"{self.config.adapter.method!r} keeps frozen what its seed decides, and adapters of one zoo share it: "
+                f"shared_start=False has no meaning for it. {error}"
+            ) from error
 
-    def _start_apart(self, bank: Bank) -> None:
-        for row, name in enumerate(bank.names):
-            own = replace(self.own, seed=derive(self.config.train.seed, "start", name))
-            for target, layer in bank.layers.items():
-                slot: Any = layer.bank
-                fresh = make_slot(own, layer.get_base_layer(), target)
-                fixed = [f"{p}_{n}" for p, member in slot.members() for n in member.constants(f"{slot.seed}/{p}")]
-                if any(not torch.equal(getattr(fresh, side), getattr(slot, side).cpu()) for side in fixed):
-                    raise ConfigError(
-                        f"{self.config.adapter.method!r} keeps {fixed[0]!r} frozen at values of its seed, which adapters of "
-                        "one zoo share: shared_start=False has no meaning for it."
-                    )
-                with torch.no_grad():
-                    for side, value in slot.trained().items():
-                        value[row] = fresh.trained()[side].to(value)
+    def pictures(self, person: Person) -> list[Image]:
+        """A person's pictures in the base's size."""
+        return [load_picture(io.BytesIO(content), self.base.resolution) for content in person.pictures]
 
     def encode(self, person: Person) -> Encoded:
         """A person's pictures and captions, encoded by the base."""
-        images = [load_picture(io.BytesIO(content), self.base.resolution) for content in person.pictures]
-        mean, std = encode_pictures(self.base, to_tensor(images), batch=16)
-        size = (self.base.resolution, self.base.resolution)
-        ids = torch.stack([sdxl_time_ids(size, self.base.resolution)] * len(images))
-        names = tuple(f"{person.id} picture {number}" for number in range(len(images)))
-        prompts = encode_prompts(self.base, person.captions)
-        return Encoded(mean, std, prompts, ids if self.base.family == "sdxl" else None, names)
+        return self.pipeline.encode(self.pictures(person), person.captions, f"{person.id} picture")
 
     def task(self, person: Person, encoded: Encoded) -> PersonalizeTask:
         """A person's own task; with common noise its random numbers are everybody's."""
@@ -211,23 +171,14 @@ class Workshop:
             self.base, encoded, batch_size=config.group.train_batch_size, seed=seed, snr_gamma=config.adapter.snr_gamma
         )
 
-    def _lines(self, job: Job, bank: Bank, work: Path, verdicts: list[Verdict]) -> tuple[Tensor, list[Record]]:
-        """The bank's adapters, and those of the earlier checkpoints, which share the last one's verdict."""
-        last = self.config.train.max_train_steps
-        parameters = {name: p for name, p in self.unet.named_parameters() if ".bank." in name}
-        steps = {last: {name: p.detach() for name, p in parameters.items()}}
+    def _rows(self, work: Path) -> dict[int, Tensor]:
+        """Step -> the bank's adapters [people, size] then, of the checkpoints to keep and of the end."""
+        steps = {name: p.detach() for name, p in self.unet.named_parameters() if ".bank." in name}
+        found = {self.config.train.max_train_steps: steps}
         if self.config.group.keep_last > 1:
             store = CheckpointStore(work, self.config.group.keep_last)
-            steps = {s: store.read(s).trained for s in store.steps()[-self.config.group.keep_last :]} | steps
-        rows, records = [], []
-        for step in sorted(steps):
-            stacked = self.layout.pack(self._named(steps[step])).cpu()
-            for person, verdict, row in zip(job.people, verdicts, stacked, strict=True):
-                rows.append(row)
-                records.append(
-                    Record(person.id, job.group, 0, person.split, step, step == last, **vars(verdict), sha256="")
-                )
-        return torch.stack(rows), records
+            found = {s: store.read(s).trained for s in store.steps()[-self.config.group.keep_last :]} | found
+        return {step: self.layout.pack(self._named(found[step])).cpu() for step in sorted(found)}
 
     @staticmethod
     def _named(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -31,9 +31,9 @@ from smidgen.lab.audit.learned import Personalized, Predicted
 from smidgen.lab.audit.memorisation import memorised, write_memorisation
 from smidgen.lab.audit.people import Sitter, sitters, subjects
 from smidgen.lab.audit.report import REAL, Report, write_report
+from smidgen.lab.audit.scenes import AuditScenes, Drawn, difference
 from smidgen.lab.audit.scores import Score, Scores, key_of
 from smidgen.lab.audit.settings import EvaluateConfig
-from smidgen.lab.audit.studio import Drawn, Studio, difference
 from smidgen.tasks.data.images import load_picture
 from smidgen.training.settings import to_dict
 
@@ -69,9 +69,9 @@ class Audit:
         for name, (generator, _) in self.generators.items():
             check_base(self.zoo, name, generator)
         self.judge = judge
-        self.studios: dict[str, Studio] = {}
-        studio = self.studio(self.zoo.layout)
-        self.people = sitters(self.zoo, config.people, config.photos, studio.base.resolution)
+        self.loaded: dict[str, AuditScenes] = {}
+        scenes = self.scenes(self.zoo.layout)
+        self.people = sitters(self.zoo, config.people, config.photos, scenes.pipeline.base.resolution)
         least = min(len(person.pictures) for person in self.people)
         if config.personalize_photos > least:
             raise ConfigError(
@@ -79,11 +79,11 @@ class Audit:
             )
         first = next(iter(self.generators.values()))[0]
         self.simple = Simple(
-            self.zoo, self.people, config, (first.face, first.image), studio.base.resolution,
+            self.zoo, self.people, config, (first.face, first.image), scenes.pipeline.base.resolution,
             config.out / "features", progress,
         )  # fmt: skip
         self.predicted = [
-            Predicted(name, generator, digest, self.people, config, self.studio)
+            Predicted(name, generator, digest, self.people, config, self.scenes)
             for name, (generator, digest) in self.generators.items()
         ]
         self.scores = Scores(config.out)
@@ -91,21 +91,21 @@ class Audit:
         shared = to_dict(replace(config, out=Path(), generator=()))
         told = {name: shared[name] for name in ("photos", "drawing", "seed")}
         self.conditions = (self.zoo.digest(), self.judge_name, [person.id for person in self.people], told)
-        self.score_real(studio)
+        self.score_real(scenes)
 
     @property
     def judge_name(self) -> str:
         assert self.judge is not None
         return self.judge.name
 
-    def studio(self, layout: Layout) -> Studio:
+    def scenes(self, layout: Layout) -> AuditScenes:
         """Where adapters of ``layout`` are drawn; the last two are kept loaded."""
-        if layout.digest not in self.studios:
-            while len(self.studios) > 1:
-                self.studios.pop(next(iter(self.studios)))
-            studio = Studio(self.base, layout, self.judge, self.config.drawing, self.config.seed)
-            self.judge, self.studios[layout.digest] = studio.judge, studio
-        return self.studios[layout.digest]
+        if layout.digest not in self.loaded:
+            while len(self.loaded) > 1:
+                self.loaded.pop(next(iter(self.loaded)))
+            scenes = AuditScenes(self.base, layout, self.judge, self.config.drawing, self.config.seed)
+            self.judge, self.loaded[layout.digest] = scenes.judge, scenes
+        return self.loaded[layout.digest]
 
     def contenders(self) -> list[Contender]:
         """All of them, in the order of the table."""
@@ -129,51 +129,51 @@ class Audit:
         self.keys[contender.name] = key
         if self.scores.has(key):
             return
-        made, studio = contender.make(), self.studio(contender.layout)
-        drawn = self._drawn(studio, made)
+        made, scenes = contender.make(), self.scenes(contender.layout)
+        drawn = self._drawn(scenes, made)
         near = self._neighbours(contender, made)
         cost: dict[str, Any] = {"seconds": made.seconds}
         if made.rows is not None:
-            cost |= {"numbers": contender.layout.size, "bytes": studio.bytes}
+            cost |= {"numbers": contender.layout.size, "bytes": scenes.bytes}
         lines = []
         for number, person in enumerate(self.people):
             own = [pictures[number] for pictures in drawn]
             known = {"contender": contender.name, "key": key, "person": person.id} | cost
-            known |= self._judged(studio, own, person)
+            known |= self._judged(scenes, own, person)
             if near:
-                known |= {"neighbour": near[number], "neighbour_identity": self._likeness(studio, own[0], near[number])}
+                known |= {"neighbour": near[number], "neighbour_identity": self._likeness(scenes, own[0], near[number])}
             lines.append(Score(**known))
         self.scores.add(lines, [pictures[0] for pictures in drawn[0]])
 
-    def score_real(self, studio: Studio) -> None:
+    def score_real(self, scenes: AuditScenes) -> None:
         """The photos themselves: as alike as real pictures of one person are."""
-        self.judge = studio.judge
+        self.judge = scenes.judge
         key = self.keys[REAL] = key_of(self.conditions, REAL)
         if self.scores.has(key):
             return
         lines = []
         for person in self.people:
-            texts = [studio.drawer.texts[0]] * person.shown  # what they show was not asked for: no caption score
-            found = studio.judge.scores(person.photos, texts, person.others)
+            texts = [scenes.texts[0]] * person.shown  # what they show was not asked for: no caption score
+            found = scenes.judge.scores(person.photos, texts, person.others)
             lines.append(Score(REAL, key, person.id, found["identity"], traits=found.get("traits")))
         self.scores.add(lines, [person.photos[0] for person in self.people])
 
-    def _drawn(self, studio: Studio, made: Made) -> list[Drawn]:
+    def _drawn(self, scenes: AuditScenes, made: Made) -> list[Drawn]:
         """Pictures [chance][sitter][prompt]."""
         if made.rows is None:
-            return [[studio.base_pictures()] * len(self.people)]
-        drawn = studio.draw(made.rows.flatten(0, 1))
+            return [[scenes.base_pictures] * len(self.people)]
+        drawn = scenes.draw(made.rows.flatten(0, 1))
         return [drawn[at : at + len(self.people)] for at in range(0, len(drawn), len(self.people))]
 
-    def _judged(self, studio: Studio, own: Drawn, person: Sitter) -> dict[str, Any]:
+    def _judged(self, scenes: AuditScenes, own: Drawn, person: Sitter) -> dict[str, Any]:
         """Scores of one sitter's pictures [chance][prompt]."""
-        base, base_unrelated = studio.split(studio.base_pictures())
-        parts = [studio.split(pictures) for pictures in own]
-        found = [studio.scores(scenes, person.others) for scenes, _ in parts]
+        base, base_unrelated = scenes.split(scenes.base_pictures)
+        parts = [scenes.split(pictures) for pictures in own]
+        found = [scenes.scores(shown, person.others) for shown, _ in parts]
         scores: dict[str, Any] = {
             n: mean(f[n] for f in found) for n in ("identity", "caption", "traits") if n in found[0]
         }
-        scores["moved"] = mean(difference(scenes, base) or 0.0 for scenes, _ in parts)
+        scores["moved"] = mean(difference(shown, base) or 0.0 for shown, _ in parts)
         if base_unrelated:
             scores["unrelated"] = mean(difference(others, base_unrelated) or 0.0 for _, others in parts)
         if len(parts) > 1:
@@ -187,11 +187,11 @@ class Audit:
         found = distances(made.rows[0], contender.layout, self.simple.training, self.zoo.layout)
         return [self.simple.rows.ids[place] for place in nearest(found, 1)[1][:, 0].tolist()]
 
-    def _likeness(self, studio: Studio, pictures: Sequence[Image], name: str) -> float:
+    def _likeness(self, scenes: AuditScenes, pictures: Sequence[Image], name: str) -> float:
         """Identity score of pictures beside a training person's own."""
         files = read_pictures(self.zoo.folder, self.subjects[name])
-        own = [load_picture(io.BytesIO(content), studio.base.resolution) for content in files]
-        return studio.scores(pictures, own)["identity"]
+        own = [load_picture(io.BytesIO(content), scenes.pipeline.base.resolution) for content in files]
+        return scenes.scores(pictures, own)["identity"]
 
     # ---- what comes of it --------------------------------------------------------------------------------------------
 

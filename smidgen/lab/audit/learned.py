@@ -19,14 +19,14 @@ from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.use.refine import Refine, captions_of, refine_rows, widened
 from smidgen.difflora.weightspace.layout import Layout
-from smidgen.difflora.zoo.group import Person, Workshop
+from smidgen.difflora.zoo.group import GroupTrainer, Person
 from smidgen.difflora.zoo.settings import Gate, Group, ZooConfig
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.lab.audit.contenders import Contender, Made
 from smidgen.lab.audit.people import Sitter
+from smidgen.lab.audit.scenes import AuditScenes
 from smidgen.lab.audit.scores import key_of
 from smidgen.lab.audit.settings import EvaluateConfig
-from smidgen.lab.audit.studio import Studio
 from smidgen.tasks.personalize.settings import PRESETS
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
@@ -39,10 +39,10 @@ class Predicted:
 
     def __init__(
         self, name: str, generator: Generator, digest: str, people: Sequence[Sitter], config: EvaluateConfig,
-        studio: Callable[[Layout], Studio],
+        scenes: Callable[[Layout], AuditScenes],
     ) -> None:  # fmt: skip
         self.name, self.generator, self.digest, self.people = name, generator, digest, people
-        self.config, self.studio = config, studio
+        self.config, self.scenes = config, scenes
         self.refinement = Refine(steps=config.refine, seed=config.seed)
 
     def __iter__(self) -> Iterator[Contender]:
@@ -80,10 +80,10 @@ class Predicted:
     def refined(self) -> Made:
         """The first seed's predictions after a few steps on the photos."""
         assert self.made.rows is not None
-        studio, start = self.studio(self.generator.layout), time.process_time()
+        pipeline, start = self.scenes(self.generator.layout).pipeline, time.process_time()
         photos = [person.photos for person in self.people]
         captions = [captions_of(self.generator.image, own) for own in photos]
-        rows, layout = refine_rows(studio, self.made.rows[0], photos, self.refinement, captions)
+        rows, layout = refine_rows(pipeline, self.made.rows[0], photos, self.refinement, captions)
         layout.check_same(self._refined_layout(), "Refined adapters")
         return Made(rows[None], self.made.seconds + (time.process_time() - start) / len(self.people))
 
@@ -126,11 +126,11 @@ class Personalized:
             yield cls(f"trained on {count} photos", base, people, count, config).contender()
 
     def contender(self) -> Contender:
-        return Contender(self.name, self.shop.layout, self.make, (self.photos, to_dict(self.recipe)))
+        return Contender(self.name, self.trainer.layout, self.make, (self.photos, to_dict(self.recipe)))
 
     @cached_property
-    def shop(self) -> Workshop:
-        return Workshop(self.recipe)
+    def trainer(self) -> GroupTrainer:
+        return GroupTrainer(self.recipe)
 
     def make(self) -> Made:
         """All groups, one after the other."""
@@ -141,7 +141,7 @@ class Personalized:
     def _group(self, people: Sequence[Sitter]) -> tuple[Tensor, float]:
         """Rows of some people, and processor seconds for all of them."""
         digests = [(person.id, [hash_of(file) for file in person.files[: self.photos]]) for person in people]
-        key = key_of(to_dict(replace(self.recipe, out=Path())), self.shop.layout.digest, digests)
+        key = key_of(to_dict(replace(self.recipe, out=Path())), self.trainer.layout.digest, digests)
         path = self.out / f"{key}.safetensors"
         try:
             with safe_open(path, "pt") as file:
@@ -156,13 +156,13 @@ class Personalized:
         return rows, seconds
 
     def _trained(self, people: Sequence[Sitter], work: Path) -> Tensor:
-        shop, names, count = self.shop, [person.id for person in people], self.photos
+        trainer, names, count = self.trainer, [person.id for person in people], self.photos
         shown = [Person(p.id, "test", p.files[:count], p.captions[:count]) for p in people]
-        bank = shop.fresh_bank(names)
-        task = GroupTask([shop.task(person, shop.encode(person)) for person in shown])
+        bank = trainer.fresh_bank(names)
+        task = GroupTask([trainer.task(person, trainer.encode(person)) for person in shown])
         with bank.rows([name for name in names for _ in range(task.batch_size)]):
-            shop.train(task, bank, names, work)
-        return torch.stack([shop.layout.pack(bank.get(name)) for name in names]).float().cpu()
+            trainer.train(task, bank, names, work)
+        return torch.stack([trainer.layout.pack(bank.get(name)) for name in names]).float().cpu()
 
 
 def hash_of(content: bytes) -> str:

@@ -16,7 +16,7 @@ class Drawing:
     inference_steps: int = 10  # denoising steps of a picture
     guidance_scale: float = 3.0  # classifier-free guidance
     unrelated: tuple[str, ...] = ("",)  # prompts that name no person: how far do they move?
-    batch: int = 16  # adapters drawn at once
+    batch: int = 16  # pictures drawn at once
 
     def __post_init__(self) -> None:
         for name in ("scenes", "inference_steps", "batch"):

@@ -1,4 +1,4 @@
-"""A base that carries adapters of one layout: draws the same scenes with any rows of them."""
+"""A judge's scenes as an audit draws them: with any weight vectors of one layout, each once."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-import smidgen
-from smidgen.adapters.tuner.bank import Bank
 from smidgen.bases.judging import Judge, judge_for
-from smidgen.difflora.use.carrier import Carrier
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
-from smidgen.difflora.zoo.gate import Drawer
+from smidgen.difflora.zoo.gate import ScoredScenes
 from smidgen.difflora.zoo.records import row_digest
 from smidgen.difflora.zoo.settings import Gate
 from smidgen.errors import ConfigError
@@ -30,8 +28,8 @@ if TYPE_CHECKING:
 Drawn = list[list["Image"]]  # [adapter][prompt]: the judge's scenes, then the unrelated prompts
 
 
-class Studio:
-    """Rows of ``layout`` on the base of that name, drawn by ``drawing``; refinement trains in it too.
+class AuditScenes(ScoredScenes):
+    """The scenes of an audit on the base of that name, for adapters of ``layout``.
 
     Raises:
         BaseLockError: the base of that name is not the layout's.
@@ -39,49 +37,33 @@ class Studio:
     """
 
     def __init__(self, base: str, layout: Layout, judge: Judge | None, drawing: Drawing, seed: int) -> None:
-        carrier = Carrier(base, layout)
-        self.layout, self.drawing = layout, drawing
-        self.base, self.unet = carrier.base, carrier.unet
-        self.bytes = adapter_bytes(layout, self.unet)
-        found = judge or judge_for(self.base)
+        pipeline = AdaptedPipeline.load(base, layout)
+        found = judge or judge_for(pipeline.base)
         if found is None:
             raise ConfigError(
                 f"Nobody is known who can judge pictures of {base!r}. Call smidgen.lab.audit.evaluate.evaluate with a "
                 "judge: an object with the methods of smidgen.bases.judging.Judge."
             )
-        self.judge = found
-        self.bank = Bank(self.unet, smidgen.SmidgenConfig(**layout.config), ["row"])
-        self.bank.put("row", self.unet)  # frozen factors are shared with the carrier
         gate = Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale)
+        super().__init__(pipeline, found, gate, scenes_seed(seed), drawing.unrelated)
+        self.batch, self.bytes = drawing.batch, adapter_bytes(layout, pipeline.unet)
         self._last: dict[str, list[Image]] = {}
-        self.drawer = Drawer(self.base, self.judge, gate, scenes_seed(seed), drawing.unrelated)
 
     def draw(self, rows: Tensor) -> Drawn:
         """Pictures with each of ``rows`` [n, numbers]; rows that are equal, or were drawn last time, are not drawn again."""
         rows = rows.detach().float().cpu().contiguous()
         names = [row_digest(row) for row in rows]
         known = {name: self._last[name] for name in names if name in self._last}
-        fresh = list({name: place for place, name in enumerate(names) if name not in known}.values())
-        for at in range(0, len(fresh), self.drawing.batch):
-            places = fresh[at : at + self.drawing.batch]
-            with torch.no_grad():
-                drawn = self.drawer.draw(self.bank.holding(self.layout.unpack(rows[places])), len(places))
-            known |= {names[place]: pictures for place, pictures in zip(places, drawn, strict=True)}
+        fresh = {name: place for place, name in enumerate(names) if name not in known}
+        if fresh:
+            drawn = self.pipeline.draw(rows[list(fresh.values())], self.scenes, batch=self.batch)
+            known |= dict(zip(fresh, drawn, strict=True))
         self._last = known
         return [known[name] for name in names]
 
-    def base_pictures(self) -> list[Image]:
-        """What the base draws."""
-        with torch.no_grad():
-            return self.drawer.base_pictures()
-
-    def scores(self, pictures: Sequence[Image], own: Sequence[Image]) -> dict[str, float]:
-        """The judge's scores of one adapter's pictures."""
-        return self.drawer.scores(pictures, own)
-
     def split(self, pictures: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """Pictures of the scenes, and of the unrelated prompts."""
-        scenes = len(self.drawer.texts)
+        scenes = len(self.texts)
         return list(pictures[:scenes]), list(pictures[scenes:])
 
 

@@ -1,0 +1,170 @@
+"""A base with an adapter: any adapters of one layout are held in its bank, drawn with and trained.
+
+pipeline = AdaptedPipeline.load("embedded", generator.layout)
+images = pipeline.draw(generator.predict([photo]), Scenes(("a portrait of a person",), (0,), steps=20, guidance=3.0))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import smidgen
+from smidgen.adapters.methods import Rates
+from smidgen.adapters.tuner.bank import Bank
+from smidgen.adapters.tuner.peft_bridge import remove
+from smidgen.bases.stable_diffusion import (
+    Base,
+    decode,
+    default_device,
+    draw_latents,
+    encode_pictures,
+    encode_prompts,
+    load_base,
+    time_ids,
+)
+from smidgen.difflora.weightspace.layout import Layout, check_model, layout_of
+from smidgen.errors import BaseLockError
+from smidgen.tasks.data.images import to_tensor
+from smidgen.tasks.diffusion.task import Encoded
+from smidgen.training.loop import LoopConfig, Task, train
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """What is drawn with each adapter: prompts, the seed of each one's noise, and how they are sampled."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    guidance: float
+
+
+class AdaptedPipeline:
+    """A base whose ``unet`` carries one frozen adapter, as it is before training, for banks to share its factors.
+
+    Attributes:
+        config: of the adapter, and so of those of the banks.
+        layout: what each number of a weight vector is.
+    """
+
+    def __init__(self, base: Base, config: smidgen.SmidgenConfig, layout: Layout | None = None) -> None:
+        self.base = base
+        self.unet: nn.Module = base.unet
+        smidgen.adapt(self.unet, config)
+        self.config: smidgen.SmidgenConfig = base.unet.peft_config["default"]
+        self.layout = layout or layout_of(self.unet, self.config)
+        self.unet.requires_grad_(False)
+
+    @classmethod
+    def load(cls, name: str, adapter: Layout | smidgen.SmidgenConfig, precision: str = "no") -> AdaptedPipeline:
+        """The base called ``name`` for adapters of a layout, or of a config.
+
+        Raises:
+            BaseLockError: the base is not the one that adapters of the layout sit on.
+        """
+        base = load_base(name, precision, default_device())
+        if not isinstance(adapter, Layout):
+            return cls(base, adapter)
+        try:
+            check_model(adapter, base.unet)
+        except BaseLockError as error:
+            raise BaseLockError(f"The adapters are for another base than {name!r}: {error}") from error
+        return cls(base, smidgen.SmidgenConfig(**adapter.config), adapter)
+
+    def bank(self, names: Sequence[str], seeds: Sequence[int] = ()) -> Bank:
+        """A bank of untrained adapters that shares the frozen factors of the pipeline's own; each starts as that one, or
+        from a seed of its own.
+
+        Raises:
+            SmidgenError: what a seed decides is frozen in this config, so adapters of a bank share it.
+        """
+        bank = Bank(self.unet, self.config, names)
+        bank.put(names[0], self.unet)
+        for name, seed in zip(names, seeds, strict=bool(seeds)):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
+                smidgen.adapt(self.unet, replace(self.config, seed=seed), "start")
+                try:
+                    bank.put(name, self.unet, "start")
+                finally:
+                    remove(self.unet, "start")
+                    self.unet.requires_grad_(False)
+        return bank
+
+    @contextmanager
+    def banked(self, layout: Layout | None = None) -> Iterator[Bank]:
+        """Within, a bank to hold weight vectors of ``layout``: the pipeline's own, or one of more rank. Whatever bank was
+        there is back afterwards."""
+        before = {name: module.bank for name, module in self.unet.named_modules() if hasattr(module, "bank_held")}
+        own = layout is None or layout.config == self.layout.config
+        try:
+            bank = self.bank(["row"]) if own else Bank(self.unet, smidgen.SmidgenConfig(**layout.config), ["row"])  # type: ignore[union-attr]
+            for parameter in bank.parameters():
+                parameter.requires_grad_(False)
+            yield bank
+        finally:
+            for name, module in before.items():
+                self.unet.get_submodule(name).bank = module
+
+    @torch.no_grad()
+    def draw(
+        self, rows: Tensor, scenes: Scenes, layout: Layout | None = None, with_base: bool = False, batch: int = 8
+    ) -> list[list[Image]]:
+        """Images [adapter][scene] of the weight vectors ``rows`` [n, size] of ``layout`` (None: the pipeline's own), after
+        those of the base alone if asked for; the same noise for all in a scene."""
+        layout, count = layout or self.layout, len(scenes.prompts)
+        prompts, negative = encode_prompts(self.base, scenes.prompts), encode_prompts(self.base, [""])
+        owners: list[int | None] = [None] if with_base else []
+        pairs = [(owner, scene) for owner in [*owners, *range(len(rows))] for scene in range(count)]
+        images: list[Image] = []
+        with self.banked(layout) as bank:
+            tensors = layout.unpack(rows.to(self.base.device))
+            for at in range(0, len(pairs), batch):
+                own, shown = zip(*pairs[at : at + batch], strict=True)
+                with bank.holding(tensors, own) if len(rows) else bank.rows(own):
+                    latents = draw_latents(
+                        self.base, prompts[list(shown)], [scenes.seeds[scene] for scene in shown], negative=negative,
+                        steps=scenes.steps, guidance=scenes.guidance, batch=batch,
+                    )  # fmt: skip
+                images += decode(self.base, latents, batch)
+        return [images[at : at + count] for at in range(0, len(images), count)]
+
+    def encode(self, images: Sequence[Image], captions: Sequence[str], of: str = "image") -> Encoded:
+        """Images of the base's size and their captions as training takes them, the first called "<of> 1"."""
+        mean, std = encode_pictures(self.base, to_tensor(images), batch=16)
+        size = (self.base.resolution, self.base.resolution)
+        ids = torch.stack([time_ids(size, size[0])] * len(images)) if self.base.family == "sdxl" else None
+        names = tuple(f"{of} {number + 1}" for number in range(len(images)))
+        return Encoded(mean, std, encode_prompts(self.base, captions), ids, names)
+
+    def train(
+        self, task: Task, bank: Bank, rates: Rates, decay: float, loop: LoopConfig, folder: Path,
+        identity: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Trains the bank's adapters with the one loop; goes on from the newest checkpoint in ``folder``."""
+        groups: dict[str, dict[str, Any]] = {}
+        for layer in bank.layers.values():
+            for name, parameter in layer.bank.named_parameters():  # type: ignore[union-attr]
+                parameter.requires_grad_(True)
+                kind = name.partition("_")[0]
+                lr = rates.transform if kind == "transform" else rates.residual
+                groups.setdefault(kind, {"params": [], "lr": lr, "weight_decay": decay})["params"].append(parameter)
+        identity = {**identity, "layout": self.layout.digest}
+        try:
+            train(
+                task, self.unet, list(groups.values()), loop, folder, resume="latest", identity=identity, progress=False
+            )
+        finally:
+            for parameter in bank.parameters():
+                parameter.requires_grad_(False)

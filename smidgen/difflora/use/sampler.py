@@ -1,0 +1,182 @@
+"""A generator with its base, loaded: from latents to adapters, their contact sheet and their folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from smidgen.bases.stable_diffusion import EMBEDDED, Base
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
+from smidgen.difflora.generator.card import adapter_card
+from smidgen.difflora.generator.generator import SHIPPED, load_generator
+from smidgen.difflora.use import folders
+from smidgen.difflora.use.folders import Photo, write_folder
+from smidgen.difflora.weightspace.layout import Layout
+from smidgen.errors import ConfigError
+from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.data.images import fit
+from smidgen.tasks.diffusion.gallery import SAMPLING
+from smidgen.tasks.report import public_name
+from smidgen.training.randomness import derive
+
+SCENES = (  # of a base that is nobody's own world
+    "a portrait of a person",
+    "a photo of a person in the street, in the rain",
+    "a person smiling, in front of a mountain lake",
+    "an oil painting of a person",
+    "a person with sunglasses, on a beach",
+    "a black and white photo of a person reading a book",
+)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The contact sheet: what is drawn with each adapter, from the same noise in a column."""
+
+    sheet: bool = True  # draw one
+    prompt: tuple[str, ...] = ()  # what to draw; none: scenes that suit the base
+    num_prompts: int = 6  # of those scenes
+    inference_steps: int | None = None  # denoising steps of a picture; None: as the base's kind needs
+    guidance_scale: float | None = None  # away from the empty prompt; None: as the base's kind needs
+    sheet_seed: int = 0  # of scenes and noise
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1 or (self.inference_steps is not None and self.inference_steps < 1):
+            raise ConfigError(
+                f"num_prompts={self.num_prompts}, inference_steps={self.inference_steps}: both start at 1; --no-sheet "
+                "draws nothing."
+            )
+
+    def scenes(self, base: Base) -> Scenes:
+        """What to draw with ``base``."""
+        texts = list(self.prompt)
+        if not texts and base.name == EMBEDDED:
+            import numpy
+
+            from smidgen.bases.embedded import world
+
+            rng = numpy.random.default_rng(derive(self.sheet_seed, "scenes"))
+            texts = [world.caption(world.sample_scene(rng)) for _ in range(self.num_prompts)]
+        texts = texts or list(SCENES[: self.num_prompts])
+        steps, guidance = SAMPLING[EMBEDDED if base.name == EMBEDDED else base.family]
+        guidance = guidance if self.guidance_scale is None else self.guidance_scale
+        seeds = tuple(derive(self.sheet_seed, "sheet", number) for number in range(len(texts)))
+        return Scenes(tuple(texts), seeds, self.inference_steps or steps, guidance)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go, and what makes them."""
+
+    out: Path  # the folder for the adapter
+    generator: Path | None = None  # the generator's folder; None: the one that comes with the package
+    base: str | None = None  # embedded, a pipeline folder, or a hub name; None: as the generator says
+    overwrite: bool = False  # write although --out holds files; those of other names stay
+    sheet: Sheet = field(default_factory=Sheet)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter: its row [numbers] of ``layout``, how it was made, and what it is called on the sheet. ``name`` is its folder
+    below ``--out``, "" for that one itself; None: it is only drawn."""
+
+    row: Tensor
+    layout: Layout
+    label: str
+    name: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written: folders with the bytes of their adapters, the sheet, seconds of each part, and remarks."""
+
+    folders: dict[Path, int]
+    sheet: Path | None
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{folder}: {size:,} bytes" for folder, size in self.folders.items()]
+        lines += [f"contact sheet: {self.sheet}"] if self.sheet else []
+        lines += [*self.notes, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())]
+        return "\n".join(lines)
+
+
+class Sampler:
+    """A generator and the base its adapters are for, loaded; it keeps the time."""
+
+    def __init__(self, output: Output) -> None:
+        self.output = output
+        self.seconds: dict[str, float] = {}
+        with self.timed("loading"):
+            self.folder = output.generator or SHIPPED
+            self.generator = load_generator(self.folder)
+            self.pipeline = AdaptedPipeline.load(output.base or self.generator.base, self.generator.layout)
+            self.base = public_name(self.pipeline.base.name)
+            self.encoders = self.generator.face, self.generator.image
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
+
+    def fitted(self, photos: Sequence[Photo]) -> list[Image.Image]:
+        """Photos as the base and the encoders see them: square, of the base's size."""
+        return [fit(photo.image, self.pipeline.base.resolution) for photo in photos]
+
+    def row(self, latent: Tensor) -> Tensor:
+        """The adapter [1, numbers] of one latent [size]; one at a time, so that its bits do not depend on others."""
+        return self.generator.rows(latent[None])
+
+    def adapter(self, latent: Tensor, label: str, name: str | None = None, **info: Any) -> Adapter:
+        """The adapter of ``latent`` with its recipe."""
+        recipe = {"base": self.base, "generator": self.generator.digest, **info, "latent": latent.tolist()}
+        return Adapter(self.row(latent)[0], self.generator.layout, label, name, recipe)
+
+    def finish(
+        self, scratch: Path, adapters: Sequence[Adapter], images: Sequence[Image.Image], notes: Sequence[str] = ()
+    ) -> Result:
+        """Draws the sheet, with the ``images`` that the adapters were made from, and writes the folders into ``scratch``."""
+        out, shown = self.output.out, self.output.sheet.sheet
+        sheet = self._sheet(adapters, images) if shown else None
+        sizes: dict[Path, int] = {}
+        with self.timed("writing"):
+            for one in adapters:
+                if one.name is None:
+                    continue
+                folder = scratch / one.name
+                size = write_folder(one.layout, one.row, self.pipeline.unet, folder, dict(one.recipe))
+                own = shown and not one.name
+                card = adapter_card(one.layout, self.base, one.recipe, size, own, folders.is_lora(one.layout))
+                (folder / folders.CARD).write_text(card, encoding="utf-8")
+                sizes[out / one.name] = size
+            if sheet is not None:
+                save_image(sheet, scratch / folders.SHEET)
+        return Result(sizes, out / folders.SHEET if shown else None, self.seconds, tuple(notes))
+
+    def _sheet(self, adapters: Sequence[Adapter], images: Sequence[Image.Image]) -> Image.Image:
+        """What it was made from, then the base and each adapter on the same scenes from the same noise."""
+        with self.timed("drawing"):
+            scenes = self.output.sheet.scenes(self.pipeline.base)
+            base: list[Image.Image] = []
+            drawn: dict[int, list[Image.Image]] = {}
+            for layout in {one.layout.digest: one.layout for one in adapters}.values():
+                own = [number for number, one in enumerate(adapters) if one.layout.digest == layout.digest]
+                rows = torch.stack([adapters[number].row for number in own])
+                pictures = self.pipeline.draw(rows, scenes, layout, with_base=not base)
+                base = base or pictures.pop(0)
+                drawn |= dict(zip(own, pictures, strict=True))
+        shown = [Row("made from", list(images)[: len(scenes.prompts)])] if images else []
+        shown += [Row("base model", base), *(Row(a.label, drawn[number], a.note) for number, a in enumerate(adapters))]
+        return contact_sheet(f"{self.output.out.name}: same noise in each column", shown, scenes.prompts)
