@@ -194,7 +194,8 @@ _TLORA_NOTATION = re.compile(r"tlora(\*|_star)?\((\d+),\s*(\d+)\)", re.IGNORECAS
 def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
     """A method and the options its spelling carries: ``"tlora(2,6)"`` is tlora with transform_rank 2, residual_rank 6.
 
-    ``"rotation+spectral"``, a transform and a residual, is a method without a row: it has the members' own defaults.
+    ``"rotation+spectral"``, a transform and a residual, and ``"diagonal"``, a member alone, are methods without a row: they
+    have the members' own defaults.
 
     Raises:
         ConfigError: for a name that is no method or no member, with the nearest ones.
@@ -214,12 +215,28 @@ def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
         for side, member in (("transform", first), ("residual", last)):
             member_options(side, member)  # raises where there is none
         return Method(f"{first}+{last}", first, last, "", "", ""), {}
-    if name not in METHODS:
+    known = {m.name: m for m in known_methods()}
+    if name not in known:
         raise ConfigError(
-            f"Unknown method {method!r}.{did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}, and any transform with "
+            f"Unknown method {method!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, and any transform with "
             "any residual, such as rotation+low_rank."
         )
-    return METHODS[name], {}
+    return known[name], {}
+
+
+def known_methods() -> list[Method]:
+    """The rows of ``METHODS``, then a method for each member that no row is about: the member alone."""
+    rows = {(m.transform, m.residual) for m in METHODS.values()}
+    alone = [Method(name, name, None, "", *_told(member)) for name, member in TRANSFORMS.items()]
+    alone += [Method(name, None, name, "", *_told(member)) for name, member in RESIDUALS.items()]
+    both = TRANSFORMS.keys() & RESIDUALS.keys()  # a name that means either means neither
+    return [*METHODS.values(), *(m for m in alone if (m.transform, m.residual) not in rows and m.name not in both)]
+
+
+def _told(member: type) -> tuple[str, str]:
+    """(first sentence, count) as the docstring of a member's file tells them."""
+    text = inspect.getdoc(inspect.getmodule(member)) or ""
+    return text.partition("\n")[0], text.partition("Count: ")[2].partition("\n")[0].rstrip(".")
 
 
 def learning_rates(method: str, kind: Kind, transform: str | None = None, residual: str | None = None) -> Rates:

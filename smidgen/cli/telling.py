@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 def methods() -> None:
     """List the methods: what each is made of and how many numbers it trains in a matrix."""
-    from smidgen.adapters.methods import METHODS
+    from smidgen.adapters.methods import known_methods
     from smidgen.tasks.report import markdown_table
 
     head = ["method", "transform", "residual", "trained numbers per matrix", "defaults", "paper"]
     rows = []
-    for method in METHODS.values():
+    for method in known_methods():
         defaults = ", ".join(f"{key}={value}" for key, value in method.defaults.items())
         parts = [method.transform or "-", method.residual or "-"]
         rows.append([method.name, *parts, method.formula, defaults, method.paper])

@@ -49,7 +49,7 @@ def test_every_command_takes_its_own_kind():
     assert [control_settings.rates(replace(control, base=b)).transform for b in BASES] == [9e-3, 1e-4]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *PAIRS])
+@pytest.mark.parametrize("method", [*METHODS, *PAIRS, "diagonal"])
 def test_every_method_and_pair_reaches_every_command(method):
     reach_every_command(method)
 

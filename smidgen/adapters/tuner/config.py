@@ -115,7 +115,7 @@ class SmidgenConfig(PeftConfig):
 
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
-        parts = [self.method or f"{self.transform or 'none'}+{self.residual or 'none'}"]
+        parts = [self.method or "+".join(filter(None, (self.transform, self.residual)))]
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
