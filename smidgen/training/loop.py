@@ -199,6 +199,7 @@ class _Run:
             if config.ema_decay:
                 snapshots.put(self.trained, snapshots.averages(self.trained, self.optimizer.optimizer))
         finally:
+            self.stepper.reach.close()
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False).train(was_training)
             for tracker in self.accelerator.trackers:
                 tracker.finish()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smidgen.errors import TrainingError
 from smidgen.training.processes import gathered, sum_gradients
 from smidgen.training.randomness import derive
+from smidgen.training.reach import Reach
 
 Batch = Mapping[str, Any]
 
@@ -30,6 +31,7 @@ class Stepper:
     ):
         self.accelerator, self.task, self.model, self.optimizer = accelerator, task, model, optimizer
         self.trained = list(trained.values())
+        self.reach = Reach(accelerator, model, trained)
         self.base_rates = [float(group["lr"]) for group in optimizer.param_groups]
 
     def __call__(
@@ -38,7 +40,8 @@ class Stepper:
         """Train step number ``step`` with learning rates times ``factor``.
 
         Returns the loss, the mean over all batches by weight, and the signal that any process has ``received`` (0:
-        none): both are the same on every process. Raises NotFinite on every process before anything is changed.
+        none): both are the same on every process. Raises NotFinite on every process before anything is changed, and
+        TrainingError when the loss does not reach a trained layer.
         """
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
@@ -56,6 +59,7 @@ class Stepper:
         if not math.isfinite(mean):
             self._refuse("loss", mean, bad)
         sum_gradients(self.accelerator, self.trained)
+        self._check_reach()
         norm = self._clip(max_grad_norm)
         if self.accelerator.scaler is None and not math.isfinite(norm):  # fp16's scaler skips such a step by itself
             self._refuse("gradient norm", float(norm), [name for batch in batches for name in _names(batch)])
@@ -95,8 +99,17 @@ class Stepper:
         with accelerator.accumulate(self.model):
             with accelerator.autocast():
                 loss = self.task.loss(self.model, _to(batch, accelerator.device))
+            if not loss.requires_grad:
+                raise self.reach.nothing()
             accelerator.backward(loss * (share * accelerator.gradient_accumulation_steps))  # which divides by the parts
         return float(loss.detach())
+
+    def _check_reach(self) -> None:
+        try:
+            self.reach.check()
+        except TrainingError:
+            self.optimizer.zero_grad()
+            raise
 
     def _clip(self, most: float) -> Tensor:
         """The gradient's norm; a task that trains many adapters at once cuts each of them alone."""
