@@ -64,12 +64,12 @@ class Bench:
     def __init__(self) -> None:
         import torch
 
-        from smidgen.bases.stable_diffusion import encode_prompts, load_base
+        from smidgen.bases.families import load_base
 
         torch.set_num_threads(1)
         self.base = load_base("embedded")
-        self.clean = copy.deepcopy(self.base.unet)
-        self.nothing = encode_prompts(self.base, [""])
+        self.clean = copy.deepcopy(self.base.model)
+        self.nothing = self.base.encode_prompts([""])
         self.stored = _encoded(self.base)
 
     def cell(self, control: str, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
@@ -94,53 +94,52 @@ class Bench:
         from smidgen.training.loop import LoopConfig
 
         task = self._task("train", control, BATCH, seed)
-        hint.attach(self.base.unet, hint.config_for(self.base, control), seed)
+        hint.attach(self.base.model, hint.config_for(self.base, control), seed)
         loop = LoopConfig(max_train_steps=steps, lr_warmup_steps=20, seed=seed, checkpointing_steps=steps)
         rates = Rates(rate, rate if method.startswith("OFT") else 0.3 * rate, HINT_RATE)
         with tempfile.TemporaryDirectory() as folder:
             options: dict[str, Any] = {"heads": (hint.NAME,), "progress": False}
-            run = fit(method, self.base.unet, task, setup(method, seed), rates, loop, Path(folder), **options)
+            run = fit(method, self.base.model, task, setup(method, seed), rates, loop, Path(folder), **options)
         numbers = 0 if method == "hint alone" else run.trained_numbers
         figures = {"numbers": numbers, "hint_numbers": run.head_numbers, "bytes": run.bytes, "seconds": run.seconds}
         return figures | {"loss": float(np.mean(run.losses[-50:]))}
 
     def _task(self, part: str, control: str, batch: int, seed: int) -> Any:
-        from smidgen.bases.stable_diffusion import Prompts
-        from smidgen.tasks.control.task import make_task
+        from smidgen.bases.protocol import Prompts
+        from smidgen.tasks.control.task import ControlTask
         from smidgen.tasks.diffusion.task import Encoded
 
         kept = self.stored[part]
         names = tuple(str(number) for number in range(len(kept["mean"])))
-        encoded = Encoded(kept["mean"], kept["std"], Prompts(kept["embeds"]), None, names)
-        return make_task(self.base, encoded, kept[control], batch_size=batch, seed=seed)
+        encoded = Encoded(kept["mean"], kept["std"], Prompts({"embeds": kept["embeds"]}), names)
+        return ControlTask(encoded, self.base, controls=kept[control], batch_size=batch, seed=seed)
 
     def _validate(self, control: str) -> float:
         """The loss on the tuning pictures, with the same noise and timesteps for every method."""
         import torch
 
         task = self._task("tune", control, HELD_OUT, TUNING_SEED + 1)
-        self.base.unet.eval()
+        self.base.model.eval()
         with torch.no_grad():
-            return float(np.mean([float(task.loss(self.base.unet, task.batch(index))) for index in range(6)]))
+            return float(np.mean([float(task.loss(self.base.model, task.batch(index))) for index in range(6)]))
 
     def _draw(self, seed: int, controls: Any) -> list:
-        from smidgen.bases.stable_diffusion import Prompts, draw
+        from smidgen.bases.protocol import Prompts
         from smidgen.tasks.control.sampling import draw_controlled
         from smidgen.training.randomness import derive
 
-        self.base.unet.eval()
-        prompts = Prompts(self.stored["test"]["embeds"])
+        self.base.model.eval()
+        prompts = Prompts({"embeds": self.stored["test"]["embeds"]})
         seeds = [derive(seed, "bench", number) for number in range(HELD_OUT)]
         options: dict[str, Any] = {"negative": self.nothing, "steps": DRAW_STEPS, "guidance": GUIDANCE, "batch": 16}
         if controls is None:
-            return draw(self.base, prompts, seeds, **options)
+            return self.base.draw(prompts, seeds, **options)
         return draw_controlled(self.base, prompts, seeds, controls, **options)
 
     def _real(self) -> list:
         """The real pictures as the base's autoencoder gives them back: what no adapter can be expected to beat."""
-        from smidgen.bases.stable_diffusion import decode
 
-        return decode(self.base, self.stored["test"]["mean"])
+        return self.base.decode(self.stored["test"]["mean"])
 
 
 def setup(method: str, seed: int) -> Any:
@@ -178,15 +177,14 @@ def _drawn(base: Any, part: str, count: int, number: int) -> dict[str, Any]:
     import torch
 
     from smidgen.bases.embedded import pose, world
-    from smidgen.bases.stable_diffusion import encode_pictures, encode_prompts
     from smidgen.tasks.control.pairs import as_controls, control_of
     from smidgen.tasks.data.images import to_tensor
 
     rng = np.random.default_rng([number, 500])
     portraits = [pose.sample_portrait(rng, "train" if part == "train" else "test") for _ in range(count)]
-    mean, std = encode_pictures(base, to_tensor([portrait.picture() for portrait in portraits]), 16)
+    mean, std = base.encode_images(to_tensor([portrait.picture() for portrait in portraits]), 16)
     found = {"mean": mean, "std": std}
-    found["embeds"] = encode_prompts(base, [world.caption(portrait.scene) for portrait in portraits]).embeds
+    found["embeds"] = base.encode_prompts([world.caption(portrait.scene) for portrait in portraits]).tensors["embeds"]
     found["points"] = torch.from_numpy(np.stack([portrait.landmarks() for portrait in portraits]))
     for control in CONTROLS:
         found[control] = as_controls([control_of(portrait, control) for portrait in portraits])

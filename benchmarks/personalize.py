@@ -52,19 +52,19 @@ class Bench:
     def __init__(self) -> None:
         import torch
 
-        from smidgen.bases.judging import EmbeddedJudge
-        from smidgen.bases.stable_diffusion import encode_prompts, load_base
+        from smidgen.bases.embedded.base import EmbeddedJudge
+        from smidgen.bases.families import load_base
 
         torch.set_num_threads(1)
         self.base = load_base("embedded")
         self.judge = EmbeddedJudge()
         self.scenes = self.judge.prompts(SCENES, seed=1)
-        self.prompts, self.nothing = encode_prompts(self.base, self.scenes), encode_prompts(self.base, [""])
-        self.clean = copy.deepcopy(self.base.unet)
+        self.prompts, self.nothing = self.base.encode_prompts(self.scenes), self.base.encode_prompts([""])
+        self.clean = copy.deepcopy(self.base.model)
 
     def cell(self, method: str, rate: float, person: int, seed: int) -> dict[str, float]:
         """Train one adapter and score it; ``base`` draws without any."""
-        from smidgen.tasks.diffusion.task import make_task
+        from smidgen.tasks.diffusion.task import PersonalizeTask
         from smidgen.training.fitting import Rates, fit
         from smidgen.training.loop import LoopConfig
 
@@ -72,12 +72,12 @@ class Bench:
         self.base.pipe.unet = copy.deepcopy(self.clean)
         figures: dict[str, float] = {}
         if method != "base":
-            task = make_task(self.base, encoded, batch_size=BATCH, seed=seed)
+            task = PersonalizeTask(encoded, self.base, batch_size=BATCH, seed=seed)
             setup = config_of(method, seed)
             loop = LoopConfig(max_train_steps=STEPS, seed=seed, checkpointing_steps=STEPS)
             with tempfile.TemporaryDirectory() as folder:
                 rates = Rates(rate, 0.3 * rate)
-                run = fit(method, self.base.unet, task, setup, rates, loop, Path(folder), progress=False)
+                run = fit(method, self.base.model, task, setup, rates, loop, Path(folder), progress=False)
             figures = {"numbers": run.trained_numbers, "bytes": run.bytes, "seconds": run.seconds}
         return figures | self._score(subject, seed)
 
@@ -94,12 +94,12 @@ class Bench:
             return subject, encode_examples(self.base, found.pictures, found.captions, self.base.resolution)
 
     def _score(self, subject: list, seed: int) -> dict[str, float]:
-        from smidgen.bases.stable_diffusion import draw
+
         from smidgen.training.randomness import derive
 
         noise = [derive(seed, "bench", number) for number in range(SCENES)]
         options: dict[str, Any] = {"negative": self.nothing, "steps": DRAW_STEPS, "guidance": GUIDANCE}
-        images = draw(self.base, self.prompts, noise, **options)
+        images = self.base.draw(self.prompts, noise, **options)
         return self.judge.scores(images, self.scenes, subject)
 
 

@@ -23,8 +23,7 @@ from torch import nn
 
 import smidgen
 from benchmarks._harness import write_result
-from smidgen.bases.judging import judge_for
-from smidgen.bases.stable_diffusion import draw, encode_prompts, load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.zoo.settings import Subjects, ZooConfig, adapter_config, rates
@@ -32,7 +31,7 @@ from smidgen.difflora.zoo.subjects import make_subjects
 from smidgen.lab.audit.scenes import AuditScenes, scenes_seed
 from smidgen.lab.audit.settings import Drawing
 from smidgen.tasks.data.images import Picture, load_picture
-from smidgen.tasks.diffusion.task import encode_examples, make_task
+from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples
 from smidgen.tasks.personalize.settings import PRESETS
 from smidgen.training.loop import train
 from smidgen.training.randomness import derive
@@ -93,11 +92,11 @@ def train_until(
     recipe = ZooConfig(adapter=chosen.adapter, train=chosen.train)
     base = load_base(recipe.base)
     encoded = encode_examples(base, pictures, [picture.caption for picture in pictures], base.resolution)
-    task = make_task(base, encoded, batch_size=chosen.data.train_batch_size, seed=recipe.train.seed)
+    task = PersonalizeTask(encoded, base, chosen.data.train_batch_size, recipe.train.seed)
     judged = scorer(base, drawing)
-    smidgen.adapt(base.unet, adapter_config(recipe))
+    smidgen.adapt(base.model, adapter_config(recipe))
     rate = rates(recipe)
-    groups = smidgen.parameter_groups(base.unet, lr=rate.residual, transform_lr=rate.transform)
+    groups = smidgen.parameter_groups(base.model, lr=rate.residual, transform_lr=rate.transform)
     clock, seen = Clock(), {"steps": 0, "cpu": 0.0, "wall": 0.0}
 
     def look(model: nn.Module, step: int, folder: Path) -> None:
@@ -115,7 +114,7 @@ def train_until(
     reached = False
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(task, base.unet, groups, loop, folder, progress=False)
+            train(task, base.model, groups, loop, folder, progress=False)
         except Reached:
             reached = True
         except TimeoutError:
@@ -125,15 +124,15 @@ def train_until(
 
 def scorer(base: Any, drawing: Drawing) -> Callable[[Sequence[Any]], float]:
     """Draws with whatever adapter is on and scores by somebody's own pictures; scenes and noise of an audit of seed 0."""
-    judge, seed = judge_for(base), scenes_seed(0)
+    judge, seed = base.judge(), scenes_seed(0)
     assert judge is not None
     texts = judge.prompts(drawing.scenes, seed)
-    prompts, negative = encode_prompts(base, texts), encode_prompts(base, [""])
+    prompts, negative = base.encode_prompts(texts), base.encode_prompts([""])
     seeds = [derive(seed, "gate", number) for number in range(len(texts))]
     how: dict[str, Any] = {"steps": drawing.inference_steps, "guidance": drawing.guidance_scale}
 
     def identity(own: Sequence[Any]) -> float:
-        return judge.scores(draw(base, prompts, seeds, negative=negative, **how), texts, own)["identity"]
+        return judge.scores(base.draw(prompts, seeds, negative=negative, **how), texts, own)["identity"]
 
     return identity
 
@@ -154,7 +153,7 @@ def main() -> None:
         scenes = AuditScenes(generator.base, generator.layout, None, drawing, 0)
         side = scenes.pipeline.base.resolution
         loaded = [[load_picture(picture.path, side) for picture in own] for own in everybody]
-        photos, plain = [own[0] for own in loaded], load_base(generator.base).unet
+        photos, plain = [own[0] for own in loaded], load_base(generator.base).model
         figures: dict[str, float] = {"people": len(photos), "numbers": generator.layout.size}
         for threads in (1, 2):
             cpu, wall = predict_seconds(generator, photos, plain, threads)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import write_result
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.zoo.build import job_of, open_zoo
 from smidgen.difflora.zoo.group import GroupTrainer, trainer
 from smidgen.difflora.zoo.settings import PRESETS, Subjects, ZooConfig, adapter_config, rates
@@ -91,7 +91,7 @@ class Bench:
         self.config, zoo = config, open_zoo(config)
         everybody = replace(config, group=replace(config.group, group_size=config.subjects.people))
         people = job_of(everybody, zoo, read_subjects(config.out), 0, keep_work=False).people
-        self.trainer, self.plain = trainer(config), load_base(config.base).unet.requires_grad_(False)
+        self.trainer, self.plain = trainer(config), load_base(config.base).model.requires_grad_(False)
         self.names = [person.id for person in people]
         self.tasks = [self.trainer.task(person, self.trainer.encode(person)) for person in people]
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.api import default_targets
+from smidgen.adapters.methods import Kind
 from smidgen.bases.packaged import debug
 from smidgen.errors import ConfigError, DataError, MissingExtraError, did_you_mean
 from smidgen.training.quiet import quiet
@@ -45,11 +47,22 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A base with its head; ``heads`` are the modules to train beside any adapter, by name."""
+class TransformersBase:
+    """A base with its head, as ``protocol.ReadingBase`` has it."""
 
+    name: str
     model: Any
     heads: tuple[str, ...]
+    kind: Kind
+
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.name)
+
+    def targets(self) -> set[str]:
+        return default_targets(self.model)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
 
 
 def locate(name: str) -> str:
@@ -94,7 +107,9 @@ def locate_data(name: str | None) -> Path:
     return path
 
 
-def load_classifier(auto: str, name: str, head: Head, seed: int, precision: str, dropout: float | None) -> Loaded:
+def load_classifier(
+    auto: str, name: str, head: Head, seed: int, precision: str, dropout: float | None
+) -> TransformersBase:
     """The base ``name`` by the transformers class ``auto`` (AutoModelFor...), with a head for ``head``.
 
     A head of the right size that the folder already holds keeps its numbers; all else the folder lacks starts from
@@ -107,15 +122,16 @@ def load_classifier(auto: str, name: str, head: Head, seed: int, precision: str,
     _start(model, missing, seed)
     for module in heads:
         model.get_submodule(module).float()  # trained in fp32 whatever the base's precision
-    return Loaded(model, heads)
+    kind: Kind = "vision" if "Image" in auto else "decoder" if getattr(model.config, "is_decoder", False) else "encoder"
+    return TransformersBase(name, model, heads, kind)
 
 
-def load_language_model(name: str, precision: str, dropout: float | None) -> Loaded:
+def load_language_model(name: str, precision: str, dropout: float | None) -> TransformersBase:
     """The causal language model ``name``; it needs no new head."""
     model, missing = _load("AutoModelForCausalLM", name, precision, dropout)
     if missing:
         raise ConfigError(f"{name} does not hold a whole language model: {min(missing)!r} is missing.")
-    return Loaded(model, ())
+    return TransformersBase(name, model, (), "decoder")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -20,16 +20,9 @@ import smidgen
 from smidgen.adapters.methods import Rates
 from smidgen.adapters.tuner.bank import Bank
 from smidgen.adapters.tuner.peft_bridge import remove
-from smidgen.bases.stable_diffusion import (
-    Base,
-    decode,
-    default_device,
-    draw_latents,
-    encode_pictures,
-    encode_prompts,
-    load_base,
-    time_ids,
-)
+from smidgen.bases.families import load_base
+from smidgen.bases.pipelines import default_device
+from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, check_model, layout_of
 from smidgen.errors import BaseLockError
 from smidgen.tasks.data.images import to_tensor
@@ -51,20 +44,20 @@ class Scenes:
 
 
 class AdaptedPipeline:
-    """A base whose ``unet`` carries one frozen adapter, as it is before training, for banks to share its factors.
+    """A base whose denoiser, ``model``, carries one frozen adapter, as it is before training, for banks to share its factors.
 
     Attributes:
         config: of the adapter, and so of those of the banks.
         layout: what each number of a weight vector is.
     """
 
-    def __init__(self, base: Base, config: smidgen.SmidgenConfig, layout: Layout | None = None) -> None:
+    def __init__(self, base: ImageBase, config: smidgen.SmidgenConfig, layout: Layout | None = None) -> None:
         self.base = base
-        self.unet: nn.Module = base.unet
-        smidgen.adapt(self.unet, config)
-        self.config: smidgen.SmidgenConfig = base.unet.peft_config["default"]
-        self.layout = layout or layout_of(self.unet, self.config)
-        self.unet.requires_grad_(False)
+        self.model: nn.Module = base.model
+        smidgen.adapt(self.model, config)
+        self.config: smidgen.SmidgenConfig = base.model.peft_config["default"]
+        self.layout = layout or layout_of(self.model, self.config)
+        self.model.requires_grad_(False)
 
     @classmethod
     def load(cls, name: str, adapter: Layout | smidgen.SmidgenConfig, precision: str = "no") -> AdaptedPipeline:
@@ -77,7 +70,7 @@ class AdaptedPipeline:
         if not isinstance(adapter, Layout):
             return cls(base, adapter)
         try:
-            check_model(adapter, base.unet)
+            check_model(adapter, base.model)
         except BaseLockError as error:
             raise BaseLockError(f"The adapters are for another base than {name!r}: {error}") from error
         return cls(base, smidgen.SmidgenConfig(**adapter.config), adapter)
@@ -89,33 +82,33 @@ class AdaptedPipeline:
         Raises:
             SmidgenError: what a seed decides is frozen in this config, so adapters of a bank share it.
         """
-        bank = Bank(self.unet, self.config, names)
-        bank.put(names[0], self.unet)
+        bank = Bank(self.model, self.config, names)
+        bank.put(names[0], self.model)
         for name, seed in zip(names, seeds, strict=bool(seeds)):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
-                smidgen.adapt(self.unet, replace(self.config, seed=seed), "start")
+                smidgen.adapt(self.model, replace(self.config, seed=seed), "start")
                 try:
-                    bank.put(name, self.unet, "start")
+                    bank.put(name, self.model, "start")
                 finally:
-                    remove(self.unet, "start")
-                    self.unet.requires_grad_(False)
+                    remove(self.model, "start")
+                    self.model.requires_grad_(False)
         return bank
 
     @contextmanager
     def banked(self, layout: Layout | None = None) -> Iterator[Bank]:
         """Within, a bank to hold weight vectors of ``layout``: the pipeline's own, or one of more rank. Whatever bank was
         there is back afterwards."""
-        before = {name: module.bank for name, module in self.unet.named_modules() if hasattr(module, "bank_held")}
+        before = {name: module.bank for name, module in self.model.named_modules() if hasattr(module, "bank_held")}
         own = layout is None or layout.config == self.layout.config
         try:
-            bank = self.bank(["row"]) if own else Bank(self.unet, smidgen.SmidgenConfig(**layout.config), ["row"])  # type: ignore[union-attr]
+            bank = self.bank(["row"]) if own else Bank(self.model, smidgen.SmidgenConfig(**layout.config), ["row"])  # type: ignore[union-attr]
             for parameter in bank.parameters():
                 parameter.requires_grad_(False)
             yield bank
         finally:
             for name, module in before.items():
-                self.unet.get_submodule(name).bank = module
+                self.model.get_submodule(name).bank = module
 
     @torch.no_grad()
     def draw(
@@ -124,7 +117,7 @@ class AdaptedPipeline:
         """Images [adapter][scene] of the weight vectors ``rows`` [n, size] of ``layout`` (None: the pipeline's own), after
         those of the base alone if asked for; the same noise for all in a scene."""
         layout, count = layout or self.layout, len(scenes.prompts)
-        prompts, negative = encode_prompts(self.base, scenes.prompts), encode_prompts(self.base, [""])
+        prompts, negative = self.base.encode_prompts(scenes.prompts), self.base.encode_prompts([""])
         owners: list[int | None] = [None] if with_base else []
         pairs = [(owner, scene) for owner in [*owners, *range(len(rows))] for scene in range(count)]
         images: list[Image] = []
@@ -133,20 +126,18 @@ class AdaptedPipeline:
             for at in range(0, len(pairs), batch):
                 own, shown = zip(*pairs[at : at + batch], strict=True)
                 with bank.holding(tensors, own) if len(rows) else bank.rows(own):
-                    latents = draw_latents(
-                        self.base, prompts[list(shown)], [scenes.seeds[scene] for scene in shown], negative=negative,
+                    latents = self.base.draw_latents(
+                        prompts[list(shown)], [scenes.seeds[scene] for scene in shown], negative=negative,
                         steps=scenes.steps, guidance=scenes.guidance, batch=batch,
                     )  # fmt: skip
-                images += decode(self.base, latents, batch)
+                images += self.base.decode(latents, batch)
         return [images[at : at + count] for at in range(0, len(images), count)]
 
     def encode(self, images: Sequence[Image], captions: Sequence[str], of: str = "image") -> Encoded:
         """Images of the base's size and their captions as training takes them, the first called "<of> 1"."""
-        mean, std = encode_pictures(self.base, to_tensor(images), batch=16)
-        size = (self.base.resolution, self.base.resolution)
-        ids = torch.stack([time_ids(size, size[0])] * len(images)) if self.base.family == "sdxl" else None
+        mean, std = self.base.encode_images(to_tensor(images), batch=16)
         names = tuple(f"{of} {number + 1}" for number in range(len(images)))
-        return Encoded(mean, std, encode_prompts(self.base, captions), ids, names)
+        return Encoded(mean, std, self.base.encode_prompts(captions), names)
 
     def train(
         self, task: Task, bank: Bank, rates: Rates, decay: float, loop: LoopConfig, folder: Path,
@@ -163,7 +154,14 @@ class AdaptedPipeline:
         identity = {**identity, "layout": self.layout.digest}
         try:
             train(
-                task, self.unet, list(groups.values()), loop, folder, resume="latest", identity=identity, progress=False
+                task,
+                self.model,
+                list(groups.values()),
+                loop,
+                folder,
+                resume="latest",
+                identity=identity,
+                progress=False,
             )
         finally:
             for parameter in bank.parameters():

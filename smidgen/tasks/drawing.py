@@ -12,7 +12,9 @@ from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
-from smidgen.bases.stable_diffusion import Base, default_device, draw, encode_prompts, load_base
+from smidgen.bases.families import load_base
+from smidgen.bases.pipelines import default_device
+from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError
 from smidgen.tasks.contact_sheet import save_image
 from smidgen.tasks.control import hint
@@ -20,7 +22,6 @@ from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import UNREADABLE, load_picture
-from smidgen.tasks.diffusion.gallery import SAMPLING
 from smidgen.tasks.report import markdown_table
 from smidgen.training import engine
 
@@ -56,17 +57,15 @@ def generate(
     made = _check_control(adapter, control, edges_of)
     loaded = load_base(base, mixed_precision, default_device())
     if made is not None:
-        hint.attach(loaded.unet, made)
-    config = engine.load(loaded.unet, adapter)
+        hint.attach(loaded.model, made)
+    config = engine.load(loaded.model, adapter)
     _set_strength(loaded, engine.is_ours(config), strength)
-    usual = SAMPLING["embedded" if base == "embedded" else loaded.family]
     prompts = [text for text in prompt for _ in range(num_images)]
     seeds = [seed + number for _ in prompt for number in range(num_images)]
-    encoded = encode_prompts(loaded, prompts)
-    options: dict[str, Any] = {"negative": encode_prompts(loaded, [negative_prompt]), "steps": steps or usual[0]}
-    options["guidance"] = usual[1] if guidance is None else guidance
+    encoded = loaded.encode_prompts(prompts)
+    options = {"negative": loaded.encode_prompts([negative_prompt]), **loaded.sampling.chosen(steps, guidance)}
     if made is None:
-        images = draw(loaded, encoded, seeds, **options)
+        images = loaded.draw(encoded, seeds, **options)
     else:
         controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
         images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
@@ -85,11 +84,11 @@ def verify(adapter: Path, base: str) -> tuple[bool, str]:
     loaded = load_base(base, "no", default_device())
     made = hint.read_config(adapter)
     if made is not None:
-        hint.attach(loaded.unet, made)
+        hint.attach(loaded.model, made)
     if kind != PEFT_TYPE_NAME:
-        engine.load(loaded.unet, adapter)
+        engine.load(loaded.model, adapter)
         return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."
-    found = smidgen.verify(loaded.unet, adapter)
+    found = smidgen.verify(loaded.model, adapter)
     return bool(found.ok), str(found)
 
 
@@ -173,12 +172,12 @@ def _lock_words(lock: dict[str, Any] | None) -> str:
     return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
 
 
-def _set_strength(base: Base, ours: bool, strength: float) -> None:
+def _set_strength(base: ImageBase, ours: bool, strength: float) -> None:
     if strength == 1.0:
         return
     if not ours:
         raise ConfigError("--strength needs one of smidgen's adapters; peft's own keep their own scale.")
-    smidgen.set_strength(base.unet, strength)
+    smidgen.set_strength(base.model, strength)
 
 
 def _slug(text: str) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.bases.families import card_lines
 from smidgen.training.checkpoints import replace_file
 
 
@@ -85,9 +86,8 @@ tags: [smidgen, {", ".join(tags)}, text-to-image, diffusers]
 def model_card(report: Report, prompts: Sequence[str], subject: str) -> str:
     """README.md of an adapter folder. ``subject`` is the words that call the subject up."""
     base, entry = public_name(report.base), report.entry
-    load_base = "smidgen.embedded_base()" if base == "embedded" else repr(base)
-    sampling = ", num_inference_steps=20, guidance_scale=3" if base == "embedded" else ""
-    pipeline = "DiffusionPipeline.from_pretrained(" + load_base + ")"
+    loaded, sampling = card_lines(base)
+    pipeline = f"DiffusionPipeline.from_pretrained({loaded})"
     examples = "\n".join(f"- `{prompt}`" for prompt in prompts[:4])
     return f"""{front_matter(base, report.method)}
 

@@ -129,4 +129,4 @@ def _names(batch: Batch) -> list[str]:
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {key: value.to(device) if hasattr(value, "to") else value for key, value in batch.items()}

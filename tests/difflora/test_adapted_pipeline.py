@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import smidgen
-from smidgen.bases.stable_diffusion import draw, encode_prompts, load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
 from smidgen.difflora.use.refine import widened
 from smidgen.difflora.weightspace.layout import write_adapter
@@ -25,8 +25,8 @@ def rows(pipeline: AdaptedPipeline, count: int) -> torch.Tensor:
 
 def alone(base, scenes: Scenes) -> list:
     """The same scenes with whatever ``base`` carries, without a bank."""
-    options = {"steps": scenes.steps, "guidance": scenes.guidance, "negative": encode_prompts(base, [""])}
-    return draw(base, encode_prompts(base, scenes.prompts), scenes.seeds, **options)
+    options = {"steps": scenes.steps, "guidance": scenes.guidance, "negative": base.encode_prompts([""])}
+    return base.draw(base.encode_prompts(scenes.prompts), scenes.seeds, **options)
 
 
 def near(one, other) -> bool:
@@ -41,9 +41,9 @@ def test_each_adapter_draws_as_if_alone(pipeline, base, tmp_path, batch):
     plain = load_base(base)
     assert near(of_base, alone(plain, SCENES))
     for number, found in enumerate(drawn):
-        folder = write_adapter(pipeline.layout, vectors[number], load_base(base).unet, tmp_path / str(number))
+        folder = write_adapter(pipeline.layout, vectors[number], load_base(base).model, tmp_path / str(number))
         own = load_base(base)
-        smidgen.load(own.unet, folder)
+        smidgen.load(own.model, folder)
         assert near(found, alone(own, SCENES)) and not near(found, of_base)
 
 
@@ -72,17 +72,17 @@ def test_banks_start_alike_or_each_from_its_seed(base):
         return [pipeline.layout.pack(bank.get(name)) for name in bank.names]
 
     assert torch.equal(*starts()) and not torch.equal(*starts(1, 2)) and torch.equal(*starts(1, 1))
-    assert list(pipeline.unet.peft_config) == ["default"]
+    assert list(pipeline.model.peft_config) == ["default"]
     frozen = AdaptedPipeline.load(str(base), smidgen.config("seeded", r=2, target_modules=["to_q"]))
     with pytest.raises(SmidgenError, match="another seed"):
         frozen.bank(["ann", "bob"], [1, 2])
-    assert list(frozen.unet.peft_config) == ["default"], "nothing stays behind"
+    assert list(frozen.model.peft_config) == ["default"], "nothing stays behind"
 
 
 def test_another_base_is_refused(pipeline, base, monkeypatch):
     def other(*args):
         loaded = load_base(*args)
-        for name, parameter in loaded.unet.named_parameters():
+        for name, parameter in loaded.model.named_parameters():
             parameter.data.mul_(-1 if ".to_" in name else 1)
         return loaded
 

@@ -9,7 +9,7 @@ import torch
 from damage import rewrite
 from PIL import Image
 
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.families import load_base
 from smidgen.cli.dispatch import main
 from smidgen.difflora.generator import settings as generator_settings
 from smidgen.difflora.generator.fit import fit
@@ -185,7 +185,7 @@ def test_generator_of_another_base(copied, config):
 def test_zoo_of_another_base_than_this_machines(zoo, config, monkeypatch):
     def other(*args):
         base = load_base(*args)
-        for name, parameter in base.unet.named_parameters():
+        for name, parameter in base.model.named_parameters():
             parameter.data.mul_(-1 if ".to_" in name else 1)
         return base
 

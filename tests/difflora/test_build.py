@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.difflora.zoo import build as build_module
 from smidgen.difflora.zoo import group as group_module
@@ -60,7 +60,7 @@ def one_by_one(config: ZooConfig, folder: Path) -> tuple[torch.Tensor, list[list
     for person in job_of(replace(config, group=replace(config.group, group_size=99)), zoo, subjects, 0, False).people:
         group = trainer(config)
         task = group.task(person, group.encode(person))
-        unet = load_base(config.base).unet
+        unet = load_base(config.base).model
         done = fit(
             person.id,
             unet,
@@ -144,9 +144,7 @@ def test_common_random_numbers_and_start_can_be_switched_off(config):
     zoo = open_zoo(config)
     members = job_of(config, zoo, read_subjects(config.out), 0, False).people
     common = [group.task(p, group.encode(p)).batch(3) for p in members]
-    assert torch.equal(common[0]["noise"], common[1]["noise"]) and torch.equal(
-        common[0]["timesteps"], common[1]["timesteps"]
-    )
+    assert torch.equal(common[0]["noise"], common[1]["noise"]) and torch.equal(common[0]["levels"], common[1]["levels"])
     group.config = replace(config, group=replace(config.group, common_noise=False))
     apart = [group.task(p, group.encode(p)).batch(3) for p in members]
     group.config = config

@@ -4,7 +4,6 @@ import json
 import struct
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 import smidgen
 from smidgen.bases.embedded import world
-from smidgen.bases.stable_diffusion import encode_prompts, load_base
+from smidgen.bases.families import load_base
 from smidgen.cli import main
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.directions import Space, fit_space, load_directions, parse_sliders, save_directions
@@ -135,26 +134,26 @@ def test_smidgen_peft_and_diffusers_read_the_same_adapter(predicted):
         base = load_base("embedded")
         put(base)
         with torch.no_grad():
-            return answer(base, encode_prompts(base, ["a portrait of a person"]), 64)
+            return answer(base, base.encode_prompts(["a portrait of a person"]), 64)
 
     def by_peft(base) -> None:
-        peft.PeftModel.from_pretrained(base.unet, str(predicted))
+        peft.PeftModel.from_pretrained(base.model, str(predicted))
 
     plain = answers(lambda base: None)
-    ours = answers(lambda base: smidgen.load(base.unet, predicted))
+    ours = answers(lambda base: smidgen.load(base.model, predicted))
     assert (ours - plain).norm() > 1e-4 * plain.norm()
     assert torch.allclose(answers(by_peft), ours, atol=1e-6)
     theirs = answers(lambda base: base.pipe.load_lora_weights(str(predicted), weight_name=DIFFUSERS_NAME))
     assert torch.allclose(theirs, ours, atol=1e-5)
-    merged = answers(lambda base: smidgen.merge(smidgen.load(base.unet, predicted)))
+    merged = answers(lambda base: smidgen.merge(smidgen.load(base.model, predicted)))
     assert torch.allclose(merged, ours, atol=1e-4)
 
 
 def test_it_can_be_trained_further(predicted, embedded):
     base = load_base("embedded")
-    smidgen.load(base.unet, predicted)
-    answer(base, encode_prompts(base, ["a portrait of a person"]), 64).square().mean().backward()
-    trained = [p for p in base.unet.parameters() if p.requires_grad]
+    smidgen.load(base.model, predicted)
+    answer(base, base.encode_prompts(["a portrait of a person"]), 64).square().mean().backward()
+    trained = [p for p in base.model.parameters() if p.requires_grad]
     assert trained and all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
 
 
@@ -286,8 +285,8 @@ def test_a_refined_prediction_is_an_adapter_too(trained, photos, tmp_path, predi
     assert recipe["captions"][0].startswith("a portrait of a person")
     assert _rank(out) == _rank(predicted) + 1
     base = load_base("embedded")
-    smidgen.load(base.unet, out)
-    assert smidgen.verify(base.unet, out).ok
+    smidgen.load(base.model, out)
+    assert smidgen.verify(base.model, out).ok
     commands.predict([photos[0]], work(tmp_path / "kept", trained), refine=Refine(steps=2, keep_rank=True))
     assert _rank(tmp_path / "kept") == _rank(predicted)
     commands.predict([photos[0]], work(tmp_path / "zero", trained), refine=Refine(steps=0))
@@ -303,8 +302,8 @@ def test_a_generator_of_vectors(photos, tmp_path):
     assert not (out / DIFFUSERS_NAME).exists()
     assert _rank(out) == 8
     base = load_base("embedded")
-    smidgen.load(base.unet, out)
-    assert smidgen.verify(base.unet, out).ok
+    smidgen.load(base.model, out)
+    assert smidgen.verify(base.model, out).ok
 
 
 # ---- edit ---------------------------------------------------------------------------------------------------------
@@ -410,7 +409,7 @@ def test_calibration_takes_the_least_length_at_which_the_word_is_read(trained, s
             return {direction.attribute: words, "other": {"x": sure * 0 + 1, "y": sure * 0}}
 
     class Table:
-        base = SimpleNamespace(name="embedded")
+        base = load_base("embedded")
 
         def draw(self, rows, scenes):
             return [[row] for row in rows]

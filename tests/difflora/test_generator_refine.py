@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from smidgen.adapters.tuner.config import SmidgenConfig
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.use.refine import Refine, refine_rows, widened
 from smidgen.difflora.weightspace.layout import layout_of, write_adapter
@@ -156,14 +156,14 @@ def test_a_refined_adapter_is_an_ordinary_one(pipelines, base, tmp_path):
     found, layout = refine_rows(pipeline, predictions(pipeline, 1), photos(1), QUICK)
     assert layout.config["r"] == 2 and found.shape == (1, layout.size)
     plain = load_base(str(base))
-    write_adapter(layout, found[0], plain.unet, tmp_path / "a")
+    write_adapter(layout, found[0], plain.model, tmp_path / "a")
     assert layout_of(_loaded(plain, tmp_path / "a"), SmidgenConfig(**layout.config)).digest == layout.digest
 
 
 def _loaded(base, folder):
     import smidgen
 
-    return smidgen.load(base.unet, folder)
+    return smidgen.load(base.model, folder)
 
 
 def test_the_pipeline_is_left_as_it_was(pipelines):
@@ -174,7 +174,7 @@ def test_the_pipeline_is_left_as_it_was(pipelines):
     refine_rows(pipeline, predictions(pipeline, 1), photos(1), QUICK)
     assert all(layer.bank_held is None for layer in bank.layers.values())
     assert pipeline.layout.pack(bank.get("ann")).shape == (pipeline.layout.size,)
-    assert not any(parameter.requires_grad for parameter in pipeline.base.unet.parameters())
+    assert not any(parameter.requires_grad for parameter in pipeline.base.model.parameters())
 
 
 @pytest.mark.parametrize("scaling", ["plain", "rslora"])

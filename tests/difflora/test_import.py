@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import smidgen
-from smidgen.bases.stable_diffusion import load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.difflora.zoo.formats import Names, find, read_lora
 from smidgen.difflora.zoo.importing import import_zoo
@@ -24,7 +24,7 @@ TARGETS = ("to_q", "to_v")
 
 def lora(base: Path, seed: int, r: int = 2, targets=TARGETS, **options):
     """A UNet with a peft LoRA whose numbers are random."""
-    unet = load_base(base).unet
+    unet = load_base(base).model
     config = peft.LoraConfig(r=r, lora_alpha=options.pop("alpha", 2 * r), target_modules=list(targets), **options)
     unet.add_adapter(config)
     random = torch.Generator().manual_seed(seed)
@@ -95,10 +95,10 @@ def test_three_formats_become_one_zoo_whose_adapters_answer_as_before(base, thre
     zoo = Zoo(out)
     assert zoo.rows().ids == list(answers)
     for name, wanted in answers.items():
-        write_adapter(zoo.layout, zoo.row(name), load_base(base).unet, tmp_path / "one" / name)
-        unet = smidgen.load(load_base(base).unet, tmp_path / "one" / name)
+        write_adapter(zoo.layout, zoo.row(name), load_base(base).model, tmp_path / "one" / name)
+        unet = smidgen.load(load_base(base).model, tmp_path / "one" / name)
         torch.testing.assert_close(answer(unet), wanted, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(wanted, answer(load_base(base).unet), atol=1e-3)
+        assert not torch.allclose(wanted, answer(load_base(base).model), atol=1e-3)
     before = zoo.digest()
     import_zoo(root, out, str(base), held_out_share=0.0)
     assert Zoo(out).digest() == before
@@ -118,7 +118,7 @@ def test_mixed_ranks_and_targets(base, three, tmp_path):
     reasons = {line.id: line.reason for line in Zoo(tmp_path / "zoo").records()}
     assert "re-factored to rank 2" in reasons["dan"] and "% of its delta lost" in reasons["dan"]
     assert not any(reasons[name] for name in (*answers, "eve"))
-    names = Names(load_base(base).unet)
+    names = Names(load_base(base).model)
     own = read_lora(root / "dan", names)
     row = Zoo(tmp_path / "zoo").layout.unpack(Zoo(tmp_path / "zoo").row("dan"))
     lost = total = 0.0
@@ -146,7 +146,7 @@ def test_all_checkpoints_of_a_person_fall_on_one_side(base, tmp_path):
 
 def test_what_is_refused(base, three, tmp_path):
     root, _ = three
-    names = Names(load_base(base).unet)
+    names = Names(load_base(base).model)
     plain = load_file(root / "cleo.safetensors")
     first = next(key for key in plain if key.endswith("lora_down.weight"))
 
@@ -184,7 +184,7 @@ def test_what_is_refused(base, three, tmp_path):
 
 
 def test_scales_of_peft_and_names_of_older_files(base, tmp_path):
-    names = Names(load_base(base).unet)
+    names = Names(load_base(base).model)
     target = next(name for name in names.modules if name.endswith("attn1.to_q"))
     unet, config = lora(base, 0, r=4, alpha=6, use_rslora=True, alpha_pattern={target.replace(".", r"\."): 10})
     as_peft(unet, config, tmp_path / "rs")
@@ -203,7 +203,7 @@ def test_scales_of_peft_and_names_of_older_files(base, tmp_path):
 def test_names_of_sdxl_files(tmp_path):
     from tests.training.tiny import sdxl_folder
 
-    names = Names(load_base(sdxl_folder(tmp_path)).unet)
+    names = Names(load_base(sdxl_folder(tmp_path)).model)
     where = Path("x")
     inner = "transformer_blocks_0_attn1_to_q"
     assert (

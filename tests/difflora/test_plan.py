@@ -67,8 +67,8 @@ def test_a_unet_on_meta_costs_what_it_costs_on_the_cpu():
             )
     assert (found["meta"].forward, found["meta"].training) == (found["cpu"].forward, found["cpu"].training)
     assert found["meta"].forward > 0 < found["meta"].training
-    adapted = dry_run.group_step(tiny_unet(), LORA, 8, False, torch.bfloat16)
-    shift = dry_run.group_step(tiny_unet(), replace_rank(8), 8, False, torch.bfloat16)
+    adapted = dry_run.group_step("sdxl", tiny_unet(), LORA, 8, False, torch.bfloat16)
+    shift = dry_run.group_step("sdxl", tiny_unet(), replace_rank(8), 8, False, torch.bfloat16)
     assert (
         adapted.forward - found["cpu"].forward == shift.forward - adapted.forward
     )  # LoRA costs in proportion to its rank
@@ -81,13 +81,13 @@ def replace_rank(rank):
 def test_checkpointing_costs_operations_and_saves_bytes_and_the_model_is_left_as_it_was():
     unet = tiny_unet()
     names = {name for name, _ in unet.named_parameters()}
-    plain = dry_run.group_step(unet, LORA, 8, False, torch.bfloat16)
-    less = dry_run.group_step(unet, LORA, 8, True, torch.bfloat16)
+    plain = dry_run.group_step("sdxl", unet, LORA, 8, False, torch.bfloat16)
+    less = dry_run.group_step("sdxl", unet, LORA, 8, True, torch.bfloat16)
     assert less.forward == plain.forward
     assert plain.training < less.training <= plain.training + plain.forward
     assert less.bytes < plain.bytes
     assert {name for name, _ in unet.named_parameters()} == names
-    assert dry_run.group_step(unet, LORA, 8, False, torch.bfloat16) == plain
+    assert dry_run.group_step("sdxl", unet, LORA, 8, False, torch.bfloat16) == plain
 
 
 def test_the_parts_have_their_published_sizes():

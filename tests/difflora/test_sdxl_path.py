@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import smidgen
-from smidgen.bases.stable_diffusion import encode_pictures, encode_prompts, load_base
+from smidgen.bases.families import load_base
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders, people, shards
 from smidgen.difflora.generator import fit as fitting
@@ -82,15 +82,15 @@ def test_a_photo_becomes_an_adapter_folder_that_draws_like_the_predicted_row(mad
     other = generator.predict([Image.open(people / "eve" / "2.png")])
     assert not torch.equal(rows[:1], other)
     base = load_base(made.base, PRECISION[made.family])
-    inputs = unet_inputs(made.family, base.unet.dtype)
-    before = base.unet(**inputs)[0]
-    folder = write_adapter(generator.layout, rows[0], base.unet, tmp_path / "adapter")
-    assert torch.equal(base.unet(**inputs)[0], before)
+    inputs = unet_inputs(made.family, base.model.dtype)
+    before = base.model(**inputs)[0]
+    folder = write_adapter(generator.layout, rows[0], base.model, tmp_path / "adapter")
+    assert torch.equal(base.model(**inputs)[0], before)
     adapted = pipeline(made)
     with torch.no_grad(), adapted.bank(["x"]).holding(generator.layout.unpack(rows[:1]), rows=[0]):
-        wanted = adapted.unet(**inputs)[0]
-    smidgen.load(base.unet, folder, "ann")
-    found = base.unet(**inputs)[0]
+        wanted = adapted.model(**inputs)[0]
+    smidgen.load(base.model, folder, "ann")
+    found = base.model(**inputs)[0]
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if made.family == "sdxl" else {}
     torch.testing.assert_close(found, wanted, **tolerance)
     assert not torch.allclose(found, before, atol=1e-4)
@@ -112,7 +112,7 @@ def pipeline(made) -> AdaptedPipeline:
 
 def test_trained_numbers_stay_in_fp32_on_a_base_in_16_bits(made):
     adapted = pipeline(made)
-    assert adapted.base.unet.dtype == (torch.bfloat16 if made.family == "sdxl" else torch.float32)
+    assert adapted.base.model.dtype == (torch.bfloat16 if made.family == "sdxl" else torch.float32)
     assert {p.dtype for p in adapted.bank(["x"]).parameters()} == {torch.float32}
 
 
@@ -167,12 +167,9 @@ def test_batches_hold_what_the_family_s_unet_needs(made, monkeypatch, tmp_path):
     task, _ = captured(made, monkeypatch, tmp_path)
     batch = task.batch(3)
     rows = task.config.batch_size * task.config.pictures
-    assert batch["latents"].shape == (rows, 4, 8, 8) and batch["embeds"].shape[:2] == (rows, 16)
-    if made.family == "sdxl":
-        assert batch["embeds"].shape[2] == 32 and batch["pooled"].shape == (rows, 16)
-        assert batch["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * rows
-    else:
-        assert not {"pooled", "time_ids"} & batch.keys()
+    assert batch["latents"].shape == (rows, 4, 8, 8) and len(batch["prompts"]) == rows
+    shapes = {name: tuple(value.shape[1:]) for name, value in batch["prompts"].tensors.items()}
+    assert shapes == ({"embeds": (16, 32), "pooled": (16,)} if made.family == "sdxl" else {"embeds": (16, 16)})
 
 
 def test_a_zoo_in_another_precision_is_refused_with_what_to_set(made):
@@ -212,15 +209,15 @@ def test_encoded_people_stream_and_go_on_after_a_kill(made, eyes, tmp_path, monk
     pictures = [load_picture(path, base.resolution) for person in kept for path in person.pictures]
     captions = [caption for person in kept for caption in person.captions]
     assert len(encoded) == len(pictures) > 8 and not isinstance(encoded.mean, Tensor)
-    mean, std = encode_pictures(base, to_tensor(pictures))
-    prompts = encode_prompts(base, captions)
+    mean, std = base.encode_images(to_tensor(pictures))
+    prompts = base.encode_prompts(captions)
     picks, noise = [len(pictures) - 1, 0, 5, 5], torch.Generator().manual_seed(0)
     drawn = torch.randn(mean[picks].shape, generator=torch.Generator().manual_seed(0))
     batch = encoded.rows(picks, noise)
     torch.testing.assert_close(batch["latents"], mean[picks] + std[picks] * drawn, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(batch["embeds"], prompts.embeds[picks], atol=1e-5, rtol=1e-4)
-    if made.family == "sdxl":
-        torch.testing.assert_close(batch["pooled"], prompts.pooled[picks], atol=1e-5, rtol=1e-4)
+    assert batch["prompts"].tensors.keys() == prompts.tensors.keys()
+    for name, value in prompts.tensors.items():
+        torch.testing.assert_close(batch["prompts"].tensors[name], value[picks], atol=1e-5, rtol=1e-4)
     assert batch["names"][0] == f"{kept[-1].id} picture 2"
     torch.testing.assert_close(photos.image, image.encode(pictures), atol=1e-5, rtol=1e-4)
     # captions are encoded once each, another VAE is noticed, and what no longer belongs goes

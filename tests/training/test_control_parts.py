@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import smidgen
-from smidgen.bases import stable_diffusion as pipelines
+from smidgen.bases import families
 from smidgen.bases.embedded import pose, world
 from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks.control import conditions, hint, metrics
@@ -27,10 +27,10 @@ ADAPTERS = [
 
 
 def drawn(base, controls=None, **options):
-    prompts = pipelines.encode_prompts(base, tiny.CAPTIONS[:3])
-    options |= {"negative": pipelines.encode_prompts(base, [""]), "steps": 2, "guidance": 3.0, "size": 16}
+    prompts = base.encode_prompts(tiny.CAPTIONS[:3])
+    options |= {"negative": base.encode_prompts([""]), "steps": 2, "guidance": 3.0, "size": 16}
     if controls is None:
-        return pipelines.draw(base, prompts, [1, 2, 3], **options)
+        return base.draw(prompts, [1, 2, 3], **options)
     return draw_controlled(base, prompts, [1, 2, 3], controls, **options)
 
 
@@ -51,24 +51,24 @@ def wake(unet) -> None:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_at_the_start_the_steered_model_is_the_base_to_the_bit(request, kind, adapter):
-    base = pipelines.load_base(str(request.getfixturevalue(kind)))
+    base = families.load_base(str(request.getfixturevalue(kind)))
     before = drawn(base)
-    hint.attach(base.unet, hint.config_for(base, "canny", width=8))
-    engine.adapt(base.unet, adapter(), (hint.NAME,))
+    hint.attach(base.model, hint.config_for(base, "canny", width=8))
+    engine.adapt(base.model, adapter(), (hint.NAME,))
     assert same(drawn(base, CONTROLS), before)
-    wake(base.unet)
+    wake(base.model)
     steered = drawn(base, CONTROLS)
     assert not same(steered, before) and not same(steered, drawn(base, CONTROLS.flip(0)))
-    assert same(drawn(base), before) and not base.unet.conv_in._forward_hooks  # nothing stays behind
+    assert same(drawn(base), before) and not base.model.conv_in._forward_hooks  # nothing stays behind
     assert same(drawn(base, CONTROLS, scale=0.0), before)
-    with engine.disabled(base.unet):
+    with engine.disabled(base.model):
         assert same(drawn(base, CONTROLS), before)
 
 
 def test_guidance_gives_each_picture_its_own_control_in_both_halves(sd):
-    base = pipelines.load_base(str(sd))
-    hint.attach(base.unet, hint.config_for(base, "canny", width=8))
-    wake(base.unet)
+    base = families.load_base(str(sd))
+    hint.attach(base.model, hint.config_for(base, "canny", width=8))
+    wake(base.model)
     together = drawn(base, CONTROLS)
     alone = [drawn(base, CONTROLS[[number] * 3])[number] for number in range(3)]
     for a, b in zip(together, alone, strict=True):
@@ -76,29 +76,29 @@ def test_guidance_gives_each_picture_its_own_control_in_both_halves(sd):
 
 
 def test_features_are_encoded_once_without_gradients_and_trained_with_them(sd):
-    base = pipelines.load_base(str(sd))
-    encoder = hint.attach(base.unet, hint.config_for(base, "canny", width=8))
+    base = families.load_base(str(sd))
+    encoder = hint.attach(base.model, hint.config_for(base, "canny", width=8))
     encoder.requires_grad_(True)
     calls = []
     encoder.register_forward_hook(lambda *_: calls.append(1))
     drawn(base, CONTROLS, batch=3)
     assert len(calls) == 1
     noise, embeds = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 16)
-    with hint.steering(base.unet, CONTROLS.float() / 255):
-        base.unet(noise, torch.tensor(5), encoder_hidden_states=embeds).sample.square().mean().backward()
+    with hint.steering(base.model, CONTROLS.float() / 255):
+        base.model(noise, torch.tensor(5), encoder_hidden_states=embeds).sample.square().mean().backward()
     assert encoder[-1].weight.grad.abs().sum() > 0
 
 
 def test_controls_of_another_size_are_refused(sd):
-    base = pipelines.load_base(str(sd))
-    hint.attach(base.unet, hint.config_for(base, "canny", width=8))
+    base = families.load_base(str(sd))
+    hint.attach(base.model, hint.config_for(base, "canny", width=8))
     with pytest.raises(DataError, match="do not fit what is drawn"):
         drawn(base, torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
-    assert not base.unet.conv_in._forward_hooks
+    assert not base.model.conv_in._forward_hooks
 
 
 def test_configs_are_checked(sd, tmp_path):
-    base = pipelines.load_base(str(sd))
+    base = families.load_base(str(sd))
     made = hint.config_for(base, "canny", width=8)
     assert (made.factor, made.channels) == (2, 8) and hint.read_config(tmp_path) is None
     (tmp_path / hint.FILE).write_text(hint.dump_config(made))
@@ -108,15 +108,15 @@ def test_configs_are_checked(sd, tmp_path):
         with pytest.raises(AdapterFileError, match="is damaged"):
             hint.read_config(tmp_path)
     with pytest.raises(AdapterFileError, match="another base"):
-        hint.attach(base.unet, replace(made, channels=320))
+        hint.attach(base.model, replace(made, channels=320))
     with pytest.raises(ConfigError, match="multiple of 4"):
         replace(made, width=6)
-    with pytest.raises(ConfigError, match="no 'hint'"), hint.steering(base.unet, CONTROLS):
+    with pytest.raises(ConfigError, match="no 'hint'"), hint.steering(base.model, CONTROLS):
         pass
-    first = hint.attach(base.unet, made, seed=3)
+    first = hint.attach(base.model, made, seed=3)
     with pytest.raises(ConfigError, match="already"):
-        hint.attach(base.unet, made)
-    again = hint.attach(pipelines.load_base(str(sd)).unet, made, seed=3)
+        hint.attach(base.model, made)
+    again = hint.attach(families.load_base(str(sd)).model, made, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     numbers = 3 * 2**2 * 8 + 8 + 2 * (2 * 8) + (9 * 8 + 1) * 8 + (9 * 8 + 1) * 8
     assert sum(parameter.numel() for parameter in first.parameters()) == numbers

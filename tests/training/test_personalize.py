@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smidgen
-from smidgen.bases import stable_diffusion as pipelines
+from smidgen.bases import families
+from smidgen.bases.schedules import DiscreteSchedule
 from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
-from smidgen.tasks.diffusion import task as task_module
-from smidgen.tasks.diffusion.task import diffuse, encode_examples, encode_prior, make_task, snr_weights
+from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.recipe import personalize
 from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
 from smidgen.training.loop import LoopConfig
@@ -47,10 +47,10 @@ def test_every_method_on_stable_diffusion(sd, pictures, tmp_path, method):
     entry = report.entry
     size = sum((tmp_path / "out" / name).stat().st_size for name in FILES[1:3])
     assert entry.trained_numbers > 0 and entry.bytes_on_disk == size
-    base = pipelines.load_base(str(sd))
-    smidgen.load(base.unet, tmp_path / "out")
-    assert smidgen.verify(base.unet, tmp_path / "out").ok
-    assert type(base.unet).__name__ == "UNet2DConditionModel"
+    base = families.load_base(str(sd))
+    smidgen.load(base.model, tmp_path / "out")
+    assert smidgen.verify(base.model, tmp_path / "out").ok
+    assert type(base.model).__name__ == "UNet2DConditionModel"
 
 
 @pytest.mark.parametrize("method", ["seeded", "rotation+low_rank"])
@@ -58,9 +58,9 @@ def test_the_debug_preset_takes_any_method_at_its_own_rate(sd, pictures, tmp_pat
     out, preset = tmp_path / "out", PRESETS["debug"]
     made = replace(preset, data=replace(preset.data, folder=pictures), adapter=Adapter(method), base=str(sd), out=out)
     assert run(replace(made, show=replace(made.show, compare_lora=False))).entry.trained_numbers > 0
-    base = pipelines.load_base(str(sd))
-    smidgen.load(base.unet, out)
-    assert smidgen.verify(base.unet, out).ok
+    base = families.load_base(str(sd))
+    smidgen.load(base.model, out)
+    assert smidgen.verify(base.model, out).ok
 
 
 @pytest.mark.parametrize("method", ["tlora", "svfit"])
@@ -133,7 +133,7 @@ def test_resume_gives_the_same_file_and_refuses_other_settings(sd, pictures, tmp
 
 def test_a_diverging_run_saves_nothing_bad(sd, pictures, tmp_path, monkeypatch):
     made = config(sd, pictures, tmp_path / "out")
-    monkeypatch.setattr(task_module, "diffuse", lambda *_: (torch.full((2, 4, 8, 8), float("nan")),) * 2)
+    monkeypatch.setattr(DiscreteSchedule, "add_noise", lambda *_: (torch.full((2, 4, 8, 8), float("nan")),) * 2)
     with pytest.raises(TrainingError, match=r"loss of step 1 is nan.*\.png"):
         run(made)
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -166,16 +166,16 @@ def test_refusals_come_before_any_training(sd, pictures, tmp_path, change, error
 
 def test_fp16_on_a_cpu_is_refused(sd, tmp_path):
     with pytest.raises(ConfigError, match="use --mixed-precision bf16 or no"):
-        pipelines.load_base(str(sd), "fp16")
+        families.load_base(str(sd), "fp16")
 
 
 def test_a_folder_that_is_no_pipeline(pictures, tmp_path):
     with pytest.raises(ConfigError, match=r"model_index\.json"):
-        pipelines.load_base(pictures)
+        families.load_base(pictures)
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="is a FluxPipeline; this recipe trains StableDiffusionPipeline"):
-        pipelines.load_base(tmp_path / "flux")
+    with pytest.raises(ConfigError, match="is a FluxPipeline, and no family here knows"):
+        families.load_base(tmp_path / "flux")
 
 
 # ---- the task --------------------------------------------------------------------------------------------------------
@@ -184,29 +184,30 @@ def test_a_folder_that_is_no_pipeline(pictures, tmp_path):
 def test_batches_follow_from_their_number_and_methods_share_them(sd, pictures):
     from smidgen.tasks.data.images import read_folder
 
-    base = pipelines.load_base(str(sd))
+    base = families.load_base(str(sd))
     found = read_folder(pictures)
     subject = encode_examples(base, found.pictures, found.captions, 16)
-    first = make_task(base, subject, batch_size=2, seed=1).batch(5)
-    again = make_task(base, subject, batch_size=2, seed=1).batch(5)
-    for key in ("latents", "noise", "timesteps", "embeds"):
+    first = PersonalizeTask(subject, base, batch_size=2, seed=1).batch(5)
+    again = PersonalizeTask(subject, base, batch_size=2, seed=1).batch(5)
+    for key in ("latents", "noise", "levels"):
         assert torch.equal(first[key], again[key])
-    assert not torch.equal(first["noise"], make_task(base, subject, batch_size=2, seed=2).batch(5)["noise"])
+    assert torch.equal(first["prompts"].tensors["embeds"], again["prompts"].tensors["embeds"])
+    assert not torch.equal(first["noise"], PersonalizeTask(subject, base, batch_size=2, seed=2).batch(5)["noise"])
     assert first["latents"].shape == (2, 4, 8, 8) and len(first["names"]) == 2
 
 
 def test_class_pictures_are_drawn_once_and_weighted(sd, pictures, tmp_path, monkeypatch):
     from smidgen.tasks.data.images import read_folder
 
-    base = pipelines.load_base(str(sd))
+    base = families.load_base(str(sd))
     found = read_folder(pictures)
     subject = encode_examples(base, found.pictures, found.captions, 16)
     options = {"steps": 2, "guidance": 2.0, "seed": 0, "key": "base"}
     prior = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
-    monkeypatch.setattr(task_module, "draw_latents", lambda *_, **__: pytest.fail("drawn twice"))
+    monkeypatch.setattr(base, "draw_latents", lambda *_, **__: pytest.fail("drawn twice"))
     again = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
     assert torch.equal(prior.mean, again.mean)
-    task = make_task(base, subject, batch_size=2, prior=prior, prior_batch_size=1, prior_weight=0.5)
+    task = PersonalizeTask(subject, base, batch_size=2, prior=prior, prior_batch_size=1, prior_weight=0.5)
     batch = task.batch(0)
     assert batch["latents"].shape[0] == 3
     torch.testing.assert_close(batch["weights"], torch.tensor([0.5, 0.5, 0.5]))
@@ -214,42 +215,19 @@ def test_class_pictures_are_drawn_once_and_weighted(sd, pictures, tmp_path, monk
 
 
 def test_released_encoders_are_gone(sd):
-    base = pipelines.load_base(str(sd))
+    base = families.load_base(str(sd))
     base.release_encoders()
-    assert base.pipe.text_encoder is None and base.pipe.vae is None and base.unet is not None
-
-
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_targets_agree_with_diffusers(kind):
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)
-    latents, noise, times = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.tensor([0, 500, 998, 999])
-    noisy, target = diffuse(latents, noise, scheduler.alphas_cumprod[times], kind)
-    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, times))
-    velocity = scheduler.get_velocity(latents, noise, times)
-    torch.testing.assert_close(target, {"epsilon": noise, "v_prediction": velocity, "sample": latents}[kind])
-    assert torch.equal(noisy[3], noise[3])  # no signal is left at the end
-
-
-def test_min_snr_weights_are_the_papers_and_finite_at_both_ends():
-    alpha = torch.tensor([0.0, 0.1, 0.5, 0.99, 1.0])
-    for kind in ("epsilon", "v_prediction", "sample"):
-        assert torch.isfinite(snr_weights(alpha, 5.0, kind)).all()
-    snr = 0.99 / 0.01
-    assert snr_weights(alpha, 5.0, "epsilon")[3] == pytest.approx(5 / snr, rel=1e-4)
-    assert snr_weights(alpha, 5.0, "v_prediction")[3] == pytest.approx(5 / (snr + 1), rel=1e-4)
-    assert snr_weights(alpha, 5.0, "sample")[3] == pytest.approx(5.0, rel=1e-4)
-    assert snr_weights(alpha, 5.0, "epsilon")[1] == pytest.approx(1.0)
+    assert base.pipe.text_encoder is None and base.pipe.vae is None and base.model is not None
 
 
 def test_timesteps_are_uniform_and_spread(sd, pictures):
     from smidgen.tasks.data.images import read_folder
 
-    base = pipelines.load_base(str(sd))
+    base = families.load_base(str(sd))
     found = read_folder(pictures)
-    task = make_task(base, encode_examples(base, found.pictures, found.captions, 16), batch_size=4)
-    times = torch.stack([task.batch(index)["timesteps"] for index in range(200)]).sort(dim=1).values
+    task = PersonalizeTask(encode_examples(base, found.pictures, found.captions, 16), base, batch_size=4)
+    levels = torch.stack([task.batch(index)["levels"] for index in range(200)])
+    times = base.schedule.timesteps(levels).sort(dim=1).values
     assert times.min() >= 0 and times.max() <= 999
     assert ((times[:, 1:] - times[:, :-1] - 250).abs() <= 1).all()
     assert abs(float(times.float().mean()) - 499.5) < 20

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smidgen.bases.stable_diffusion import EMBEDDED
+from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
@@ -24,8 +24,7 @@ FACES = (
 def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int, sheet: bool, lora: bool) -> str:
     """README.md of an adapter folder; ``size`` in bytes, ``lora``: there is a file for diffusers too."""
     base = public_name(base)
-    loaded = "smidgen.embedded_base()" if base == EMBEDDED else repr(base)
-    sampling = ", num_inference_steps=20, guidance_scale=3" if base == EMBEDDED else ""
+    loaded, sampling = card_lines(base)
     kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
     told = "\n".join(f"- {name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
     picture = "![rows: what it was made from, the base, the adapters](contact_sheet.png)\n\n" if sheet else ""

@@ -30,7 +30,7 @@ from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
-from smidgen.tasks.diffusion.task import make_task
+from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.loop import train
 from smidgen.training.randomness import derive
@@ -125,10 +125,10 @@ def _end_to_end(
     model = Trained(network, decoder).requires_grad_(True)
     pipeline.base.release_encoders()
     if stage.gradient_checkpointing:
-        pipeline.base.unet.enable_gradient_checkpointing()
+        pipeline.base.model.enable_gradient_checkpointing()
     rows = stage.batch_size * stage.pictures
-    pictures = make_task(pipeline.base, encoded, batch_size=rows, seed=config.seed, snr_gamma=stage.snr_gamma)
-    task = EndToEndTask(photos, pictures, pipeline.unet, bank, codec, stage, config.seed)
+    pictures = PersonalizeTask(encoded, pipeline.base, rows, config.seed, snr_gamma=stage.snr_gamma)
+    task = EndToEndTask(photos, pictures, pipeline.model, bank, codec, stage, config.seed)
     decoding = (
         stage.decoder_learning_rate or DECODING * rates(ZooConfig(adapter=config.adapter, base=config.base)).residual
     )

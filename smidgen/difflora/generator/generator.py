@@ -53,7 +53,7 @@ class Generator:
     Example:
         >>> generator = load_generator()
         >>> row = generator.predict([photo])[0]
-        >>> write_adapter(generator.layout, row, base.unet, "adapter")
+        >>> write_adapter(generator.layout, row, base.model, "adapter")
     """
 
     def __init__(self, base: str, codec: Codec, network: Network, sees: Encoders, model: Model) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smidgen.bases.stable_diffusion import Base, Prompts, encode_pictures, encode_prompts, time_ids
+from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.bases.transformers import fingerprint as weights_of
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.shards import Shards
@@ -112,7 +112,7 @@ def _photos(people: Sequence[Subject], face: Tensor, image: Tensor) -> Photos:
 
 
 def people_of(
-    folder: Path, wanted: Subjects, base: Base, face: PictureEncoder, image: PictureEncoder, progress: bool = True
+    folder: Path, wanted: Subjects, base: ImageBase, face: PictureEncoder, image: PictureEncoder, progress: bool = True
 ) -> tuple[Photos, Encoded]:
     """The people that ``wanted`` names, made or read in ``folder``: their photos, and the same pictures encoded by the
     base. What was computed is kept in ``encoded/``, used again while it fits, and gone on with after a kill."""
@@ -125,39 +125,34 @@ def people_of(
     def look(places: range) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "face": [], "image": []}
         for opened in _opened(folder, pictures[places.start : places.stop], base.resolution, bar):
-            mean, std = encode_pictures(base, to_tensor(opened), batch=16)
+            mean, std = base.encode_images(to_tensor(opened), batch=16)
             for name, value in zip(parts, (mean, std, face.encode(opened), image.encode(opened)), strict=True):
                 parts[name].append(value)
         return {name: torch.cat(values) for name, values in parts.items()}
 
     def read(places: range) -> dict[str, Tensor]:
-        found = encode_prompts(base, texts[places.start : places.stop], batch=64)
-        return {"embeds": found.embeds} | ({} if found.pooled is None else {"pooled": found.pooled})
+        return dict(base.encode_prompts(texts[places.start : places.stop], batch=64).tensors)
 
     with _bar(seen.missing(), progress) as bar:
         seen.fill(look)
     said.fill(read)
     place = {text: number for number, text in enumerate(texts)}
     captions = [place[picture.captions[0]] for picture in pictures]
-    pooled = said.column("pooled", captions) if base.family == "sdxl" else None
-    ids = torch.stack([time_ids((base.resolution, base.resolution), base.resolution)] * len(pictures))
+    prompts = Prompts({name: said.column(name, captions) for name in said.names()})
     names = tuple(f"{person.id} picture {n}" for person in people for n in range(len(person.pictures)))
-    encoded = Encoded(
-        seen.column("mean"), seen.column("std"), Prompts(said.column("embeds", captions), pooled),
-        ids if base.family == "sdxl" else None, names,
-    )  # fmt: skip
+    encoded = Encoded(seen.column("mean"), seen.column("std"), prompts, names)
     return _photos(people, seen.whole("face"), seen.whole("image")), encoded
 
 
 def encoded_shards(
-    folder: Path, people: Sequence[Subject], base: Base, face: PictureEncoder, image: PictureEncoder
+    folder: Path, people: Sequence[Subject], base: ImageBase, face: PictureEncoder, image: PictureEncoder
 ) -> tuple[Shards, Shards]:
     """Where the encoded pictures and the encoded captions (each once) of ``people`` are or will be."""
     texts = sorted({caption for person in people for caption in person.captions})
     digests = [digest for person in people for digest in person.digests]
-    sees = [weights_of(base.pipe.vae), base.resolution, face.name, image.name]
-    both = (base.pipe.text_encoder, getattr(base.pipe, "text_encoder_2", None))
-    reads = [str(base.unet.dtype), *(weights_of(part) for part in both if part is not None)]
+    weights = {name: weights_of(part) for name, part in base.encoders.items()}
+    sees = [weights.pop("vae"), base.resolution, face.name, image.name]
+    reads = [str(base.model.dtype), *weights.values()]
     return (
         Shards(folder / ENCODED, "pictures", (sees, digests), len(digests)),
         Shards(folder / ENCODED, "captions", (reads, texts), len(texts)),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from smidgen.bases.stable_diffusion import EMBEDDED
+from smidgen.bases.families import EMBEDDED
 from smidgen.difflora.zoo.settings import Subjects, ZooConfig
 from smidgen.errors import ConfigError
 from smidgen.tasks.personalize.settings import Adapter

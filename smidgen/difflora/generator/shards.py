@@ -62,6 +62,11 @@ class Shards:
         """One tensor of all rows, indexed by a list of places; ``places[i]`` is the row that stands for i."""
         return _Column(self, key, range(self.count) if places is None else places)
 
+    def names(self) -> list[str]:
+        """Names of the tensors, once there are any."""
+        with safe_open(self.path(0), "pt") as file:
+            return list(file.keys())
+
     def whole(self, key: str) -> Tensor:
         """One tensor of all rows, in memory."""
         return self.read(key, range(self.count))

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.errors import DataError, did_you_mean
@@ -109,14 +110,14 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_folder(layout: Layout, row: Tensor, unet: nn.Module, folder: Path, recipe: dict[str, Any]) -> int:
+def write_folder(layout: Layout, row: Tensor, base: ImageBase, folder: Path, recipe: dict[str, Any]) -> int:
     """Writes ``row`` [numbers] of ``layout`` as an adapter folder with its recipe; returns the adapter's bytes (config and
     weights)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
-        write_adapter(layout, row, unet, folder)
+        write_adapter(layout, row, base.model, folder)
     if is_lora(layout):
-        write_file(folder / DIFFUSERS_NAME, diffusers_lora(layout, row))
+        write_file(folder / DIFFUSERS_NAME, diffusers_lora(layout, row, base.component))
     recipe = {"format": FORMAT, "smidgen": version("smidgen"), "layout": layout.digest} | recipe
     write_file(folder / RECIPE, (json.dumps(recipe, indent=1) + "\n").encode())
     return sum((folder / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -142,12 +143,12 @@ def is_lora(layout: Layout) -> bool:
     return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
 
 
-def diffusers_lora(layout: Layout, row: Tensor) -> bytes:
-    """``pytorch_lora_weights.safetensors`` of a LoRA's row [numbers], its scale in B."""
+def diffusers_lora(layout: Layout, row: Tensor, component: str) -> bytes:
+    """``pytorch_lora_weights.safetensors`` of a LoRA's row [numbers] on that component of the pipeline, its scale in B."""
     tensors: dict[str, Tensor] = {}
     for a, b in layout.factor_pairs():
-        tensors[f"unet.{a.key}.lora_A.weight"] = row[a.columns].reshape(a.shape).contiguous()
-        tensors[f"unet.{b.key}.lora_B.weight"] = (b.scale * row[b.columns].reshape(b.shape)).contiguous()
+        tensors[f"{component}.{a.key}.lora_A.weight"] = row[a.columns].reshape(a.shape).contiguous()
+        tensors[f"{component}.{b.key}.lora_B.weight"] = (b.scale * row[b.columns].reshape(b.shape)).contiguous()
     return save(tensors)
 
 

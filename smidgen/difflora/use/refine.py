@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from smidgen.adapters.methods import member_rates
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.bases.stable_diffusion import Base
+from smidgen.bases.families import learning_kind
+from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.weightspace.canonical import canonical_rows, refactor
@@ -28,8 +29,7 @@ from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.data.images import fit, upright
-from smidgen.tasks.diffusion.rates import picture_kind
-from smidgen.tasks.diffusion.task import PersonalizeTask, make_task
+from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.loop import LoopConfig, train
 
 if TYPE_CHECKING:
@@ -148,13 +148,13 @@ class PhotoTask(GroupTask):
         timesteps: tuple[float, float] = (0.0, 1.0),
     ) -> None:  # fmt: skip
         super().__init__(people)
-        self.unet, self.bank, self.layout, self.anchor, self.timesteps = pipeline.unet, bank, layout, anchor, timesteps
+        self.unet, self.bank, self.layout, self.anchor, self.timesteps = pipeline.model, bank, layout, anchor, timesteps
         self.owners = [row for row in range(len(self.people)) for _ in range(self.batch_size)]
         self._held = ExitStack()
 
     def batch(self, index: int) -> dict[str, Any]:
         batch, (low, high) = super().batch(index), self.timesteps
-        batch["timesteps"] = (low * len(self.people[0].alphas) + batch["timesteps"] * (high - low)).long()
+        batch["levels"] = low + batch["levels"] * (high - low)
         return batch
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -265,12 +265,12 @@ def photo_task(
 ) -> PersonalizeTask:
     """Denoising of one person's photos, ``batch_size`` noised copies at a time."""
     pictures = [fit(upright(photo), pipeline.base.resolution) for photo in photos]
-    return make_task(pipeline.base, pipeline.encode(pictures, captions, "photo"), batch_size=batch_size, seed=seed)
+    return PersonalizeTask(pipeline.encode(pictures, captions, "photo"), pipeline.base, batch_size, seed)
 
 
-def _rates(base: Base, layout: Layout, config: Refine) -> tuple[float, float]:
+def _rates(base: ImageBase, layout: Layout, config: Refine) -> tuple[float, float]:
     """Learning rate of the residual, and that of the transform over it."""
-    usual = member_rates(layout.config.get("transform"), layout.config.get("residual"), picture_kind(base.name))
+    usual = member_rates(layout.config.get("transform"), layout.config.get("residual"), learning_kind(base.name))
     return config.learning_rate or SHARE * usual.residual, usual.transform / usual.residual
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smidgen.bases.stable_diffusion import EMBEDDED, Base
+from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
 from smidgen.difflora.generator.card import adapter_card
 from smidgen.difflora.generator.generator import SHIPPED, load_generator
@@ -23,18 +23,8 @@ from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.data.images import fit
-from smidgen.tasks.diffusion.gallery import SAMPLING
 from smidgen.tasks.report import public_name
 from smidgen.training.randomness import derive
-
-SCENES = (  # of a base that is nobody's own world
-    "a portrait of a person",
-    "a photo of a person in the street, in the rain",
-    "a person smiling, in front of a mountain lake",
-    "an oil painting of a person",
-    "a person with sunglasses, on a beach",
-    "a black and white photo of a person reading a book",
-)
 
 
 @dataclass(frozen=True)
@@ -55,21 +45,11 @@ class Sheet:
                 "draws nothing."
             )
 
-    def scenes(self, base: Base) -> Scenes:
+    def scenes(self, base: ImageBase) -> Scenes:
         """What to draw with ``base``."""
-        texts = list(self.prompt)
-        if not texts and base.name == EMBEDDED:
-            import numpy
-
-            from smidgen.bases.embedded import world
-
-            rng = numpy.random.default_rng(derive(self.sheet_seed, "scenes"))
-            texts = [world.caption(world.sample_scene(rng)) for _ in range(self.num_prompts)]
-        texts = texts or list(SCENES[: self.num_prompts])
-        steps, guidance = SAMPLING[EMBEDDED if base.name == EMBEDDED else base.family]
-        guidance = guidance if self.guidance_scale is None else self.guidance_scale
+        texts = self.prompt or tuple(base.scenes(self.num_prompts, self.sheet_seed))
         seeds = tuple(derive(self.sheet_seed, "sheet", number) for number in range(len(texts)))
-        return Scenes(tuple(texts), seeds, self.inference_steps or steps, guidance)
+        return Scenes(texts, seeds, **base.sampling.chosen(self.inference_steps, self.guidance_scale))
 
 
 @dataclass(frozen=True)
@@ -156,7 +136,7 @@ class Sampler:
                 if one.name is None:
                     continue
                 folder = scratch / one.name
-                size = write_folder(one.layout, one.row, self.pipeline.unet, folder, dict(one.recipe))
+                size = write_folder(one.layout, one.row, self.pipeline.base, folder, dict(one.recipe))
                 own = shown and not one.name
                 card = adapter_card(one.layout, self.base, one.recipe, size, own, folders.is_lora(one.layout))
                 (folder / folders.CARD).write_text(card, encoding="utf-8")

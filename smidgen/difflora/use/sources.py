@@ -82,7 +82,7 @@ def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> S
 
 def _encoded(opened: Opened, folder: Path) -> Source:
     """An adapter that no generator made, as the codec sees it."""
-    codec, unet, name = opened.generator.codec, opened.pipeline.unet, "given"
+    codec, unet, name = opened.generator.codec, opened.pipeline.model, "given"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
         smidgen.load(unet, folder, name)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.bases.judging import judge_for
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.gate import ScoredScenes, decide
@@ -29,7 +28,7 @@ from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, SmidgenError
 from smidgen.tasks.data.images import load_picture
-from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, make_task
+from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
 from smidgen.training.checkpoints import CheckpointStore
 from smidgen.training.loop import LoopConfig
 from smidgen.training.randomness import derive
@@ -90,10 +89,10 @@ class GroupTrainer:
     def __init__(self, config: ZooConfig) -> None:
         self.config = config
         self.pipeline = AdaptedPipeline.load(config.base, adapter_config(config), config.train.mixed_precision)
-        self.base, self.unet, self.layout = self.pipeline.base, self.pipeline.unet, self.pipeline.layout
+        self.base, self.model, self.layout = self.pipeline.base, self.pipeline.model, self.pipeline.layout
         if config.gradient_checkpointing:
-            self.base.unet.enable_gradient_checkpointing()
-        judge = judge_for(self.base) if config.gate.judged_pictures else None
+            self.base.model.enable_gradient_checkpointing()
+        judge = self.base.judge() if config.gate.judged_pictures else None
         self.scenes = ScoredScenes(self.pipeline, judge, config.gate, config.train.seed) if judge else None
 
     def make(self, job: Job, work: Path) -> tuple[Tensor, list[Record]]:
@@ -139,9 +138,9 @@ class GroupTrainer:
         batches = (task.batch(total + number) for number in range(PROBES))
         device, precision = self.base.device, self.config.train.mixed_precision
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-        moved = ({k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches)
+        moved = ({k: v.to(device) if hasattr(v, "to") else v for k, v in b.items()} for b in batches)
         with torch.autocast(device.type, dtype, enabled=precision != "no"):
-            return torch.stack([task.losses(self.unet, batch).float().cpu() for batch in moved]).mean(0)
+            return torch.stack([task.losses(self.model, batch).float().cpu() for batch in moved]).mean(0)
 
     def fresh_bank(self, names: list[str]) -> Bank:
         """A bank of untrained adapters, all from one start or each from its own."""
@@ -167,13 +166,12 @@ class GroupTrainer:
         """A person's own task; with common noise its random numbers are everybody's."""
         config, seed = self.config, self.config.train.seed
         seed = seed if config.group.common_noise else derive(seed, "person", person.id)
-        return make_task(
-            self.base, encoded, batch_size=config.group.train_batch_size, seed=seed, snr_gamma=config.adapter.snr_gamma
-        )
+        size, gamma = config.group.train_batch_size, config.adapter.snr_gamma
+        return PersonalizeTask(encoded, self.base, size, seed, snr_gamma=gamma)
 
     def _rows(self, work: Path) -> dict[int, Tensor]:
         """Step -> the bank's adapters [people, size] then, of the checkpoints to keep and of the end."""
-        steps = {name: p.detach() for name, p in self.unet.named_parameters() if ".bank." in name}
+        steps = {name: p.detach() for name, p in self.model.named_parameters() if ".bank." in name}
         found = {self.config.train.max_train_steps: steps}
         if self.config.group.keep_last > 1:
             store = CheckpointStore(work, self.config.group.keep_last)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import smidgen
-from smidgen.bases.stable_diffusion import EMBEDDED, load_base
+from smidgen.bases.families import EMBEDDED, load_base
 from smidgen.difflora.weightspace.canonical import refactor
 from smidgen.difflora.weightspace.layout import Layout, layout_of
 from smidgen.difflora.zoo.formats import Factors, Names, find, read_lora
@@ -51,7 +51,7 @@ def import_zoo(
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}.")
-    unet = load_base(base).unet
+    unet = load_base(base).model
     names, paths = Names(unet), find(folder)
     every = {
         name: {t: len(f.a) for t, f in read_lora(p, names, ignore_text_encoder).items()} for name, p in paths.items()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import smidgen
 from smidgen.adapters.methods import Rates
-from smidgen.bases.stable_diffusion import EMBEDDED
+from smidgen.bases.families import EMBEDDED
 from smidgen.errors import ConfigError
 from smidgen.tasks.personalize.settings import Adapter, PersonalizeConfig
 from smidgen.tasks.personalize.settings import rates as personal_rates

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.tasks.diffusion.task import PersonalizeTask
+from smidgen.tasks.diffusion.task import PersonalizeTask, join
 
 
 class GroupTask:
@@ -34,8 +34,7 @@ class GroupTask:
 
     def batch(self, index: int) -> dict[str, Any]:
         parts = [task.batch(index) for task in self.people]
-        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "names"}
-        return tensors | {"names": [name for part in parts for name in part["names"]]}
+        return {key: join([part[key] for part in parts]) for key in parts[0]}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Sum of the adapters' losses; one that is not finite is left out, so that it spoils no other."""

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from smidgen.bases.judging import Judge, judge_for
+from smidgen.bases.judging import Judge
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
 from smidgen.difflora.zoo.gate import ScoredScenes
@@ -38,7 +38,7 @@ class AuditScenes(ScoredScenes):
 
     def __init__(self, base: str, layout: Layout, judge: Judge | None, drawing: Drawing, seed: int) -> None:
         pipeline = AdaptedPipeline.load(base, layout)
-        found = judge or judge_for(pipeline.base)
+        found = judge or pipeline.base.judge()
         if found is None:
             raise ConfigError(
                 f"Nobody is known who can judge pictures of {base!r}. Call smidgen.lab.audit.evaluate.evaluate with a "
@@ -46,7 +46,7 @@ class AuditScenes(ScoredScenes):
             )
         gate = Gate(drawing.scenes, drawing.inference_steps, drawing.guidance_scale)
         super().__init__(pipeline, found, gate, scenes_seed(seed), drawing.unrelated)
-        self.batch, self.bytes = drawing.batch, adapter_bytes(layout, pipeline.unet)
+        self.batch, self.bytes = drawing.batch, adapter_bytes(layout, pipeline.model)
         self._last: dict[str, list[Image]] = {}
 
     def draw(self, rows: Tensor) -> Drawn:

@@ -36,6 +36,7 @@ class Shape:
     name: str
     title: str
     unet: str
+    family: str
     pixels: int
     texts: tuple[dict[str, Any], ...]
 
@@ -68,8 +69,8 @@ class Shape:
 BASES = {
     shape.name: shape
     for shape in (
-        Shape("sd15", "SD 1.5", "sd15", 512, (_CLIP_L,)),
-        Shape("sdxl", "SDXL", "sdxl", 1024, (_CLIP_L, _BIG_G)),
+        Shape("sd15", "SD 1.5", "sd15", "sd", 512, (_CLIP_L,)),
+        Shape("sdxl", "SDXL", "sdxl", "sdxl", 1024, (_CLIP_L, _BIG_G)),
     )
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import smidgen
 from smidgen.adapters.tuner.bank import Bank
-from smidgen.bases.stable_diffusion import Prompts
+from smidgen.bases.families import FAMILIES
+from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
 
 TOKENS = 77  # of an encoded caption
@@ -62,21 +64,32 @@ def cost(run: Callable[[], Tensor], backward: bool = True, precision: torch.dtyp
 
 
 def group_step(
-    unet: nn.Module, config: smidgen.SmidgenConfig, size: int, checkpointing: bool, precision: torch.dtype
+    family: str,
+    unet: nn.Module,
+    config: smidgen.SmidgenConfig,
+    size: int,
+    checkpointing: bool,
+    precision: torch.dtype,
 ) -> Cost:
-    """One row of group training or of the end-to-end stage: one latent of ``size`` x ``size`` through ``unet`` (on the meta
+    """One row of group training or of the end-to-end stage: one latent of ``size`` x ``size`` through ``unet`` of a family (on the meta
     device, without an adapter) with an adapter of a bank, and back to the adapter. Rows of a batch cost the same each.
     """
     nn.Module.to(unet, precision).requires_grad_(False).train()  # diffusers would speak of layers kept in fp32
     unet.disable_gradient_checkpointing()  # type: ignore[operator]
     if checkpointing:
         unet.enable_gradient_checkpointing(_checkpoint(precision))  # type: ignore[operator]
+    from diffusers import DDPMScheduler
+
     adapted = smidgen.adapt(unet, config, "counted")
     try:
         bank = Bank(adapted, config, ["one"])
         for parameter in bank.parameters():
             parameter.requires_grad_(True)
-        task, batch = _task(unet, size), _batch(unet, size, precision)
+        base = FAMILIES[family].cls(
+            "counted", SimpleNamespace(unet=unet, scheduler=DDPMScheduler(), vae_scale_factor=8)
+        )
+        batch = _batch(base, size, precision)
+        task = PersonalizeTask(Encoded(torch.empty(1), torch.empty(1), batch["prompts"], ()), base, batch_size=1)
         with bank.rows(["one"]):
             return cost(lambda: task.errors(adapted, batch).sum(), precision=precision)
     finally:
@@ -95,21 +108,12 @@ def _checkpoint(precision: torch.dtype) -> Callable[..., Any]:
     return partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsOnGPU(precision)))
 
 
-def _task(unet: nn.Module, size: int) -> PersonalizeTask:
-    nothing = Encoded(torch.empty(1), torch.empty(1), Prompts(torch.empty(1)), None, ())
-    return PersonalizeTask(nothing, torch.linspace(0.99, 0.01, 1000, dtype=torch.float64), "epsilon", batch_size=1)
-
-
-def _batch(unet: Any, size: int, precision: torch.dtype) -> dict[str, Any]:
-    config = unet.config
-    latents = torch.empty(1, config.in_channels, size, size, device="meta")
-    batch = {"latents": latents, "noise": latents, "timesteps": torch.zeros(1, dtype=torch.long, device="meta")}
-    batch["embeds"] = torch.empty(1, TOKENS, config.cross_attention_dim, device="meta", dtype=precision)
-    if config.addition_embed_type == "text_time":
-        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        batch["pooled"] = torch.empty(1, width, device="meta", dtype=precision)
-        batch["time_ids"] = torch.empty(1, 6, device="meta")
-    return batch | {"weights": torch.ones(1, device="meta")}
+def _batch(base: ImageBase, size: int, precision: torch.dtype) -> dict[str, Any]:
+    latents = torch.empty(1, base.model.config.in_channels, size, size, device="meta")
+    shapes = base.prompt_shapes(base.model, TOKENS)
+    prompts = Prompts({n: torch.empty(1, *shape, device="meta", dtype=precision) for n, shape in shapes.items()})
+    level, weight = torch.zeros(1, device="meta"), torch.ones(1, device="meta")
+    return {"latents": latents, "noise": latents, "prompts": prompts, "levels": level, "weights": weight}
 
 
 class _Memory(TorchDispatchMode):

@@ -122,7 +122,7 @@ def count(base: str, rank: int, latents: int) -> Counted:
     shape = base_shape(base)
     unet, config = shape.build(), adapter_config(ZooConfig(adapter=Adapter(method="lora", rank=rank)))
     dtype = torch.bfloat16
-    plain, less = (group_step(unet, config, shape.latent, checked, dtype) for checked in (False, True))
+    plain, less = (group_step(shape.family, unet, config, shape.latent, checked, dtype) for checked in (False, True))
     texts, vae = text_encoders(shape), vae_encoder(shape)
     size, flops = _network(latents)
     return Counted(

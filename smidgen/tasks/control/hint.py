@@ -66,7 +66,7 @@ class HintEncoder(nn.Sequential):
 
 def config_for(base: Any, control: str, width: int = 64) -> HintConfig:
     """The hint encoder that fits a loaded base."""
-    return HintConfig(control, int(base.pipe.vae_scale_factor), int(base.unet.config.block_out_channels[0]), width)
+    return HintConfig(control, base.factor, int(base.model.config.block_out_channels[0]), width)
 
 
 def attach(unet: nn.Module, config: HintConfig, seed: int = 0) -> nn.Module:

@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from smidgen.bases.stable_diffusion import (
-    EMBEDDED,
-    Base,
-    default_device,
-    encode_prompts,
-    fingerprint,
-    load_base,
-)
+from smidgen.bases.families import load_base
+from smidgen.bases.pipelines import default_device
+from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError
 from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot, save_image
 from smidgen.tasks.control import hint
@@ -30,9 +25,8 @@ from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs
 from smidgen.tasks.control.report import ControlReport, Line, model_card
 from smidgen.tasks.control.sampling import Scenes, can_score, scores, wanted
 from smidgen.tasks.control.settings import ControlConfig, rates
-from smidgen.tasks.control.task import make_task
+from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
-from smidgen.tasks.diffusion.gallery import SAMPLING
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
 from smidgen.tasks.report import public_name
@@ -79,7 +73,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
         return None
 
     trained = scenes.answer(base)
-    base.unet.cpu()
+    base.model.cpu()
     base = load_base(config.base, config.train.mixed_precision, device)
     drawn = {"real pictures": [images.load_picture(picture.path, resolution) for picture in held_out.pictures]}
     drawn["base without control"] = plain = scenes.draw(base, steer=False)
@@ -93,7 +87,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     title = f"{data.control} with {fitted.name} on {public_name(config.base)}: pictures kept from training"
     save_image(contact_sheet(title, rows), out / "contact_sheet.png")
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
-    lines = _lines(config, held_out, drawn, fitted)
+    lines = _lines(config, base, held_out, drawn, fitted)
     report = ControlReport(fitted.name, config.base, data.control, out, lines, pairs.warnings, notes, identity)
     replace_file(out / "report.json", report.as_json())
     replace_file(out / "README.md", model_card(report, held_out.pictures[0].caption))
@@ -102,7 +96,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
 
 def _fit(
     config: ControlConfig,
-    base: Base,
+    base: ImageBase,
     seen: ControlPairs,
     made: hint.HintConfig,
     rate: Rates,
@@ -114,38 +108,37 @@ def _fit(
     captions = [picture.caption for picture in seen.pictures]
     encoded = encode_examples(base, seen.pictures, captions, scenes.options["size"])
     options: dict[str, Any] = {"batch_size": config.data.train_batch_size, "seed": config.train.seed}
-    task = make_task(base, encoded, as_controls(seen.controls), cubic=chosen.cubic_timesteps, **options)
+    controls = as_controls(seen.controls)
+    task = ControlTask(encoded, base, controls=controls, cubic=chosen.cubic_timesteps, **options)
     task.previewer = lambda _, step, folder: scenes.preview(base, held_out.controls, step, folder)
     base.release_encoders(keep_vae=bool(config.train.preview_steps))
-    hint.attach(base.unet, made, config.train.seed)
+    hint.attach(base.model, made, config.train.seed)
     if config.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.model.enable_gradient_checkpointing()
     targets = list(chosen.target_modules) if chosen.target_modules is not None else None
     chosen_setup = setup(chosen, targets, config.train.seed)
     options = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
     options |= {"heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
-    return fit(chosen.method, base.unet, task, chosen_setup, rate, config.train, config.out, **options)
+    return fit(chosen.method, base.model, task, chosen_setup, rate, config.train, config.out, **options)
 
 
-def _scenes(config: ControlConfig, base: Base, held_out: ControlPairs, resolution: int) -> Scenes:
-    usual, show = SAMPLING[EMBEDDED if config.base == EMBEDDED else base.family], config.show
-    options: dict[str, Any] = {"steps": show.inference_steps or usual[0], "size": resolution}
-    options["guidance"] = usual[1] if show.guidance_scale is None else show.guidance_scale
-    options["negative"] = encode_prompts(base, [""])
-    prompts = encode_prompts(base, [picture.caption for picture in held_out.pictures])
+def _scenes(config: ControlConfig, base: ImageBase, held_out: ControlPairs, resolution: int) -> Scenes:
+    options = base.sampling.chosen(config.show.inference_steps, config.show.guidance_scale)
+    options |= {"negative": base.encode_prompts([""]), "size": resolution}
+    prompts = base.encode_prompts([picture.caption for picture in held_out.pictures])
     seeds = [derive(config.train.seed, "show", number) for number in range(len(held_out))]
     return Scenes(prompts, as_controls(held_out.controls), seeds, options)
 
 
 def _proved(
-    config: ControlConfig, fresh: Base, made: hint.HintConfig, scenes: Scenes, trained: torch.Tensor
+    config: ControlConfig, fresh: ImageBase, made: hint.HintConfig, scenes: Scenes, trained: torch.Tensor
 ) -> tuple[str, ...]:
     """Load the file into ``fresh`` and prove that it answers a control picture as the trained UNet did."""
-    hint.attach(fresh.unet, made)
-    notes = prove(fresh.unet, config.out, partial(scenes.answer, fresh))
+    hint.attach(fresh.model, made)
+    notes = prove(fresh.model, config.out, partial(scenes.answer, fresh))
     error = float((scenes.answer(fresh) - trained).norm() / trained.norm())
     halves = (
-        getattr(getattr(fresh.unet, "peft_config", {}).get("default"), "store_dtype", None) == "float16"
+        getattr(getattr(fresh.model, "peft_config", {}).get("default"), "store_dtype", None) == "float16"
     )  # rounded when saved
     if not error <= (2e-2 if config.train.mixed_precision != "no" else 5e-3 if halves else 1e-4):
         raise AdapterFileError(
@@ -156,11 +149,15 @@ def _proved(
 
 
 def _lines(
-    config: ControlConfig, held_out: ControlPairs, drawn: Mapping[str, list[Image.Image]], fitted: Fitted
+    config: ControlConfig,
+    base: ImageBase,
+    held_out: ControlPairs,
+    drawn: Mapping[str, list[Image.Image]],
+    fitted: Fitted,
 ) -> tuple[Line, ...]:
     """Every row of pictures scored against the held-out controls, where there is something to score them by."""
     kind = config.data.control
-    asked = wanted(kind, held_out.controls) if can_score(kind, config.base) else None
+    asked = wanted(kind, held_out.controls) if can_score(kind, base) else None
     measured = {name: scores(kind, found, asked) if asked is not None else {} for name, found in drawn.items()}
     sizes: dict[str, Any] = {"numbers": fitted.trained_numbers, "hint_numbers": fitted.head_numbers}
     sizes |= {"bytes_on_disk": fitted.bytes, "seconds": fitted.seconds}
@@ -169,7 +166,7 @@ def _lines(
     return tuple(Line(name, found, **(sizes if name == fitted.name else {})) for name, found in measured.items())
 
 
-def _identity(config: ControlConfig, base: Base, pairs: ControlPairs) -> dict[str, Any]:
+def _identity(config: ControlConfig, base: ImageBase, pairs: ControlPairs) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
     kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
-    return kept | {"pairs": pairs.digests(), "base_weights": fingerprint(base)}
+    return kept | {"pairs": pairs.digests(), "base_weights": base.fingerprint()}

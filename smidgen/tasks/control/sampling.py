@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, cat, no_grad
 
-from smidgen.bases.stable_diffusion import EMBEDDED, Base, Prompts, decode, draw, draw_latents
+from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.control import metrics
 from smidgen.tasks.control.conditions import edges, points_of
@@ -23,7 +23,7 @@ BETTER = {"iou": "up", "f1": "up", "f1_1px": "up", "miou": "up", "aacc": "up", "
 
 
 def draw_controlled(
-    base: Base,
+    base: ImageBase,
     prompts: Prompts,
     seeds: Sequence[int],
     controls: Tensor,
@@ -33,13 +33,13 @@ def draw_controlled(
     **options: Any,
 ) -> "list[Image]":
     """One picture for each prompt, seed and control picture [n, 3, height, width] (uint8); other options as for
-    ``pipelines.draw_latents``."""
+    ``base.draw_latents``."""
     found = []
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        with steering(base.unet, controls[rows].float().to(base.device) / 255, scale):
-            found.append(draw_latents(base, prompts[rows], seeds[rows], batch=batch, **options))
-    return decode(base, cat(found))
+        with steering(base.model, controls[rows].float().to(base.device) / 255, scale):
+            found.append(base.draw_latents(prompts[rows], seeds[rows], batch=batch, **options))
+    return base.decode(cat(found))
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Scenes:
     seeds: Sequence[int]
     options: Mapping[str, Any]
 
-    def draw(self, base: Base, steer: bool = True, most: int | None = None) -> "list[Image]":
+    def draw(self, base: ImageBase, steer: bool = True, most: int | None = None) -> "list[Image]":
         """A picture for each of the first ``most`` controls, or for their prompts alone."""
         prompts, seeds = self.prompts[slice(most)], self.seeds[:most]
         if steer:
             return draw_controlled(base, prompts, seeds, self.controls[:most], **self.options)
-        return draw(base, prompts, seeds, **self.options)
+        return base.draw(prompts, seeds, **self.options)
 
-    def answer(self, base: Base) -> Tensor:
+    def answer(self, base: ImageBase) -> Tensor:
         """The UNet's answer to fixed noise, steered by the first control."""
-        with no_grad(), steering(base.unet, self.controls[:1].float().to(base.device) / 255):
+        with no_grad(), steering(base.model, self.controls[:1].float().to(base.device) / 255):
             return answer(base, self.prompts, self.options["size"])
 
-    def preview(self, base: Base, controls: "Sequence[Image]", step: int, folder: Path, most: int = 4) -> None:
+    def preview(self, base: ImageBase, controls: "Sequence[Image]", step: int, folder: Path, most: int = 4) -> None:
         """Draw the first controls as ``preview-<step>.png``."""
-        was_training = base.unet.training
-        base.unet.eval()
+        was_training = base.model.training
+        base.model.eval()
         rows = [Row("control", controls[:most]), Row(f"step {step}", self.draw(base, most=most))]
         save_image(contact_sheet(f"after step {step}", rows), folder / f"preview-{step}.png")
-        base.unet.train(was_training)
+        base.model.train(was_training)
 
 
-def can_score(control: str, base_name: str) -> bool:
-    """Edges are found in any picture; parts and landmarks need a reader, and there is one for the embedded base."""
-    return control == "canny" or (base_name == EMBEDDED and control in ("segmentation", "landmarks"))
+def can_score(control: str, base: ImageBase) -> bool:
+    """Edges are found in any picture; parts and landmarks need a reader of what the base draws."""
+    return control == "canny" or (base.parts_reader is not None and control in ("segmentation", "landmarks"))
 
 
 def wanted(control: str, controls: "Sequence[Image]") -> NDArray:

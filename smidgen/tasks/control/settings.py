@@ -3,10 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smidgen.adapters.methods import Kind, Rates, learning_rates
-from smidgen.bases.stable_diffusion import EMBEDDED
+from smidgen.adapters.methods import Rates, learning_rates
+from smidgen.bases.families import EMBEDDED, learning_kind
 from smidgen.tasks.control.conditions import Control
-from smidgen.tasks.diffusion.rates import picture_kind
 from smidgen.tasks.finetune import settings as finetune
 from smidgen.training.loop import LoopConfig
 
@@ -77,6 +76,5 @@ def rates(config: ControlConfig) -> Rates:
     chosen, hint = config.adapter, config.adapter.head_learning_rate
     if chosen.method == finetune.PROBE:
         return Rates(hint, hint, hint)
-    kind: Kind = "control_embedded" if config.base == EMBEDDED else picture_kind(config.base)
-    usual = learning_rates(chosen.method, kind, chosen.transform, chosen.residual)
+    usual = learning_rates(chosen.method, learning_kind(config.base, "control"), chosen.transform, chosen.residual)
     return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate, hint)

@@ -1,7 +1,7 @@
 """The task of control: teach a text-to-image UNet, with its hint encoder, to draw what a control picture shows.
 
 As personalisation (latents and prompts encoded once, one mean squared error), but each picture of a batch comes with
-its control picture. Control decides the layout, and layout is decided at high noise; so timesteps are drawn denser
+its control picture. Control decides the layout, and layout is decided at high noise; so noise levels are drawn denser
 there, by T2I-Adapter's cubic rule t = 1 - u^3 (Mou et al. 2023).
 """
 
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.bases.stable_diffusion import Base, alphas_cumprod, prediction_type
 from smidgen.errors import DataError
 from smidgen.tasks.control.hint import steering
-from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
+from smidgen.tasks.diffusion.task import PersonalizeTask
 
 
 @dataclass
@@ -38,13 +37,6 @@ class ControlTask(PersonalizeTask):
         with steering(model, batch["control"]):
             return super().loss(model, batch)
 
-    def _timesteps(self, count: int, noise: torch.Generator) -> Tensor:
-        if not self.cubic:
-            return super()._timesteps(count, noise)
-        places = (torch.rand(1, generator=noise) + torch.arange(count) / count) % 1.0
-        return ((1 - places**3) * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
-
-
-def make_task(base: Base, encoded: Encoded, controls: Tensor, **options: Any) -> ControlTask:
-    """A task whose schedule and kind of prediction are the base's own."""
-    return ControlTask(encoded, alphas_cumprod(base), prediction_type(base), controls=controls, **options)
+    def levels(self, count: int, noise: torch.Generator) -> Tensor:
+        even = super().levels(count, noise)
+        return 1 - even**3 if self.cubic else even

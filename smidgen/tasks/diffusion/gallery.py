@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from smidgen.bases.families import load_base
 from smidgen.bases.judging import Judge
-from smidgen.bases.stable_diffusion import Base, Prompts, draw, encode_prompts, load_base, time_ids
+from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import AdapterFileError
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.report import Entry, public_name
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, prove
 from smidgen.training.randomness import derive
-
-SAMPLING = {"embedded": (20, 3.0), "sd": (30, 7.5), "sdxl": (30, 5.0)}  # steps, guidance
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,11 @@ def gallery(
     proof: tuple[str, ...] = ()
     for run in runs:
         fresh = load_base(base, precision, device)
-        bound, negative = encode_prompts(fresh, scenes.bound), encode_prompts(fresh, [""])
-        said = prove(fresh.unet, run.folder, partial(answer, fresh, bound, scenes.size))
+        bound, negative = fresh.encode_prompts(scenes.bound), fresh.encode_prompts([""])
+        said = prove(fresh.model, run.folder, partial(answer, fresh, bound, scenes.size))
         if not rows:
             proof = said
-            with engine.disabled(fresh.unet):
+            with engine.disabled(fresh.model):
                 images = _draw(fresh, bound, negative, scenes)
             entries.append(_entry(Entry("base model", 0, 0), images, scenes, subject, judge))
             rows.append((entries[-1], images))
@@ -85,10 +84,10 @@ def gallery(
     return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
 
 
-def previewer(base: Base, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
+def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
     """What a run calls to draw its first few scenes as ``preview-<step>.png``; the prompts are encoded now."""
     few = replace(scenes, plain=scenes.plain[:4], bound=scenes.bound[:4], num_seeds=1)
-    bound, negative = encode_prompts(base, few.bound), encode_prompts(base, [""])
+    bound, negative = base.encode_prompts(few.bound), base.encode_prompts([""])
 
     def preview(model: nn.Module, step: int, folder: Path) -> None:
         was_training = model.training
@@ -100,28 +99,18 @@ def previewer(base: Base, scenes: Scenes) -> Callable[[nn.Module, int, Path], No
     return preview
 
 
-def _draw(base: Base, prompts: Prompts, negative: Prompts, scenes: Scenes) -> list[Image.Image]:
+def _draw(base: ImageBase, prompts: Prompts, negative: Prompts, scenes: Scenes) -> list[Image.Image]:
     chosen = prompts[[prompt for prompt, _ in scenes.columns]]
     options = {"steps": scenes.steps, "guidance": scenes.guidance, "size": scenes.size}
-    return draw(base, chosen, scenes.noise_seeds(), negative=negative, **options)
+    return base.draw(chosen, scenes.noise_seeds(), negative=negative, **options)
 
 
-def answer(base: Base, prompts: Prompts, size: int) -> torch.Tensor:
-    """The UNet's answer to fixed noise in the middle of its schedule."""
-    unet = base.unet
-    side = size // base.pipe.vae_scale_factor
-    noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    extra = {}
-    if prompts.pooled is not None:
-        ids = time_ids((size, size), size)[None]
-        extra["added_cond_kwargs"] = {
-            "text_embeds": prompts.pooled[:1].to(base.device, unet.dtype),
-            "time_ids": ids.to(base.device, unet.dtype),
-        }
-    embeds = prompts.embeds[:1].to(base.device, unet.dtype)
-    time = torch.tensor([500], device=base.device)
-    noise = noise.to(base.device, unet.dtype)
-    return unet(noise, time, encoder_hidden_states=embeds, return_dict=False, **extra)[0].float()
+def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:
+    """What the denoiser predicts for fixed noise in the middle of its schedule."""
+    noise = torch.randn(1, *base.latent_shape(size), generator=torch.Generator().manual_seed(0))
+    timesteps = base.schedule.timesteps(torch.tensor([0.5])).to(base.device)
+    where = base.device, base.model.dtype
+    return base.predict(base.model, noise.to(*where), timesteps, prompts[:1].to(*where))
 
 
 def _entry(

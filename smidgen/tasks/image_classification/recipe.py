@@ -5,7 +5,14 @@ report = image_classification(ImageClassificationConfig(data=PictureData("emoji"
 
 from typing import Any
 
-from smidgen.bases.transformers import Head, Loaded, image_statistics, load_classifier, load_config, locate_data
+from smidgen.bases.transformers import (
+    Head,
+    TransformersBase,
+    image_statistics,
+    load_classifier,
+    load_config,
+    locate_data,
+)
 from smidgen.tasks.data.pictures import count_labels, read_pictures
 from smidgen.tasks.finetune.course import Prepared, finetune
 from smidgen.tasks.finetune.report import FinetuneReport
@@ -52,7 +59,7 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
     name = data.metric or "accuracy"
     metric(name, False, len(pictures.labels))
 
-    def load() -> Loaded:
+    def load() -> TransformersBase:
         precision, head = config.train.mixed_precision, Head(pictures.labels)
         auto = "AutoModelForImageClassification"
         return load_classifier(auto, config.model, head, config.train.seed, precision, config.dropout)
@@ -76,7 +83,7 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
         model=base.model,
         task=task,
         heads=base.heads,
-        family="vision",
+        family=base.kind,
         fresh=lambda: load().model,
         labels=pictures.labels,
         counts={split: dict(count_labels(part, pictures.labels)) for split, part in pictures.splits.items()},

@@ -61,7 +61,7 @@ def prepare(config: InstructionConfig) -> Prepared:
         model=base.model,
         task=task,
         heads=base.heads,
-        family="decoder",
+        family=base.kind,
         fresh=lambda: load_language_model(config.model, config.train.mixed_precision, config.dropout).model,
         counts={
             split: {"conversations": len(some), "target tokens": sum(one.targets for one in some)}

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
-from smidgen.bases.judging import NO_JUDGE, Judge, judge_for
-from smidgen.bases.stable_diffusion import EMBEDDED, Base, default_device, fingerprint, load_base
+from smidgen.bases.families import load_base
+from smidgen.bases.judging import NO_JUDGE, Judge
+from smidgen.bases.pipelines import default_device
+from smidgen.bases.protocol import ImageBase
 from smidgen.errors import DataError
 from smidgen.tasks.contact_sheet import loss_plot, save_image
 from smidgen.tasks.data import images
-from smidgen.tasks.diffusion.gallery import SAMPLING, Scenes, gallery, previewer
+from smidgen.tasks.diffusion.gallery import Scenes, gallery, previewer
 from smidgen.tasks.diffusion.rates import PEFT_LORA
-from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior, make_task
+from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
 from smidgen.tasks.report import Report, model_card, write_report
 from smidgen.training.checkpoints import replace_file
@@ -44,7 +46,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     for warning in found.warnings:
         logger.warning("%s", warning)
     captions = _bound(found.captions, config.data)
-    judge = judge or judge_for(base)
+    judge = judge or base.judge()
     scenes = _scenes(config, base, judge, found, resolution)
 
     out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora")
@@ -73,7 +75,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
 def _fit(
     config: PersonalizeConfig,
     method: str,
-    base: Base,
+    base: ImageBase,
     task: PersonalizeTask,
     folder: Path,
     identity: dict,
@@ -82,7 +84,7 @@ def _fit(
     """Train ``method`` in ``base``'s UNet; peft's own LoRA for PEFT_LORA, by the same loop on the same batches."""
     chosen = config.adapter
     if config.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
+        base.model.enable_gradient_checkpointing()
     if method == PEFT_LORA:
         import peft
 
@@ -99,24 +101,23 @@ def _fit(
     resume = config.resume_from_checkpoint
     if method == PEFT_LORA and resume:
         resume = "latest"
-    return fit(method, base.unet, task, setup, rate, config.train, folder, resume=resume, **options)
+    return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
 
 
 def _task(
-    config: PersonalizeConfig, base: Base, found: images.PictureFolder, captions: list[str], resolution: int
+    config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder, captions: list[str], resolution: int
 ) -> PersonalizeTask:
     """Everything encoded, so that the VAE and the text encoders can go."""
     data, prior = config.data, None
     if data.with_prior_preservation:
         about = [data.class_prompt] if data.class_prompt else found.captions
         prompts = [about[number % len(about)] for number in range(data.num_class_images)]
-        steps, guidance = _sampling(config, base)
         cache = config.out / "class_latents.safetensors"
-        drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": config.train.seed}
-        prior = encode_prior(base, prompts, resolution, cache, key=fingerprint(base), **drawing)
-    return make_task(
-        base,
+        drawing = {**_sampling(config, base), "seed": config.train.seed}
+        prior = encode_prior(base, prompts, resolution, cache, key=base.fingerprint(), **drawing)
+    return PersonalizeTask(
         encode_examples(base, found.pictures, captions, resolution),
+        base,
         batch_size=data.train_batch_size,
         seed=config.train.seed,
         prior=prior,
@@ -127,7 +128,7 @@ def _task(
 
 
 def _scenes(
-    config: PersonalizeConfig, base: Base, judge: Judge | None, found: images.PictureFolder, resolution: int
+    config: PersonalizeConfig, base: ImageBase, judge: Judge | None, found: images.PictureFolder, resolution: int
 ) -> Scenes:
     show = config.show
     plain = list(show.validation_prompt)
@@ -135,14 +136,12 @@ def _scenes(
         plain = judge.prompts(show.num_prompts, config.train.seed)
     plain = plain or list(dict.fromkeys(found.captions))[: show.num_prompts]
     bound = _bound(plain, config.data) if not show.validation_prompt else plain
-    steps, guidance = _sampling(config, base)
-    return Scenes(tuple(plain), tuple(bound), show.num_seeds, config.train.seed, steps, guidance, resolution)
+    how = {"num_seeds": show.num_seeds, "seed": config.train.seed, "size": resolution, **_sampling(config, base)}
+    return Scenes(tuple(plain), tuple(bound), **how)
 
 
-def _sampling(config: PersonalizeConfig, base: Base) -> tuple[int, float]:
-    steps, guidance = SAMPLING[EMBEDDED if base.name == EMBEDDED else base.family]
-    show = config.show
-    return show.inference_steps or steps, guidance if show.guidance_scale is None else show.guidance_scale
+def _sampling(config: PersonalizeConfig, base: ImageBase) -> dict[str, Any]:
+    return base.sampling.chosen(config.show.inference_steps, config.show.guidance_scale)
 
 
 def _bound(captions: list[str], data: Data) -> list[str]:
@@ -153,7 +152,7 @@ def _subject_words(data: Data) -> str:
     return f"{data.placeholder_token} {data.class_word}" if data.placeholder_token else f"a {data.class_word}"
 
 
-def _identity(config: PersonalizeConfig, base: Base, found: images.PictureFolder) -> dict[str, Any]:
+def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
     keys = {
         key: value for key, value in flat(config).items() if key.split(".")[0] in ("data", "adapter", "train", "base")
@@ -162,4 +161,4 @@ def _identity(config: PersonalizeConfig, base: Base, found: images.PictureFolder
         del keys[key]
     del keys["train.checkpointing_steps"]
     pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
-    return keys | {"pictures": pictures, "base_weights": fingerprint(base)}
+    return keys | {"pictures": pictures, "base_weights": base.fingerprint()}

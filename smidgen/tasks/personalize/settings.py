@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smidgen.adapters.methods import Rates, learning_rates, parse_method
-from smidgen.tasks.diffusion.rates import PEFT_LORA, picture_kind
+from smidgen.bases.families import learning_kind
+from smidgen.tasks.diffusion.rates import PEFT_LORA
 from smidgen.training.loop import LoopConfig
 
 
@@ -84,7 +85,7 @@ PRESETS = {
 
 def rates(config: PersonalizeConfig, method: str) -> Rates:
     """The learning rates of this run: the flags where given, else the defaults of ``method``."""
-    chosen, kind = config.adapter, picture_kind(config.base)
+    chosen, kind = config.adapter, learning_kind(config.base)
     if method == PEFT_LORA:
         return learning_rates("peft:lora", kind)
     return learning_rates(method, kind).chosen(chosen.learning_rate, chosen.transform_learning_rate)

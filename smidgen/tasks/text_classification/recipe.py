@@ -6,7 +6,7 @@ report = text_classification(TextClassificationConfig(data=TextData("tweets"), o
 from dataclasses import replace
 from typing import Any
 
-from smidgen.bases.transformers import Head, Loaded, load_classifier, load_tokenizer, locate_data
+from smidgen.bases.transformers import Head, TransformersBase, load_classifier, load_tokenizer, locate_data
 from smidgen.errors import ConfigError
 from smidgen.tasks.data.glue import GLUE
 from smidgen.tasks.data.text import Columns, count_labels, read_texts
@@ -51,7 +51,7 @@ def prepare(config: TextClassificationConfig) -> Prepared:
     name = data.metric or ("pearson" if data.regression else "accuracy")
     metric(name, data.regression, len(texts.labels))
 
-    def load() -> Loaded:
+    def load() -> TransformersBase:
         head = Head(texts.labels, data.regression)
         auto = "AutoModelForSequenceClassification"
         loaded = load_classifier(
@@ -76,7 +76,7 @@ def prepare(config: TextClassificationConfig) -> Prepared:
         model=base.model,
         task=task,
         heads=base.heads,
-        family="decoder" if getattr(base.model.config, "is_decoder", False) else "encoder",
+        family=base.kind,
         fresh=lambda: load().model,
         labels=texts.labels,
         counts={split: count_labels(part, texts.labels) for split, part in texts.splits.items()},

@@ -1,0 +1,117 @@
+"""The families of bases: one row each, with how it is recognised. A new family is a file, a row, and its row in the tests.
+
+base = load_base("embedded")
+base.draw(base.encode_prompts(["a portrait of a person"]), [0], negative=base.encode_prompts([""]), steps=20, guidance=3)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smidgen.adapters.methods import Kind
+from smidgen.bases.embedded import embedded_base
+from smidgen.bases.embedded.base import Embedded
+from smidgen.bases.pipelines import PipelineBase, import_diffusers, quiet
+from smidgen.bases.protocol import ImageBase
+from smidgen.bases.stable_diffusion import StableDiffusion, StableDiffusionXL
+from smidgen.bases.transformers import TransformersBase
+from smidgen.errors import ConfigError, did_you_mean
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family: how it is recognised, by the name asked for and the class that ``model_index.json`` names ("" where a
+    transformers ``config.json`` stands instead), its class, and whether it draws or reads."""
+
+    recognises: Callable[[str, str], bool]
+    cls: Any
+    draws: bool = True
+
+
+FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
+    "embedded": Family(lambda name, cls: name == EMBEDDED, Embedded),
+    "sd": Family(lambda name, cls: cls == "StableDiffusionPipeline", StableDiffusion),
+    "sdxl": Family(lambda name, cls: cls == "StableDiffusionXLPipeline", StableDiffusionXL),
+    "transformers": Family(lambda name, cls: not cls, TransformersBase, draws=False),
+}
+
+
+def load_base(name: str | Path, mixed_precision: str = "no", device: torch.device | str = "cpu") -> ImageBase:
+    """Load ``embedded``, a pipeline folder, or a hub name, by its family.
+
+    Raises ConfigError when there is no such base or no family that draws knows it.
+    """
+    folder = _locate(name)
+    pipeline = _pipeline_class(folder, str(name))
+    family = family_of(str(name), pipeline)
+    if not FAMILIES[family].draws:
+        raise ConfigError(
+            f"The base {str(name)!r} is a {family} model, which reads and does not draw: it has no model_index.json. Train it "
+            "with smidgen train text-classification, image-classification or instruction."
+        )
+    return FAMILIES[family].cls.load(str(name), folder, pipeline, mixed_precision, device)  # type: ignore[no-any-return]
+
+
+def family_of(name: str, pipeline: str) -> str:
+    """The family of a base: ``pipeline`` is the class that its ``model_index.json`` names, "" for a transformers model.
+
+    Raises ConfigError where no family knows it.
+    """
+    for family, row in FAMILIES.items():
+        if row.recognises(name, pipeline):
+            return family
+    known = ", ".join(family for family, row in FAMILIES.items() if row.draws)
+    raise ConfigError(
+        f"The base {name!r} is a {pipeline}, and no family here knows that class; those that draw are {known}. "
+        "docs/new_base.md says how to add one."
+    )
+
+
+def learning_kind(name: str, task: str = "image") -> Kind:
+    """What learning rates of ``task`` (``image``, ``control``) on the base called ``name`` go by; nothing is loaded."""
+    return (Embedded if name == EMBEDDED else PipelineBase).learning[task]
+
+
+def card_lines(name: str) -> tuple[str, str]:
+    """For the example in a model card: what from_pretrained is given, and what to draw with (", a=1")."""
+    if name != EMBEDDED:
+        return repr(name), ""
+    steps, guidance = Embedded.sampling
+    return "smidgen.embedded_base()", f", num_inference_steps={steps}, guidance_scale={guidance:g}"
+
+
+def _locate(name: str | Path) -> str:
+    """A local folder or a hub name."""
+    if str(name) == EMBEDDED:
+        return str(embedded_base())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
+        near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, [*near, EMBEDDED])
+        raise ConfigError(f"There is no base {str(name)!r}: neither a folder, nor {EMBEDDED!r}, nor owner/name.{hint}")
+    return str(name)
+
+
+def _pipeline_class(folder: str, name: str) -> str:
+    """The class that ``model_index.json`` names, "" where a transformers ``config.json`` stands instead."""
+    if (Path(folder) / "config.json").is_file() and not (Path(folder) / "model_index.json").is_file():
+        return ""
+    try:
+        with quiet():
+            return str(import_diffusers().DiffusionPipeline.load_config(folder)["_class_name"])
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise ConfigError(
+            f"The base {name!r} has no readable model_index.json, so it is not a diffusers pipeline.{offline} ({error})"
+        ) from error

@@ -1,0 +1,184 @@
+"""What every base offers: one Protocol for those that draw, one for those that read. docs/new_base.md says how to add one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.adapters.methods import Kind
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from smidgen.bases.judging import Judge
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Encoded prompts: a bundle that its family alone looks into, here by rows. ``tensors`` have a row [...] for each
+    prompt; what is of different length is padded, with a mask among them.
+
+    Example:
+        >>> both = Prompts.join([Prompts({"embeds": torch.zeros(2, 4)}), Prompts({"embeds": torch.ones(1, 4)})])
+        >>> len(both), both[[2, 0]].tensors["embeds"][:, 0].tolist()
+        (3, [1.0, 0.0])
+    """
+
+    tensors: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Any) -> Prompts:
+        return Prompts({name: value[rows] for name, value in self.tensors.items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Prompts:
+        """On ``device``; numbers in floating point also in ``dtype``."""
+        return Prompts({k: v.to(device, dtype if v.is_floating_point() else None) for k, v in self.tensors.items()})
+
+    @staticmethod
+    def join(parts: Sequence[Prompts]) -> Prompts:
+        """The rows of all ``parts``, which are of one family, one after the other."""
+        return Prompts({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Sampling(NamedTuple):
+    """How a family draws when nobody says otherwise."""
+
+    steps: int
+    guidance: float
+
+    def chosen(self, steps: int | None, guidance: float | None) -> dict[str, Any]:
+        """Options of ``draw``: what is given, else these."""
+        return {"steps": steps or self.steps, "guidance": self.guidance if guidance is None else guidance}
+
+
+class Schedule(Protocol):
+    """How a base was taught: which noise, and what to predict. A noise level is 0 for an image and 1 for noise alone."""
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Noise levels [n] in 0..1 as the timesteps [n] that ``predict`` takes."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents, and the target of ``predict`` for them; both shaped as ``latents`` [n, ...]."""
+
+    def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """Min-SNR weights [n] of the squared error (Hang et al. 2023)."""
+
+
+class ImageBase(Protocol):
+    """A loaded text-to-image base.
+
+    Attributes:
+        name: what it was asked for by.
+        family: its name in ``smidgen.bases.families.FAMILIES``.
+        pipe: the diffusers pipeline.
+        component: the pipeline's part that adapters sit on, by the name that the pipeline and other tools' files have for it.
+        targets: endings of the modules to adapt when nobody names any.
+        sampling: how it draws when nobody says otherwise.
+        parts_reader: loads what finds parts and landmarks in its images, None where nobody was trained to.
+    """
+
+    name: str
+    family: str
+    pipe: Any
+    component: str
+    targets: tuple[str, ...]
+    sampling: Sampling
+    parts_reader: Callable[[], Any] | None
+
+    @property
+    def model(self) -> Any:
+        """The denoiser, which adapters sit on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def resolution(self) -> int:
+        """Pixels on a side that it was made for."""
+
+    @property
+    def factor(self) -> int:
+        """Pixels to a latent, along a side."""
+
+    def latent_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of the latents of one image of ``size`` pixels."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """As its own scheduler says."""
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        """The parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline."""
+
+    def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
+        """Images [n, 3, height, width] in -1..1 -> mean and std of their latents, each [n, ...] on the CPU."""
+
+    def encode_prompts(self, prompts: Sequence[str], batch: int = 16) -> Prompts:
+        """Prompts as the pipeline itself would encode them; those that are cut are warned about."""
+
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
+        """Prompts that also tell the (width, height) that each image had before it was brought to ``resolution``, for
+        families that are told; without it an image has the size of its latents."""
+
+    def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shape of one row of each tensor of encoded prompts for ``model``, which may be on the meta device."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
+        """What ``model`` (the denoiser, wrapped or not) says of ``noisy``, to compare with the schedule's target."""
+
+    def draw_latents(
+        self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
+        size: int | None = None, batch: int = 8,
+    ) -> Tensor:  # fmt: skip
+        """Latents [n, ...] on the CPU, one for each prompt and seed."""
+
+    def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
+        """Images of latents."""
+
+    def draw(self, prompts: Prompts, seeds: Sequence[int], **options: Any) -> list[Image]:
+        """One image for each prompt and seed; options as for ``draw_latents``."""
+
+    def release_encoders(self, keep_vae: bool = False) -> None:
+        """Free what encodes prompts, and the VAE unless images will still be drawn; encoded prompts go on working."""
+
+    def fingerprint(self) -> str:
+        """A few digits of the denoiser's size and weights, enough to notice another base."""
+
+    def scenes(self, count: int, seed: int) -> list[str]:
+        """Prompts of a person that suit it, at most ``count``."""
+
+    def judge(self) -> Judge | None:
+        """Who scores what it draws, None when nobody was trained to."""
+
+
+class ReadingBase(Protocol):
+    """A loaded base that answers about texts or images, with the head of its task.
+
+    Attributes:
+        name: what it was asked for by.
+        model: with its head.
+        heads: names of the modules to train beside any adapter.
+        kind: what learning rates go by.
+    """
+
+    name: str
+    model: Any
+    heads: tuple[str, ...]
+    kind: Kind
+
+    def tokenizer(self) -> Any:
+        """Its fast tokenizer with a padding token, and its chat template if it has one."""
+
+    def targets(self) -> set[str]:
+        """Names or endings of the modules to adapt when nobody names any."""
+
+    def fingerprint(self) -> str:
+        """A few digits of every weight, enough to notice another base."""
