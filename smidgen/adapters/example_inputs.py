@@ -100,12 +100,19 @@ def _of_transformers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, 
                     yield ids | {"input_ids": tokens, "pixel_values": picture}, ""
         left_out = "pictures or sound" if _other_senses(config) else ""
         yield ids, left_out
-        if decoder:  # a classifier makes the decoder's own from these
+        if decoder:  # a classifier makes the decoder's own from these, or wants as many
             yield {"input_ids": ids["input_ids"]}, left_out
+            yield {"input_ids": ids["input_ids"], "decoder_input_ids": ids["input_ids"]}, left_out
     elif main == "pixel_values":
         for batch in (2, 1):
             for picture in _pictures(config, make, batch):
                 yield {"pixel_values": picture} | decoder, ""
+                if getattr(config, "num_frames", None):
+                    film = picture[:, None].expand(-1, config.num_frames, -1, -1, -1)
+                    yield {"pixel_values": film}, ""
+    elif main == "past_values":
+        length, series = getattr(config, "context_length", TOKENS), getattr(config, "num_input_channels", 1)
+        yield {"past_values": make.noise(2, length, series)}, ""
     elif main == "input_features":
         bands = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", None) or 80
         longest = 2 * getattr(config, "max_source_positions", 50)
@@ -169,16 +176,24 @@ def _other_senses(config: Any) -> bool:
 
 
 def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    make, takes = _Maker(model), _takes(model)
+    make, takes, size = _Maker(model), _takes(model), _sizes(config)
     blocks = len(getattr(config, "block_out_channels", None) or ())
-    channels = int(getattr(config, "in_channels", None) or 4)
+    channels = size("in_channels", "in_visual_dim") or 4
     patch = getattr(config, "patch_size", None) or 1
     side = max(8, 2 ** (blocks + 1)) if blocks else 8 * (patch if isinstance(patch, int) else 2)
-    common = {name: value for name, value in _conditions(config, make).items() if name in takes}
-    if "timestep" in takes:
-        common["timestep"] = make.whole(7) if blocks else make.whole(7).to(make.dtype)
+    common = {name: value for name, value in _conditions(config, make, size, side).items() if name in takes}
+    for name in ("timestep", "t"):
+        if name in takes:
+            common[name] = make.whole(7) if blocks else make.whole(7).to(make.dtype)
     if "sample" in takes:
+        if "hint" in common.get("added_cond_kwargs", {}):
+            channels -= 4  # the picture that is added to the latent
         yield common | {"sample": make.noise(1, channels, side, side)}, ""
+        yield common | {"sample": make.noise(1, channels, 2, side, side)}, ""  # films, in both orders of axes
+        yield common | {"sample": make.noise(1, 2, channels, side, side)}, ""
+        return
+    if "x" in takes:  # lists of single latents
+        yield common | {"x": [make.noise(channels, 1, side, side)]}, ""
         return
     tokens = 16
     flat = common | {"hidden_states": make.noise(1, tokens, channels)}
@@ -189,49 +204,77 @@ def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any
     if "img_shapes" in takes:
         yield flat | {"img_shapes": [(1, 4, 4)], "txt_seq_lens": [TOKENS]}, ""
         yield flat | {"img_shapes": [(1, 4, 4)]}, ""
+    if {"visual_rope_pos", "text_rope_pos"} <= takes.keys():
+        places = [torch.arange(n, device=make.device) for n in (1, side // 2, side // 2)]
+        text = torch.arange(TOKENS, device=make.device)
+        grid = make.noise(1, 1, side, side, channels * (2 if getattr(config, "visual_cond", False) else 1))
+        if getattr(config, "visual_cond", False):
+            grid = torch.cat([grid, grid[..., :1]], dim=-1)  # and a mask
+        yield common | {"hidden_states": grid, "visual_rope_pos": places, "text_rope_pos": text}, ""
     yield common | {"hidden_states": make.noise(1, channels, side, side)}, ""
-    yield common | {"hidden_states": make.noise(1, channels, 1, side, side)}, ""
-    yield common | {"hidden_states": make.noise(1, 1, channels, side, side)}, ""
+    frames = size("patch_size_t") or 1
+    yield common | {"hidden_states": make.noise(1, channels, frames, side, side)}, ""
+    yield common | {"hidden_states": make.noise(1, frames, channels, side, side)}, ""
     if {"num_frames", "height", "width"} <= takes.keys():
         yield flat | {"num_frames": 1, "height": 4, "width": 4}, ""
     yield flat, ""
+    yield common | {"hidden_states": make.noise(1, size("embedding_dim") or channels)}, ""
 
 
-def _conditions(config: Any, make: _Maker) -> dict[str, Any]:
-    """Everything besides the noised latent, by the names that diffusers' denoisers give it."""
+def _sizes(config: Any) -> Callable[..., int]:
+    """Reads the first of some names that a config has a value for, 0 if none; of several values the first."""
 
     def size(*names: str) -> int:
         found = (getattr(config, name, None) for name in names)
         first = next((v for v in found if v), 0)
         return int(first[0] if isinstance(first, (list, tuple)) else first)
 
+    return size
+
+
+def _conditions(config: Any, make: _Maker, size: Callable[..., int], side: int) -> dict[str, Any]:
+    """Everything besides the noised latent, by the names that diffusers' denoisers give it."""
     out: dict[str, Any] = {}
     width = size(
         "encoder_hid_dim", "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim",
-        "cross_attention_dim",
+        "in_text_dim", "context_in_dim", "cross_attention_dim", "embedding_dim",
     )  # fmt: skip
+    tokens = size("max_text_seq_length", "num_embeddings") or TOKENS
+    added = getattr(config, "addition_embed_type", None) or ""
     if width:
-        out["encoder_hidden_states"] = make.noise(1, TOKENS, width)
-        out["encoder_hidden_states_mask"] = torch.ones(1, TOKENS, dtype=torch.bool, device=make.device)
-        out["encoder_attention_mask"] = torch.ones(1, TOKENS, device=make.device)
-    if size("pooled_projection_dim"):
-        out["pooled_projections"] = make.noise(1, size("pooled_projection_dim"))
+        out["encoder_hidden_states"] = make.noise(1, tokens, width)
+        out["cap_feats"] = [make.noise(tokens, width)]
+        out["encoder_hidden_states_mask"] = torch.ones(1, tokens, dtype=torch.bool, device=make.device)
+        if "image" not in added:  # else its tokens are those of a picture
+            out["encoder_attention_mask"] = torch.ones(1, tokens, dtype=torch.bool, device=make.device)
+    widths = {
+        "pooled_projections": size("pooled_projection_dim", "in_text_dim2"),
+        "proj_embedding": size("embedding_dim"),
+    }
+    out |= {name: make.noise(1, wide) for name, wide in widths.items() if wide}
     for name in ("original_size", "target_size", "crop_coords"):
         out[name] = make.zeros(1, 2)
     if getattr(config, "guidance_embeds", False):
         out["guidance"] = make.whole(3).to(make.dtype)
-    if getattr(config, "addition_embed_type", None) == "text_time":
-        ids = 6 * size("addition_time_embed_dim")
-        out["added_cond_kwargs"] = {
-            "text_embeds": make.noise(1, size("projection_class_embeddings_input_dim") - ids),
-            "time_ids": make.zeros(1, 6),
-        }
-    elif getattr(config, "addition_embed_type", None) == "image":
-        out["added_cond_kwargs"] = {"image_embeds": make.noise(1, size("encoder_hid_dim"))}
+    if size("ofs_embed_dim"):
+        out["ofs"] = make.whole(2).to(make.dtype)
+    if size("conditioning_channels"):
+        wide = side * 2 ** max(len(getattr(config, "conditioning_embedding_out_channels", None) or ()) - 1, 0)
+        out["controlnet_cond"] = make.noise(1, size("conditioning_channels"), wide, wide)
+    ids, projected = size("addition_time_embed_dim"), size("projection_class_embeddings_input_dim")
+    if ids:
+        out["added_time_ids"] = make.zeros(1, max(projected // ids, 1))
+    if added == "text_time":
+        out["added_cond_kwargs"] = {"text_embeds": make.noise(1, projected - 6 * ids), "time_ids": make.zeros(1, 6)}
+    elif "image" in added:
+        both = {name: make.noise(1, size("cross_attention_dim")) for name in ("text_embeds", "image_embeds")}
+        image = {"image_embeds": make.noise(1, width)}
+        hint = {"hint": make.noise(1, 3, 8 * side, 8 * side)} if "hint" in added else {}
+        out["added_cond_kwargs"] = both if "text" in added else image | hint
     elif size("caption_channels"):
         out["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
     if getattr(config, "class_embed_type", None) == "projection":
-        out["class_labels"] = make.noise(1, size("projection_class_embeddings_input_dim"))
+        out["class_labels"] = make.noise(1, projected)
     elif size("num_class_embeds", "num_embeds_ada_norm") or getattr(config, "class_embed_type", None):
         out["class_labels"] = make.whole(0)
     return out

@@ -14,6 +14,7 @@ from smidgen.errors import AdapterFileError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+LORA_NAME = "pytorch_lora_weights.safetensors"
 _MAX_CONFIG = 64 * 2**20
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt")
 
@@ -30,7 +31,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = folder / CONFIG_NAME
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-        raise AdapterFileError(f"{folder} has no {CONFIG_NAME} (it holds: {found}).")
+        more = (
+            f" {LORA_NAME} is what diffusers writes: load_lora_weights or load_lora_adapter of diffusers reads a LoRA from it; "
+            "of an adapter of smidgen's it does not hold the config, so save that with smidgen.save."
+        )
+        more = more if (folder / LORA_NAME).is_file() else ""
+        raise AdapterFileError(f"{folder} has no {CONFIG_NAME} (it holds: {found}).{more}")
     if file.stat().st_size > _MAX_CONFIG:
         raise AdapterFileError(f"{file} is {file.stat().st_size:,} bytes; a config has at most {_MAX_CONFIG:,}.")
     try:
