@@ -94,7 +94,7 @@ def train_until(
     encoded = encode_examples(base, pictures, [picture.caption for picture in pictures], base.resolution)
     task = PersonalizeTask(encoded, base, chosen.data.train_batch_size, recipe.train.seed)
     judged = scorer(base, drawing)
-    smidgen.adapt(base.model, adapter_config(recipe))
+    smidgen.adapt(base.model, replace(adapter_config(recipe), target_modules=set(base.targets)))
     rate = rates(recipe)
     groups = smidgen.parameter_groups(base.model, lr=rate.residual, transform_lr=rate.transform)
     clock, seen = Clock(), {"steps": 0, "cpu": 0.0, "wall": 0.0}

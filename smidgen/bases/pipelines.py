@@ -195,6 +195,9 @@ class PipelineBase:
         probe = sum(float(parameter.double().abs().sum()) for parameter in (parameters[0], parameters[-1]))
         return f"{sum(p.numel() for p in parameters)} numbers, {probe:.6e}"
 
+    def alias(self, module: str) -> str | None:
+        return None
+
     def scenes(self, count: int, seed: int) -> list[str]:
         return list(SCENES[:count])
 

@@ -128,6 +128,9 @@ class ImageBase(Protocol):
         """Prompts that also tell the (width, height) that each image had before it was brought to ``resolution``, for
         families that are told; without it an image has the size of its latents."""
 
+    def alias(self, module: str) -> str | None:
+        """What other tools' files call a module of the denoiser, besides its own name with dots or underscores."""
+
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each tensor of encoded prompts for ``model``, which may be on the meta device."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,16 @@ class StableDiffusion(PipelineBase):
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"embeds": (tokens, model.config.cross_attention_dim)}
+
+    def alias(self, module: str) -> str | None:
+        """The name of an attention module in the original code, which kohya's files of SDXL use, underscored."""
+        match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)", module)
+        if match:
+            layers, down = self.model.config.layers_per_block + 1, match[1] == "down_blocks"
+            at = f"{'input' if down else 'output'}_blocks_{int(match[2]) * layers + int(match[3]) + down}"
+            return f"{at}_1_{match[4].replace('.', '_')}"
+        middle = re.fullmatch(r"mid_block\.attentions\.0\.(.+)", module)
+        return f"middle_block_1_{middle[1].replace('.', '_')}" if middle else None
 
     def _extra(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         return {}

@@ -54,7 +54,7 @@ class AdaptedPipeline:
     def __init__(self, base: ImageBase, config: smidgen.SmidgenConfig, layout: Layout | None = None) -> None:
         self.base = base
         self.model: nn.Module = base.model
-        smidgen.adapt(self.model, config)
+        smidgen.adapt(self.model, replace(config, target_modules=config.target_modules or set(base.targets)))
         self.config: smidgen.SmidgenConfig = base.model.peft_config["default"]
         self.layout = layout or layout_of(self.model, self.config)
         self.model.requires_grad_(False)

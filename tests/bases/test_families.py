@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy
@@ -12,11 +12,14 @@ from PIL import Image
 
 import smidgen
 from smidgen.adapters.methods import KINDS
+from smidgen.bases.embedded.encoders import load_encoder
+from smidgen.bases.embedded.judge import load_judge
+from smidgen.bases.embedded.parts_reader import load_parts_reader
 from smidgen.bases.families import FAMILIES, card_lines, learning_kind, load_base
 from smidgen.bases.protocol import ImageBase, Prompts, ReadingBase
 from smidgen.bases.schedules import PREDICTIONS, DiscreteSchedule
 from smidgen.bases.transformers import Head, load_classifier, load_language_model
-from smidgen.errors import ConfigError
+from smidgen.errors import ConfigError, SmidgenError
 from tests.training import tiny, tiny_models
 
 BUILT: dict[str, Callable[[Path], str]] = {  # family -> the name of a small base of it, made in a folder
@@ -274,6 +277,19 @@ def test_a_pipeline_without_weights_is_told(named, tmp_path):
     (tmp_path / "model_index.json").write_text((Path(named("sd")) / "model_index.json").read_text())
     with pytest.raises(ConfigError, match="could not be loaded"):
         load_base(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "load, said",
+    [
+        (load_judge, "--stage judge"),
+        (partial(load_encoder, "face"), "--stage encoders"),
+        (load_parts_reader, r"\.parts"),
+    ],
+)
+def test_networks_that_are_not_there_are_told_with_what_makes_them(load, said, tmp_path):
+    with pytest.raises(SmidgenError, match=rf"is missing: reinstall smidgen, or .*embedded_base ?{said}`"):
+        load(tmp_path / "none")
 
 
 # ---- schedules -------------------------------------------------------------------------------------------------------

@@ -89,3 +89,8 @@ def test_another_base_is_refused(pipeline, base, monkeypatch):
     monkeypatch.setattr("smidgen.difflora.adapted_pipeline.load_base", other)
     with pytest.raises(BaseLockError, match="another base than"):
         AdaptedPipeline.load(str(base), pipeline.layout)
+
+
+def test_without_targets_the_bases_own_are_adapted(base):
+    pipeline = AdaptedPipeline.load(str(base), smidgen.config("lora", r=2))
+    assert set(pipeline.config.target_modules) == set(pipeline.base.targets)

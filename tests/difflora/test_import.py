@@ -118,7 +118,7 @@ def test_mixed_ranks_and_targets(base, three, tmp_path):
     reasons = {line.id: line.reason for line in Zoo(tmp_path / "zoo").records()}
     assert "re-factored to rank 2" in reasons["dan"] and "% of its delta lost" in reasons["dan"]
     assert not any(reasons[name] for name in (*answers, "eve"))
-    names = Names(load_base(base).model)
+    names = Names(load_base(base))
     own = read_lora(root / "dan", names)
     row = Zoo(tmp_path / "zoo").layout.unpack(Zoo(tmp_path / "zoo").row("dan"))
     lost = total = 0.0
@@ -146,7 +146,7 @@ def test_all_checkpoints_of_a_person_fall_on_one_side(base, tmp_path):
 
 def test_what_is_refused(base, three, tmp_path):
     root, _ = three
-    names = Names(load_base(base).model)
+    names = Names(load_base(base))
     plain = load_file(root / "cleo.safetensors")
     first = next(key for key in plain if key.endswith("lora_down.weight"))
 
@@ -184,7 +184,7 @@ def test_what_is_refused(base, three, tmp_path):
 
 
 def test_scales_of_peft_and_names_of_older_files(base, tmp_path):
-    names = Names(load_base(base).model)
+    names = Names(load_base(base))
     target = next(name for name in names.modules if name.endswith("attn1.to_q"))
     unet, config = lora(base, 0, r=4, alpha=6, use_rslora=True, alpha_pattern={target.replace(".", r"\."): 10})
     as_peft(unet, config, tmp_path / "rs")
@@ -203,7 +203,7 @@ def test_scales_of_peft_and_names_of_older_files(base, tmp_path):
 def test_names_of_sdxl_files(tmp_path):
     from tests.training.tiny import sdxl_folder
 
-    names = Names(load_base(sdxl_folder(tmp_path)).model)
+    names = Names(load_base(sdxl_folder(tmp_path)))
     where = Path("x")
     inner = "transformer_blocks_0_attn1_to_q"
     assert (

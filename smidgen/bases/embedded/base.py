@@ -11,6 +11,7 @@ from smidgen.adapters.methods import Kind
 from smidgen.bases.embedded.parts_reader import load_parts_reader
 from smidgen.bases.protocol import Sampling
 from smidgen.bases.stable_diffusion import StableDiffusion
+from smidgen.errors import SmidgenError
 from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Embedded(StableDiffusion):
     def judge(self) -> EmbeddedJudge | None:
         try:
             return EmbeddedJudge()
-        except OSError as error:
+        except SmidgenError as error:
             logger.warning("The embedded base's judge cannot be read, so nothing will be scored: %s", error)
             return None
 

@@ -17,12 +17,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
-from smidgen.bases.embedded.judge import Images, as_tensor
-from smidgen.errors import SmidgenError
+from smidgen.bases.embedded.judge import Images, as_tensor, load_weights
 
 FOLDER = Path(__file__).parent / "encoder_weights"
 
@@ -103,13 +101,5 @@ KINDS: dict[str, type[Encoder]] = {"face": FaceEncoder, "scene": SceneEncoder}
 def load_encoder(name: str, folder: Path = FOLDER) -> Encoder:
     """The shipped encoder ``face`` or ``scene``, frozen, in fp32 on the CPU; loaded once."""
     network = KINDS[name]()
-    path = folder / f"{name}.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            network.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
-    except OSError as error:
-        raise SmidgenError(
-            f"The picture encoder is missing from {path}: reinstall smidgen, or train it with "
-            "`python -m smidgen.lab.embedded_base --stage encoders` (minutes)."
-        ) from error
-    return network.requires_grad_(False).eval()
+    load_weights(folder / f"{name}.safetensors", network, " --stage encoders")
+    return network

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
-from smidgen.errors import DataError
+from smidgen.errors import DataError, SmidgenError
 
 FOLDER = Path(__file__).parent / "judge_weights"
 Images = Tensor | Sequence[Any]
@@ -124,18 +124,29 @@ class Judge:
         return self.embedder(as_tensor(images))
 
 
-def _load(path: Path, module: nn.Module) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-        return file.metadata()
+def load_weights(path: Path, module: nn.Module, stage: str) -> dict[str, str]:
+    """Fills ``module``, frozen and in fp32, from a file that ships; returns the file's metadata.
+
+    Raises:
+        SmidgenError: it is not there; ``stage`` of the recipe makes it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
+            module.requires_grad_(False).eval()
+            return file.metadata() or {}
+    except OSError as error:
+        raise SmidgenError(
+            f"{path} is missing: reinstall smidgen, or train it with `python -m smidgen.lab.embedded_base{stage}` (minutes)."
+        ) from error
 
 
 @cache
 def load_judge(folder: Path = FOLDER) -> Judge:
     """The shipped judge, in fp32 on the CPU; loaded once."""
     reader, embedder = AttributeReader(), IdentityEmbedder()
-    accuracy = _load(Path(folder) / "reader.safetensors", reader)
-    calibration = _load(Path(folder) / "identity.safetensors", embedder)
+    accuracy = load_weights(Path(folder) / "reader.safetensors", reader, " --stage judge")
+    calibration = load_weights(Path(folder) / "identity.safetensors", embedder, " --stage judge")
     return Judge(
         reader,
         embedder,

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
-from smidgen.bases.embedded.judge import FOLDER, Images, as_tensor
+from smidgen.bases.embedded.judge import FOLDER, Images, as_tensor, load_weights
 from smidgen.bases.embedded.pose import LANDMARKS, PARTS
-from smidgen.errors import SmidgenError
 
 FILE = FOLDER / "parts.safetensors"
 
@@ -77,13 +75,5 @@ class PartsReader:
 def load_parts_reader(path: Path = FILE) -> PartsReader:
     """The shipped reader, in fp32 on the CPU; loaded once."""
     network = PartsNetwork()
-    try:
-        with safe_open(path, "pt") as file:
-            network.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-            accuracy = {name: float(value) for name, value in file.metadata().items()}
-    except OSError as error:
-        raise SmidgenError(
-            f"The parts reader is missing from {path}: reinstall smidgen, or train it with "
-            "`python -m smidgen.lab.embedded_base.parts` (minutes)."
-        ) from error
-    return PartsReader(network, accuracy)
+    accuracy = load_weights(path, network, ".parts")
+    return PartsReader(network, {name: float(value) for name, value in accuracy.items()})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.kinds import kind_of
+from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError, did_you_mean
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
@@ -61,12 +62,11 @@ def find(folder: Path) -> dict[str, Path]:
 class Names:
     """The adaptable modules of a base by every name LoRA files call them."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, base: ImageBase) -> None:
+        model: nn.Module = base.model
         self.modules = {name: module for name, module in model.named_modules() if name and kind_of(module) is not None}
         self._aliases = {name.replace(".", "_"): name for name in self.modules}
-        layers = getattr(getattr(model, "config", None), "layers_per_block", None)
-        if isinstance(layers, int):
-            self._aliases |= {old: new for new in self.modules if (old := _sgm_name(new, layers))}
+        self._aliases |= {old: name for name in self.modules if (old := base.alias(name))}
 
     def target(self, name: str, where: Path) -> str:
         """The module that ``name`` means; AdapterFileError when the base has none."""
@@ -179,18 +179,3 @@ def _plain(name: str) -> str:
     for prefix in ("unet.", "transformer.", "lora_unet_", "lora_transformer_"):
         name = name.removeprefix(prefix)
     return name
-
-
-def _sgm_name(name: str, layers: int) -> str | None:
-    """The name of an attention module in the original SDXL code, which kohya's SDXL files use, underscored."""
-    match = re.fullmatch(r"(down_blocks|up_blocks)\.(\d+)\.attentions\.(\d+)\.(.+)", name)
-    if match:
-        block, place = int(match[2]), int(match[3])
-        at = (
-            f"input_blocks_{block * (layers + 1) + place + 1}"
-            if match[1] == "down_blocks"
-            else (f"output_blocks_{block * (layers + 1) + place}")
-        )
-        return f"{at}_1_{match[4].replace('.', '_')}"
-    middle = re.fullmatch(r"mid_block\.attentions\.0\.(.+)", name)
-    return f"middle_block_1_{middle[1].replace('.', '_')}" if middle else None

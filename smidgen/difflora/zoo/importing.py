@@ -51,13 +51,13 @@ def import_zoo(
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank must be at least 1, not {rank}.")
-    unet = load_base(base).model
-    names, paths = Names(unet), find(folder)
+    loaded = load_base(base)
+    names, paths = Names(loaded), find(folder)
     every = {
         name: {t: len(f.a) for t, f in read_lora(p, names, ignore_text_encoder).items()} for name, p in paths.items()
     }
     ranks = _common(every) if rank is None else dict.fromkeys(sorted({t for own in every.values() for t in own}), rank)
-    zoo = Zoo.create(out, _layout(unet, ranks), {"imported": _digest(paths), "rank": rank})
+    zoo = Zoo.create(out, _layout(loaded.model, ranks), {"imported": _digest(paths), "rank": rank})
     identities = list(paths)
     for group in range(-(-len(identities) // SHARD)):
         if zoo.has(group):

@@ -83,18 +83,19 @@ def _fit(
 ) -> Fitted:
     """Train ``method`` in ``base``'s UNet; peft's own LoRA for PEFT_LORA, by the same loop on the same batches."""
     chosen = config.adapter
+    targets = list(chosen.target_modules or base.targets)
     if config.gradient_checkpointing:
         base.model.enable_gradient_checkpointing()
     if method == PEFT_LORA:
         import peft
 
         rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
-        setup: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(chosen.target_modules))
+        setup: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     else:
         named = {"r": chosen.rank, "alpha": chosen.alpha}
         named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
         given = {name: value for name, value in named.items() if value is not None}
-        setup = smidgen.config(method, target_modules=list(chosen.target_modules), seed=config.train.seed, **given)
+        setup = smidgen.config(method, target_modules=targets, seed=config.train.seed, **given)
     rate = rates(config, method)
     identity = identity | {"method": method, "rate": rate.residual, "transform_rate": rate.transform}
     options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}

@@ -34,7 +34,7 @@ class Adapter:
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
     residual_rank: int | None = None  # ring rank of tlora's residual
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # endings of the UNet's module names
+    target_modules: tuple[str, ...] | None = None  # endings of the denoiser's module names; None: the base's own
     learning_rate: float | None = None  # None: the method's own for the base
     transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
     weight_decay: float = 0.0  # pulls towards the base
