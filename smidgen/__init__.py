@@ -1,6 +1,6 @@
 """Smidgen: adapters of kilobytes for large pre-trained models, on top of peft.
 
-Importing it makes peft know its adapters; ``import smidgen`` loads the engine alone.
+Importing it makes peft know its adapters. It loads nothing until one of its names, or peft, is used.
 
 Example:
     >>> import torch, smidgen
@@ -10,25 +10,14 @@ Example:
     4
 """
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from smidgen.adapters.api import (
-    adapt,
-    default_targets,
-    disabled,
-    load,
-    merge,
-    parameter_groups,
-    save,
-    set_active,
-    set_strength,
-    trained_numbers,
-)
-from smidgen.adapters.tuner import peft_bridge as _peft_bridge
-from smidgen.adapters.tuner.bank import Bank
-from smidgen.adapters.tuner.config import SmidgenConfig, config
-from smidgen.adapters.verify import VerifyReport, verify
 from smidgen.errors import (
     AdapterFileError,
     BaseLockError,
@@ -40,10 +29,23 @@ from smidgen.errors import (
 )
 
 if TYPE_CHECKING:
+    from smidgen.adapters.api import (
+        adapt,
+        default_targets,
+        disabled,
+        load,
+        merge,
+        parameter_groups,
+        save,
+        set_active,
+        set_strength,
+        trained_numbers,
+    )
+    from smidgen.adapters.tuner.bank import Bank
+    from smidgen.adapters.tuner.config import SmidgenConfig, config
+    from smidgen.adapters.verify import VerifyReport, verify
     from smidgen.bases.counting import count
     from smidgen.bases.embedded import embedded_base
-
-_peft_bridge.register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -73,10 +75,59 @@ __all__ = [
     "verify",
 ]
 
-_LATER = {"count": "smidgen.bases.counting", "embedded_base": "smidgen.bases.embedded"}
+_API = "adapt default_targets disabled load merge parameter_groups save set_active set_strength trained_numbers"
+_LATER = {
+    **dict.fromkeys(_API.split(), "smidgen.adapters.api"),
+    "Bank": "smidgen.adapters.tuner.bank",
+    "SmidgenConfig": "smidgen.adapters.tuner.config",
+    "config": "smidgen.adapters.tuner.config",
+    "VerifyReport": "smidgen.adapters.verify",
+    "verify": "smidgen.adapters.verify",
+    "count": "smidgen.bases.counting",
+    "embedded_base": "smidgen.bases.embedded",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        found = getattr(import_module(_LATER[name]), name)
+        globals()[name] = found
+        return found
+    if name == "adapters":
+        return import_module("smidgen.adapters")
     raise AttributeError(f"module 'smidgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _PeftFinder(MetaPathFinder):
+    """Has the engine register with peft as soon as peft is imported.
+
+    peft has no entry points for tuners, so its tables can only be written once it is loaded; loading it here would cost
+    ``smidgen --help`` the seconds that torch takes. A saved adapter is to open in peft after ``import smidgen`` alone.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None and spec.loader is not None:
+            load_peft = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load_peft(module)
+                import_module("smidgen.adapters")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "peft" in sys.modules:
+    import_module("smidgen.adapters")
+else:
+    sys.meta_path.insert(0, _PeftFinder())

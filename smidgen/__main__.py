@@ -1,0 +1,5 @@
+import sys
+
+from smidgen.cli import main
+
+sys.exit(main())
