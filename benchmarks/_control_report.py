@@ -126,7 +126,7 @@ def _at_the_edge(figures: dict[str, Any]) -> str:
 
 
 def _sizes(figures: dict[str, Any]) -> str:
-    from smidgen.tasks.report import markdown_table
+    from smidgen.tasks import cards
 
     head = ["method", "trained numbers", "of LoRA r4", "published ratio", "CPU s a run", "learning rate"]
     rows = []
@@ -136,11 +136,11 @@ def _sizes(figures: dict[str, Any]) -> str:
         rate = figures.get(key(method, "learning_rate"))
         told = [f"{published:.2f}" if published else "-", f"{figures[key(method, 'cpu_seconds')]:.0f}"]
         rows.append([method, f"{numbers:,}", f"{ratio:.2f}", *told, f"{rate:g}" if rate else "-"])
-    return markdown_table(head, rows)
+    return cards.table(head, rows)
 
 
 def _table(figures: dict[str, Any], control: str, methods: list[str]) -> str:
-    from smidgen.tasks.report import markdown_table
+    from smidgen.tasks import cards
 
     rows = []
     for method in methods:
@@ -149,12 +149,12 @@ def _table(figures: dict[str, Any], control: str, methods: list[str]) -> str:
             low, high = figures[key(control, method, score, "interval")]
             row.append(f"{figures[key(control, method, score)]:.3f} [{low:.3f}, {high:.3f}]")
         rows.append(row)
-    return markdown_table(["method", *(WORDS[score] for score in bench.SCORES[control])], rows)
+    return cards.table(["method", *(WORDS[score] for score in bench.SCORES[control])], rows)
 
 
 def _against(done: dict[str, dict[str, list]]) -> str:
     """How each method stands against LoRA r=4 on each control."""
-    from smidgen.tasks.report import markdown_table
+    from smidgen.tasks import cards
 
     rows = []
     for method in [name for name in bench.METHODS if name != "LoRA r4"]:
@@ -169,7 +169,7 @@ def _against(done: dict[str, dict[str, list]]) -> str:
         rows.append(row)
     head = ["method", *(f"{control}, {WORDS[bench.MAIN[control]]}" for control in done)]
     told = "Differences picture by picture, same seed and noise, averaged; plus is better; 95 % bootstrap."
-    return f"## Against LoRA r=4\n\n{told}\n\n{markdown_table(head, rows)}\n"
+    return f"## Against LoRA r=4\n\n{told}\n\n{cards.table(head, rows)}\n"
 
 
 def sheet(found: dict[str, dict[str, list]]) -> Any:

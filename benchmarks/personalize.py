@@ -220,7 +220,7 @@ def report(command: str) -> None:
 
 
 def _page(figures: dict[str, Any], methods: list[str]) -> str:
-    from smidgen.tasks.report import markdown_table
+    from smidgen.tasks import cards
 
     def score(key: str, name: str) -> str:
         low, high = figures[f"{key}_{name}_interval"]
@@ -244,7 +244,7 @@ Scores by the embedded base's judge (identity: 1 is the same person in another s
 hair, hair colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 %
 bootstrap intervals over people. `make bench NAME=personalize` redoes it.
 
-{markdown_table(head, rows)}
+{cards.table(head, rows)}
 
 {_reading(figures)}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 def methods() -> None:
     """List the methods: what each is made of and how many numbers it trains in a matrix."""
     from smidgen.adapters.methods import known_methods
-    from smidgen.tasks.report import markdown_table
+    from smidgen.tasks import cards
 
     head = ["method", "transform", "residual", "trained numbers per matrix", "defaults", "paper"]
     rows = []
@@ -15,7 +15,7 @@ def methods() -> None:
         defaults = ", ".join(f"{key}={value}" for key, value in method.defaults.items())
         parts = [method.transform or "-", method.residual or "-"]
         rows.append([method.name, *parts, method.formula, defaults, method.paper])
-    print(markdown_table(head, rows, left=len(head)))
+    print(cards.table(head, rows, left=len(head)))
 
 
 Architecture = Literal[

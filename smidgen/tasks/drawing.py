@@ -16,13 +16,13 @@ from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError
+from smidgen.tasks import cards
 from smidgen.tasks.contact_sheet import save_image
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import UNREADABLE, load_picture
-from smidgen.tasks.report import markdown_table
 from smidgen.training import engine
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def inspect(adapter: Path) -> str:
         )
     if lock:
         lines += ["", *_covered(lock)]
-    return "\n".join([*lines, "", markdown_table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
+    return "\n".join([*lines, "", cards.table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
@@ -163,7 +163,7 @@ def _covered(lock: dict[str, Any]) -> list[str]:
     for name, shape in zip(kept.targets, kept.shapes, strict=True):
         entries.setdefault(entry_of(name), []).append(prod(shape))
     rows = [[entry, str(len(sizes)), f"{sum(sizes):,}"] for entry, sizes in sorted(entries.items())]
-    return markdown_table(["entry", "layers", "weights adapted"], rows).splitlines()
+    return cards.table(["entry", "layers", "weights adapted"], rows).splitlines()
 
 
 def _lock_words(lock: dict[str, Any] | None) -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
 from smidgen.adapters.methods import Rates
+from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.errors import AdapterFileError
 from smidgen.training import engine
 from smidgen.training.loop import LoopConfig, Task, train
@@ -21,7 +23,7 @@ class Fitted:
     """A trained adapter in ``folder``.
 
     ``trained_numbers`` are the adapter's own, ``head_numbers`` those of the heads beside it. ``bytes`` is what all its
-    files take on the disk; ``head_bytes`` of them are the heads' tensors.
+    files take on the disk; ``head_bytes`` of them are the heads' tensors. ``coverage`` says which layers it is on.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Fitted:
     best_step: int | None = None
     head_numbers: int = 0
     head_bytes: int = 0
+    coverage: Coverage | None = None
 
 
 BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
@@ -82,6 +85,7 @@ def fit(
     numbers = engine.trained_numbers(model) - head_numbers
     groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay, heads, rates.head)
     result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
+    covers = coverage(model, engine.NAME) if isinstance(peft_config, PeftConfig) else None
     size = engine.save(model, peft_config, folder, heads) if is_main() else 0
     return Fitted(
         name,
@@ -93,6 +97,7 @@ def fit(
         result.evaluations,
         result.best_step,
         head_numbers,
+        coverage=covers,
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
     )
 

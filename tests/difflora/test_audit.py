@@ -80,7 +80,7 @@ def test_every_contender_has_its_row(evaluated):
     assert all(line.moved > 0 for name, line in lines.items() if name not in ("real photo", "base model"))
     assert (lines["noise around it (x 1)"].diversity or 0) > 0 and lines["ridge"].diversity is None
     text = (config.out / "report.md").read_text()
-    assert "| ridge at full length |" in text and "## Copies?" in text
+    assert "| ridge at full length " in text and "## Copies?" in text
     with Image.open(config.out / "contact_sheet.png") as sheet:
         assert sheet.width > 100
     assert sorted(path.name for path in config.out.glob("*.png")) == [

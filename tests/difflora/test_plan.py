@@ -149,7 +149,7 @@ def test_a_group_fits_its_card_and_one_more_does_not(counted, monkeypatch):
 def test_the_command_prints_tables_with_every_assumption_or_json(counted, capsys):
     main(["zoo", "plan", "--base", "sd15", "--people", "65000", "--rank", "2"])
     text = capsys.readouterr().out
-    assert text.startswith("### SD 1.5, 512 pixels, 65,000 people") and "| end to end |" in text
+    assert text.startswith("### SD 1.5, 512 pixels, 65,000 people") and "| end to end  " in text
     for phrase in telling.assumptions(make_plan("sd15", Assumptions(people=65000, rank=2))):
         assert phrase in text
     main(["zoo", "plan", "--people", "10", "--json"])

@@ -62,6 +62,7 @@ def test_what_is_left_behind_and_how_it_draws(sd, pairs, tmp_path):
     saved = json.loads((out / "report.json").read_text())
     assert saved["control"] == "canny" and str(tmp_path) not in (out / "report.json").read_text()
     card = (out / "README.md").read_text()
+    assert saved["coverage"]["entries"] and "## What it covers" in card
     assert "edge F1 within 1 px" in card and "--control PICTURE" in card and str(tmp_path) not in card
     assert verify(out, str(sd))[0]
 

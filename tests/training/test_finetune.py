@@ -286,9 +286,9 @@ def test_what_is_left_behind_can_be_read(tmp_path):
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["verified"] and saved["labels"] == ["bad", "good"] and saved["counts"]["test"] == {"bad": 6, "good": 6}
     assert [entry["step"] for entry in saved["evaluations"]] == [0, 2, 4] and saved["best_step"] in (0, 2, 4)
-    assert set(saved["scores"]) == {"base", "test", "validation"}
+    assert set(saved["scores"]) == {"base", "test", "validation"} and saved["coverage"]["entries"]
     text = (tmp_path / "out" / "README.md").read_text() + (tmp_path / "out" / "adapter_config.json").read_text()
-    assert str(tmp_path) not in text and "/root" not in text and report.table() in text
+    assert str(tmp_path) not in text and "/root" not in text and report.table() in text and "## What it covers" in text
 
 
 @pytest.mark.parametrize(

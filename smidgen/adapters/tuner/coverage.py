@@ -9,7 +9,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from smidgen.adapters.tuner.kinds import kind_of
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
 
 _WRAP = "base_model.model."
 SMALL = 0.05  # a stack with a smaller share of the model's parameters is no main part of it
@@ -67,8 +66,12 @@ class Coverage:
 
 
 def coverage(model: nn.Module, adapter_name: str) -> Coverage:
-    """How much of a model's layers, blocks and parameters an adapter is on."""
-    adapted = set(adapted_layers(model, adapter_name))
+    """How much of a model's layers, blocks and parameters an adapter is on, smidgen's or peft's."""
+    adapted = {
+        name
+        for name, module in _modules(model)
+        if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
+    }
     found, entries = Coverage(), dict[str, Entry]()
     total, sizes, owned, seen = 0, dict[str, int](), dict[str, int](), set[int]()
     for name, module in _modules(model):

@@ -12,7 +12,7 @@ from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
-from smidgen.tasks.report import front_matter, public_name
+from smidgen.tasks.cards import adapter_head, bullets, licence, model_card, public_name
 from smidgen.training.checkpoints import replace_file
 
 FACES = (
@@ -26,19 +26,8 @@ def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int
     base = public_name(base)
     loaded, sampling = card_lines(base)
     kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
-    told = "\n".join(f"- {name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
-    picture = "![rows: what it was made from, the base, the adapters](contact_sheet.png)\n\n" if sheet else ""
     call = f"pipe.load_lora_weights(FOLDER, weight_name={DIFFUSERS_NAME!r})"
-    diffusers = f"\nWithout smidgen: `{call}`.\n" if lora else ""
-    return f"""{front_matter(base, "difflora", str(kind))}
-
-# A person as a {kind} adapter of {size:,} bytes
-
-{layout.size:,} numbers for `{base}`, made by a DiffLoRA generator of Smidgen.
-
-{picture}## Use
-
-The prompt says "a person", as for anybody.
+    use = f"""The prompt says "a person", as for anybody.
 
 ```python
 import smidgen
@@ -50,18 +39,20 @@ pipe("a portrait of a person, smiling"{sampling}).images[0]
 ```
 
 After `import smidgen`, `peft.PeftModel.from_pretrained(unet, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
-is on.
-{diffusers}
-## Recipe
-
-{told}
-
-`recipe.json` holds it all with the latent, from which `smidgen edit` and `smidgen blend` go on.
-
-## Licence
-
-The adapter stands under the licence of its base model `{base}`. {FACES}
-"""
+is on."""
+    told = bullets(f"{name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
+    return model_card(
+        adapter_head(base, "text-to-image", "difflora", str(kind)),
+        f"A person as a {kind} adapter of {size:,} bytes",
+        f"{layout.size:,} numbers for `{base}`, made by a DiffLoRA generator of Smidgen.",
+        "![rows: what it was made from, the base, the adapters](contact_sheet.png)" if sheet else "",
+        ("Use", use + (f"\n\nWithout smidgen: `{call}`." if lora else "")),
+        (
+            "Recipe",
+            f"{told}\n\n`recipe.json` holds it all with the latent, from which `smidgen edit` and `smidgen blend` go on.",
+        ),
+        licence(base, more=FACES),
+    )
 
 
 def write_card(generator: Generator, folder: Path) -> None:
@@ -72,34 +63,26 @@ def write_card(generator: Generator, folder: Path) -> None:
 def generator_card(generator: Generator, folder: Path) -> str:
     """README.md of the generator saved in ``folder``."""
     base = public_name(generator.base)
-    facts = "\n".join(f"- {name}: {value}" for name, value in facts_of(generator, folder).items())
-    return f"""---
-base_model: {base}
-library_name: smidgen
-pipeline_tag: text-to-image
-tags: [smidgen, difflora]
----
-
-# A DiffLoRA generator for `{base}`
-
-A photo of a person in, an adapter of that person for `{base}` out, without training (arXiv 2408.06740).
-
-    smidgen predict PHOTO --generator THIS_FOLDER --out ann
-    smidgen generate ann --prompt "a portrait of a person"
-
-## What it is
-
-{facts}
-
-## Made by
-
-    smidgen generator train --config THIS_FOLDER/config.yaml --out ANOTHER_FOLDER
-
-## Limits
-
-It knows people as its training people differ. What they had in common (one style, one crop) it takes for granted; what its
-encoders do not see it cannot predict. {FACES}
-"""
+    head = {
+        "base_model": base,
+        "library_name": "smidgen",
+        "pipeline_tag": "text-to-image",
+        "tags": ["smidgen", "difflora"],
+    }
+    return model_card(
+        head,
+        f"A DiffLoRA generator for `{base}`",
+        f"A photo of a person in, an adapter of that person for `{base}` out, without training (arXiv 2408.06740).",
+        "    smidgen predict PHOTO --generator THIS_FOLDER --out ann\n"
+        '    smidgen generate ann --prompt "a portrait of a person"',
+        ("What it is", bullets(f"{name}: {value}" for name, value in facts_of(generator, folder).items())),
+        ("Made by", "    smidgen generator train --config THIS_FOLDER/config.yaml --out ANOTHER_FOLDER"),
+        (
+            "Limits",
+            "It knows people as its training people differ. What they had in common (one style, one crop) it takes for "
+            f"granted; what its encoders do not see it cannot predict. {FACES}",
+        ),
+    )
 
 
 def facts_of(generator: Generator, folder: Path) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from smidgen.difflora.use import folders
 from smidgen.difflora.use.folders import Photo, write_folder
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
+from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.data.images import fit
-from smidgen.tasks.report import public_name
 from smidgen.training.randomness import derive
 
 

@@ -21,7 +21,7 @@ from smidgen.difflora.generator.people import Photos, photos_of
 from smidgen.difflora.use.sampler import Sheet
 from smidgen.difflora.zoo.subjects import TABLE, read_subjects
 from smidgen.errors import DataError
-from smidgen.tasks.report import markdown_table
+from smidgen.tasks import cards
 
 LENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # tried in calibration
 ENOUGH = 0.9  # of how surely the word is read from pictures of people who have it,
@@ -143,4 +143,4 @@ def table(directions: Sequence[Direction]) -> str:
         ]
         for d in directions
     ]
-    return markdown_table(head, rows)
+    return cards.table(head, rows)

@@ -25,6 +25,7 @@ from smidgen.lab.audit.plots import distance_plot, weights_plot
 from smidgen.lab.audit.scores import Score
 from smidgen.lab.audit.statistics import bootstrap
 from smidgen.lab.statistics import Interval
+from smidgen.tasks.cards import table
 from smidgen.training.checkpoints import replace_file
 
 COMPONENTS = 64  # in all n - 1 principal components n training adapters are equally far from each other
@@ -141,13 +142,12 @@ def as_json(found: Memorised) -> dict[str, Any]:
 
 def as_markdown(found: Memorised, number: int, out: Path) -> str:
     """As a table."""
+    head = ["space", "who", "nearest 5 / 50 / 95 %", "d1 / d2 5 / 50 / 95 %", "adapters"]
     rows = [
-        "| space | who | nearest 5 / 50 / 95 % | d1 / d2 5 / 50 / 95 % | adapters |",
-        "| --- | --- | --- | --- | --- |",
+        [space, who, _three(one.nearest), _three(one.ratio), f"{one.count:,}"]
+        for space, people in found.spaces.items()
+        for who, one in people.items()
     ]
-    for space, people in found.spaces.items():
-        for who, one in people.items():
-            rows.append(f"| {space} | {who} | {_three(one.nearest)} | {_three(one.ratio)} | {one.count:,} |")
     alike = [
         f"Pictures of {name} that look more like the training identity nearest in weights than like the person: "
         f"{_share(value)} of people."
@@ -156,7 +156,7 @@ def as_markdown(found: Memorised, number: int, out: Path) -> str:
     pictures = [
         f"![]({name})" for name in (f"memorisation-{number}.png", f"weights-{number}.png") if (out / name).exists()
     ]
-    return "\n\n".join([f"### {found.name}", "\n".join(rows), *alike, *found.notes, *pictures])
+    return "\n\n".join([f"### {found.name}", table(head, rows, left=2), *alike, *found.notes, *pictures])
 
 
 def _percentiles(values: Tensor) -> tuple[float, float, float]:

@@ -13,6 +13,7 @@ from smidgen.lab.audit.scores import SHOWN, Score
 from smidgen.lab.audit.settings import EvaluateConfig
 from smidgen.lab.audit.statistics import bootstrap, paired, ratio
 from smidgen.lab.statistics import Interval
+from smidgen.tasks import cards
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
@@ -117,32 +118,30 @@ def as_json(report: Report) -> dict[str, Any]:
 def as_markdown(report: Report) -> str:
     """The table with what has to be known to read it."""
     config, drawing = report.config, report.config.drawing
-    return "\n\n".join(
-        [
-            f"# Audit of {report.first}",
-            f"{len(report.people)} held-out people of `{report.zoo.name}`, {config.photos} photo each, {drawing.scenes} scenes of "
-            f"{drawing.inference_steps} steps at guidance {drawing.guidance_scale:g}, the same noise for all; judged by "
-            f"{report.judge} against the person's other pictures. Brackets: 95 % bootstrap over people.",
-            table(report.lines()),
-            "caption: points above the base. diversity, moved, unrelated: mean change of pixels in % of their range, between "
-            "adapters of different seeds, against the base on the scenes, and against the base on prompts that name no "
-            "person. seconds: of one processor core, for one adapter.",
-            *report.notes,
-            "![the same scene with every contender](contact_sheet.png)\n",
-        ]
+    return cards.page(
+        f"Audit of {report.first}",
+        f"{len(report.people)} held-out people of `{report.zoo.name}`, {config.photos} photo each, {drawing.scenes} scenes of "
+        f"{drawing.inference_steps} steps at guidance {drawing.guidance_scale:g}, the same noise for all; judged by "
+        f"{report.judge} against the person's other pictures. Brackets: 95 % bootstrap over people.",
+        table(report.lines()),
+        "caption: points above the base. diversity, moved, unrelated: mean change of pixels in % of their range, between "
+        "adapters of different seeds, against the base on the scenes, and against the base on prompts that name no "
+        "person. seconds: of one processor core, for one adapter.",
+        *report.notes,
+        "![the same scene with every contender](contact_sheet.png)",
     )
 
 
 def table(lines: Sequence[Line]) -> str:
     """Lines as a Markdown table."""
-    rows = [HEAD, tuple("---" for _ in HEAD)]
+    rows = []
     for line in lines:
         percents = [_percent(value) for value in (line.diversity, line.moved, line.unrelated)]
         cost = [f"{line.seconds:.3g}", f"{line.numbers:,}", f"{line.bytes:,}"] if line.numbers else ["-", "-", "-"]
         traits = "-" if line.traits is None else f"{line.traits:.2f}"
         shown = (_told(line.identity), _told(line.ahead), _told(line.share, 2), _told(line.caption, 1), traits)
         rows.append((line.name, *shown, *percents, *cost))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return cards.table(HEAD, rows)
 
 
 def sheet(report: Report) -> Image:

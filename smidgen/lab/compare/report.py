@@ -19,7 +19,7 @@ from smidgen.lab.statistics import (
     front,
     interval,
 )
-from smidgen.tasks.report import markdown_table
+from smidgen.tasks import cards
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
 
@@ -88,20 +88,23 @@ def as_json(results: Results) -> dict[str, Any]:
 def markdown(results: Results, command: str) -> str:
     """The page for docs/results."""
     experiment, name = results.experiment, results.experiment.name
-    parts = [f"# {experiment.title or name}", *_interim(results), _setting(results), _table(results)]
-    parts.append(f"![score against bytes]({name}.png)")
-    parts += ["## By budget", _budget_table(results), "\n".join(f"* {line}" for line in _reading(results))]
-    if experiment.claim is not None:
-        parts += ["## The papers' claim", "\n".join(f"* {line}" for line in _claim_lines(results))]
-    notes = list(_notes(results))
-    parts += ["## What went wrong or is missing", "\n".join(f"* {line}" for line in notes)] if notes else []
     minutes = results.cpu_seconds / 60
-    parts += ["## What is measured", DEFINITIONS, "## Again", f"    {command}"]
-    parts += [
-        f"All cells together took {minutes:.0f} minutes of one CPU core: about {minutes / 2:.0f} minutes with two workers "
-        "on two idle cores."
-    ]
-    return "\n\n".join(parts) + "\n"
+    return cards.page(
+        experiment.title or name,
+        *_interim(results),
+        _setting(results),
+        _table(results),
+        f"![score against bytes]({name}.png)",
+        ("By budget", f"{_budget_table(results)}\n\n{cards.bullets(_reading(results))}"),
+        ("The papers' claim", cards.bullets(_claim_lines(results))),
+        ("What went wrong or is missing", cards.bullets(_notes(results))),
+        ("What is measured", DEFINITIONS),
+        (
+            "Again",
+            f"    {command}\n\nAll cells together took {minutes:.0f} minutes of one CPU core: about {minutes / 2:.0f} minutes "
+            "with two workers on two idle cores.",
+        ),
+    )
 
 
 def _interim(results: Results) -> Iterator[str]:
@@ -138,12 +141,12 @@ def _table(results: Results) -> str:
     head = ["method", "family", "bytes", "numbers", f"test {results.metric}", "validation", "rate", "train s"]
     head += ["forgetting"] if measured["forgetting"] else []
     head += ["memory MB", "step"] if measured["cost"] else []
-    table = markdown_table(head, [_cells(row, measured) for row in results.rows], left=2)
+    shown = cards.table(head, [_cells(row, measured) for row in results.rows], left=2)
     sizes = sorted({row.head_bytes for row in results.rows if row.head_numbers})
     numbers = max(row.head_numbers for row in results.rows)
     said = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "") if sizes else ""
     head_line = f"The head, trained and stored beside every adapter: {numbers:,} numbers, {said} bytes."
-    return f"{table}\n\n{head_line}" if sizes else table
+    return f"{shown}\n\n{head_line}" if sizes else shown
 
 
 def _cells(row: Row, measured: Mapping[str, bool]) -> list[str]:
@@ -168,7 +171,7 @@ def _budget_table(results: Results) -> str:
         best = [_best(point) for point in (found.ours, found.peft)]
         verdict = words.get(found.verdict, found.verdict)
         rows.append([f"{found.budget / 1000:g} kB", *best, _shown(found.difference, sign=True), verdict])
-    return markdown_table(head, rows, left=3)
+    return cards.table(head, rows, left=3)
 
 
 def _best(point: Point | None) -> str:

@@ -1,25 +1,19 @@
 """Stage `card`: the model card, with the figures that benchmarks/embedded_base.py measured."""
 
 import json
-import os
 from pathlib import Path
 
 from smidgen.bases.embedded import world
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.export import training_facts
+from smidgen.tasks.cards import bullets, model_card, table
+from smidgen.training.checkpoints import replace_file
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "embedded_base.json"
 
-CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-license: other
-license_name: avataaars
-license_link: https://avataaars.com/
----
-# Smidgen's embedded base
-
-A genuine `StableDiffusionPipeline` ({size:.1f} MB, fp16 safetensors) that draws 64x64 portraits on a CPU, so that
+HEAD = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+HEAD |= {"license": "other", "license_name": "avataaars", "license_link": "https://avataaars.com/"}
+CARD = """A genuine `StableDiffusionPipeline` ({size:.1f} MB, fp16 safetensors) that draws 64x64 portraits on a CPU, so that
 adapters can be trained and tried without a GPU or a model hub. Same classes and module names as Stable Diffusion 1.5,
 tiny parts: UNet {unet}, text encoder {text}, autoencoder {vae} numbers; latents 8x8x{latent}.
 
@@ -52,25 +46,20 @@ directions.
 
 
 def _table(figures: dict) -> str:
-    rows = ["| attribute | read back as asked (95 % interval) | the judge itself on real drawings |", "|---|---|---|"]
+    head = ["attribute", "read back as asked (95 % interval)", "the judge itself on real drawings"]
+    rows = []
     for name in world.SCENE_ATTRIBUTES:
         low, high = figures[f"read_back_{name}_interval"]
-        own = figures[f"judge_{name}"]
         share = f"{figures[f'read_back_{name}']:.3f} ({low:.3f} to {high:.3f})"
-        rows.append(f"| {name.replace('_', ' ')} | {share} | {own:.3f} |")
-    rows.append("")
-    rows.append(
-        "Different pictures show different people: the judge's identity score between two of them (1 the same person, 0 "
-        f"unrelated people) averages {figures['identity_score_between_pictures']:.2f}."
-    )
-    rows.append("")
-    rows.append(
-        f"Autoencoder: {figures['autoencoder_psnr_db']:.2f} dB on held-out drawings. One picture takes "
-        f"{figures['seconds_per_picture']:.2f} s on one thread, {figures['seconds_per_picture_all_threads']:.2f} s on "
-        f"{figures['threads']} ({figures['steps']} steps, guidance {figures['guidance']}, on a machine under a load of "
-        f"{figures['load_average']})."
-    )
-    return "\n".join(rows)
+        rows.append([name.replace("_", " "), share, f"{figures[f'judge_{name}']:.3f}"])
+    return f"""{table(head, rows)}
+
+Different pictures show different people: the judge's identity score between two of them (1 the same person, 0 unrelated
+people) averages {figures["identity_score_between_pictures"]:.2f}.
+
+Autoencoder: {figures["autoencoder_psnr_db"]:.2f} dB on held-out drawings. One picture takes {figures["seconds_per_picture"]:.2f} s
+on one thread, {figures["seconds_per_picture_all_threads"]:.2f} s on {figures["threads"]} ({figures["steps"]} steps, guidance
+{figures["guidance"]}, on a machine under a load of {figures["load_average"]})."""
 
 
 def write(config: Config, folder: Path, out: Path) -> None:
@@ -83,15 +72,13 @@ def write(config: Config, folder: Path, out: Path) -> None:
         held=sum(1 for _ in world.identities("test")),
         known=sum(1 for _ in world.identities()),
         names=", ".join(world.PLACEHOLDERS),
-        words="\n".join(f"- {n.replace('_', ' ')}: {', '.join(w)}" for n, w in world.SCENE_ATTRIBUTES.items()),
+        words=bullets(f"{n.replace('_', ' ')}: {', '.join(w)}" for n, w in world.SCENE_ATTRIBUTES.items()),
         facts=", ".join(f"{n.replace('_', ' ')} {v}" for n, v in facts.items()),
         guidance=figures["guidance"] if figures else 3,
         figures=_table(figures) if figures else "Not measured yet.",
         **{part: f"{_numbers(out / where):,}" for part, where in _WEIGHTS.items()},
     )
-    temporary = out / ".README.md"
-    temporary.write_text(text)
-    os.replace(temporary, out / "README.md")
+    replace_file(out / "README.md", model_card(HEAD, "Smidgen's embedded base", text.strip()))
 
 
 _WEIGHTS = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
 
 from smidgen.lab.planning.bases import base_shape
 from smidgen.lab.planning.plan import ADAM, CARDS, FACE_FLOPS, FIXED, Plan, passes
+from smidgen.tasks.cards import table
 
 
 def to_json(plan: Plan) -> str:
@@ -33,20 +33,20 @@ def to_markdown(plan: Plan) -> str:
     fits = [[what, *(f"{plan.fits[card.name][what]:,}" for card in CARDS)] for what in plan.fits[CARDS[0].name]]
     cards = [card.name for card in CARDS]
     parts = [
-        f"### {shape.title}, {shape.pixels} pixels, {chosen.people:,} people\n",
-        f"An adapter has {found.adapter:,} numbers. One row of a training step, counted on the meta device:\n",
+        f"### {shape.title}, {shape.pixels} pixels, {chosen.people:,} people",
+        f"An adapter has {found.adapter:,} numbers. One row of a training step, counted on the meta device:",
         table(["gradient checkpointing", "forward, TFLOP", "the rest of training, TFLOP", "peak bytes, GB"], step),
-        f"GPU hours at {chosen.utilisation:.0%} of the peak (each person is seen {visits:.3g} times end to end):\n",
+        f"GPU hours at {chosen.utilisation:.0%} of the peak (each person is seen {visits:.3g} times end to end):",
         table(["stage", "FLOP", *cards], [*hours, total]),
-        f"Processor hours at {chosen.cpu_flops:.3g} FLOP/s (PCA reads the zoo {_passes(plan)} times):\n",
+        f"Processor hours at {chosen.cpu_flops:.3g} FLOP/s (PCA reads the zoo {_passes(plan)} times):",
         table(["stage", "FLOP", "hours"], cpu),
-        "What fits on a card:\n",
+        "What fits on a card:",
         table(["with gradient checkpointing", *cards], fits),
-        "Disk, reading, and main memory:\n",
+        "Disk, reading, and main memory:",
         table(["what", "GB"], [[k, giga(v)] for k, v in (plan.disk | plan.memory).items()]),
-        "Assumed: " + "; ".join(assumptions(plan)) + ".\n",
+        "Assumed: " + "; ".join(assumptions(plan)) + ".",
     ]
-    return "\n".join(parts)
+    return "\n\n".join(parts)
 
 
 def assumptions(plan: Plan) -> Iterable[str]:
@@ -58,12 +58,6 @@ def assumptions(plan: Plan) -> Iterable[str]:
     yield f"{ADAM} bytes of a card for a trained number (value, gradient, two moments), 4 more for the moving average"
     yield f"face detector and encoder {FACE_FLOPS / 1e9:.1f} GFLOP a picture as published; CLIP ViT-L/14 counted"
     yield "the UNet and text encoders in bf16, the VAE in fp32, fused attention, norms in fp32 as autocast has them"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 def tera(value: float) -> str:

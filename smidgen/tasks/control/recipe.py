@@ -19,17 +19,17 @@ from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError
+from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot, save_image
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs
-from smidgen.tasks.control.report import ControlReport, Line, model_card
+from smidgen.tasks.control.report import ControlReport, Line, card
 from smidgen.tasks.control.sampling import Scenes, can_score, scores, wanted
 from smidgen.tasks.control.settings import ControlConfig, rates
 from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
-from smidgen.tasks.report import public_name
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, open_folder
@@ -88,9 +88,9 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     save_image(contact_sheet(title, rows), out / "contact_sheet.png")
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
     lines = _lines(config, base, held_out, drawn, fitted)
-    report = ControlReport(fitted.name, config.base, data.control, out, lines, pairs.warnings, notes, identity)
-    replace_file(out / "report.json", report.as_json())
-    replace_file(out / "README.md", model_card(report, held_out.pictures[0].caption))
+    told = (pairs.warnings, notes, identity, fitted.coverage)
+    report = ControlReport(fitted.name, config.base, data.control, out, lines, *told)
+    write_report(out, report, card(report, held_out.pictures[0].caption))
     return report
 
 

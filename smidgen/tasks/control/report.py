@@ -1,12 +1,12 @@
 """What a control training says at its end: a table, report.json, and a model card that others can draw from."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from smidgen.tasks.report import front_matter, markdown_table, public_name
+from smidgen.adapters.tuner.coverage import Coverage
+from smidgen.tasks.cards import adapter_head, covered, licence, model_card, public_name, table
 
 NAMES = {"iou": "edge IoU", "f1": "edge F1", "f1_1px": "edge F1 within 1 px", "miou": "mIoU", "aacc": "aACC"}
 NAMES |= {"landmarks": "landmark error, px"}
@@ -40,12 +40,7 @@ class ControlReport:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> str:
-        """Everything but local paths."""
-        values: dict[str, Any] = {"method": self.method, "base": public_name(self.base), "control": self.control}
-        values |= {"lines": [asdict(line) for line in self.lines], "warnings": list(self.warnings)}
-        return json.dumps(values | {"notes": list(self.notes), "settings": dict(self.settings)}, indent=1) + "\n"
+    coverage: Coverage | None = None
 
     def table(self) -> str:
         """The lines as a table for a terminal or a model card (GitHub Markdown)."""
@@ -55,24 +50,13 @@ class ControlReport:
         for line in self.lines:
             sizes = [f"{value:,}" for value in (line.numbers, line.hint_numbers, line.bytes_on_disk)]
             rows.append([line.name, *sizes, *(f"{line.scores[name]:.3f}" for name in measured)])
-        return markdown_table(head, rows)
+        return table(head, rows)
 
 
-def model_card(report: ControlReport, prompt: str) -> str:
+def card(report: ControlReport, prompt: str) -> str:
     """README.md of an adapter folder that follows control pictures."""
     base = public_name(report.base)
-    notes = [*report.notes, *([] if report.lines[-1].scores else [NOT_SCORED])]
-    return f"""{front_matter(base, "control", report.control)}
-
-# {report.control} control: a {report.method} adapter with its hint encoder
-
-It makes `{base}` follow control pictures ({report.control}). Made with Smidgen.
-
-![rows: control picture, real picture, base without control, this adapter](contact_sheet.png)
-
-## Use
-
-`smidgen generate FOLDER --base {base} --control PICTURE --prompt "{prompt}"`
+    use = f"""`smidgen generate FOLDER --base {base} --control PICTURE --prompt "{prompt}"`
 
 ```python
 from pathlib import Path
@@ -81,16 +65,15 @@ from smidgen.tasks.drawing import generate
 generate(Path("path/of/this/folder"), [{prompt!r}], base={base!r}, control=Path("control.png"))
 ```
 
-The hint encoder is saved with the adapter; `hint_config.json` says how it is built.
-
-## Measured on pictures kept from training
-
-{report.table()}
-
-{chr(10).join(notes)}
-
-## Licence
-
-The adapter stands under the licence of its base model `{base}`; whoever shares it also needs the right to the pictures
-it was trained on.
-"""
+The hint encoder is saved with the adapter; `hint_config.json` says how it is built."""
+    notes = [*report.notes, *([] if report.lines[-1].scores else [NOT_SCORED])]
+    return model_card(
+        adapter_head(base, "text-to-image", "control", report.control),
+        f"{report.control} control: a {report.method} adapter with its hint encoder",
+        f"It makes `{base}` follow control pictures ({report.control}). Made with Smidgen.",
+        "![rows: control picture, real picture, base without control, this adapter](contact_sheet.png)",
+        ("Use", use),
+        ("Measured on pictures kept from training", "\n\n".join([report.table(), "\n".join(notes)])),
+        covered(report.coverage),
+        licence(base, "pictures"),
+    )

@@ -14,8 +14,9 @@ from smidgen.bases.families import load_base
 from smidgen.bases.judging import Judge
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import AdapterFileError
+from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
-from smidgen.tasks.report import Entry, public_name
+from smidgen.tasks.report import Entry
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, prove
 from smidgen.training.randomness import derive

@@ -16,8 +16,9 @@ import smidgen
 from smidgen.adapters.methods import Kind
 from smidgen.bases.transformers import fingerprint
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
+from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot
-from smidgen.tasks.finetune.report import FinetuneReport, model_card
+from smidgen.tasks.finetune.report import FinetuneReport, card
 from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
 from smidgen.training import engine
 from smidgen.training.checkpoints import replace_file
@@ -87,8 +88,7 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     scores, notes = _proved(config, prepared, out)
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
     report = _report(kind, config, prepared, fitted, scores, notes, identity)
-    replace_file(out / "report.json", report.as_json())
-    replace_file(out / "README.md", model_card(report))
+    write_report(out, report, card(report))
     if config.push_to_hub:
         from smidgen.training.hub import push_to_hub
 
@@ -198,6 +198,7 @@ def _report(
         warnings=prepared.warnings,
         notes=tuple(notes),
         settings=identity,
+        coverage=fitted.coverage,
     )
 
 

@@ -1,13 +1,13 @@
 """What a fine-tuning says at its end: a table, report.json, and a model card that others can load from."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.tuner.coverage import Coverage
+from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, public_name, table
 from smidgen.tasks.finetune.settings import FULL, PROBE
-from smidgen.tasks.report import markdown_table, public_name
 
 PIPELINES = {"instruction": "text-generation"}  # the hub's name of a task where it is not the recipe's
 AUTO = {
@@ -45,12 +45,7 @@ class FinetuneReport:
     notes: tuple[str, ...] = ()
     verified: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> str:
-        """Everything but local paths."""
-        values = asdict(self) | {"base": public_name(self.base)}
-        del values["adapter"]
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    coverage: Coverage | None = None
 
     def table(self) -> str:
         """The figures as a table for a terminal or a model card (GitHub Markdown)."""
@@ -69,61 +64,28 @@ class FinetuneReport:
         rows.append([self.method, *(f"{value:,}" for value in counted), f"{self.seconds:.0f}"])
         for row, name in zip(rows, ("base", "test"), strict=True):
             row += [f"{self.scores[name][score]:.4f}" for score in shown]
-        return markdown_table(head, rows)
+        return table(head, rows)
 
 
-def model_card(report: FinetuneReport) -> str:
+def card(report: FinetuneReport) -> str:
     """README.md of an adapter folder."""
-    base = public_name(report.base)
-    kind = PIPELINES.get(report.kind, report.kind)
+    base, task = public_name(report.base), PIPELINES.get(report.kind, report.kind)
     title = {PROBE: "a trained head", FULL: "a fine-tuned model"}.get(report.method, f"a {report.method} adapter")
-    counts = "\n".join(
-        f"- {split}: {', '.join(f'{number:,} {name}' for name, number in some.items())}"
+    best = f"Best step: {report.best_step if report.best_step is not None else 'the last'}. {' '.join(report.notes)}"
+    counts = bullets(
+        f"{split}: {', '.join(f'{number:,} {name}' for name, number in some.items())}"
         for split, some in report.counts.items()
     )
-    warnings = "\n".join(f"- {warning}" for warning in report.warnings) or "None."
-    return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: {kind}
-license: other
-license_name: same-as-base-model
-tags: [smidgen, {report.method.replace(":", "-")}, {kind}]
----
-
-# {report.kind}: {title} of {report.bytes_on_disk:,} bytes
-
-{report.trained_numbers:,} trained numbers, and {report.head_numbers:,} of the head, on `{base}`. Made with Smidgen.
-
-## Use
-
-```python
-{loading_code(report)}
-```
-
-{_how(report)}
-
-## Measured
-
-{report.table()}
-
-Best step: {report.best_step if report.best_step is not None else "the last"}. {" ".join(report.notes)}
-
-![training loss](loss.png)
-
-## Data
-
-{counts}
-
-Warnings:
-
-{warnings}
-
-## Licence
-
-The adapter stands under the licence of its base model `{base}`; whoever shares it also needs the right to the data it was
-trained on.
-"""
+    return model_card(
+        adapter_head(base, task, report.method.replace(":", "-")),
+        f"{report.kind}: {title} of {report.bytes_on_disk:,} bytes",
+        f"{report.trained_numbers:,} trained numbers, and {report.head_numbers:,} of the head, on `{base}`. Made with Smidgen.",
+        ("Use", f"```python\n{loading_code(report)}\n```\n\n{_how(report)}"),
+        ("Measured", f"{report.table()}\n\n{best}\n\n![training loss](loss.png)"),
+        covered(report.coverage),
+        ("Data", "\n\n".join([counts, "Warnings:", bullets(report.warnings) or "None."])),
+        licence(base, "data"),
+    )
 
 
 def loading_code(report: FinetuneReport) -> str:

@@ -16,13 +16,14 @@ from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import DataError
+from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot, save_image
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import Scenes, gallery, previewer
 from smidgen.tasks.diffusion.rates import PEFT_LORA
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
-from smidgen.tasks.report import Report, model_card, write_report
+from smidgen.tasks.report import Report, card
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import open_folder
@@ -66,9 +67,9 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     save_image(shown.sheet, out / "contact_sheet.png")
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
     notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
-    proved = bool(shown.proof)
-    report = Report(config.adapter.method, config.base, out, shown.entries, found.warnings, notes, proved, identity)
-    write_report(out, report, model_card(report, scenes.bound, _subject_words(config.data)))
+    told = (shown.entries, found.warnings, notes, bool(shown.proof), identity, runs[0].coverage)
+    report = Report(config.adapter.method, config.base, out, *told)
+    write_report(out, report, card(report, scenes.bound, _subject_words(config.data)))
     return report
 
 
