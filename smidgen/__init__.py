@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         disabled,
         load,
         merge,
+        names,
         parameter_groups,
         save,
         set_active,
@@ -67,6 +68,7 @@ __all__ = [
     "embedded_base",
     "load",
     "merge",
+    "names",
     "parameter_groups",
     "save",
     "set_active",
@@ -75,7 +77,7 @@ __all__ = [
     "verify",
 ]
 
-_API = "adapt default_targets disabled load merge parameter_groups save set_active set_strength trained_numbers"
+_API = "adapt default_targets disabled load merge names parameter_groups save set_active set_strength trained_numbers"
 _LATER = {
     **dict.fromkeys(_API.split(), "smidgen.adapters.api"),
     "Bank": "smidgen.adapters.tuner.bank",

@@ -2,57 +2,67 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
 from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
 from smidgen.adapters.tuner.peft_bridge import (
+    AdaptedLayer,
     adapted_layers,
+    adapter_parameters,
     base_heads,
     check_base,
     file_tensors,
     head_tensors,
     inject,
     matched_layers,
+    peft_tensors,
+    put_peft_tensors,
     remove,
     saved_modules,
     slot_layout,
     stamp,
+    tuner_layers,
 )
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean
 
 logger = logging.getLogger("smidgen")
 
+# Names of a pipeline's components, as diffusers has them.
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder|image_encoder|vae|controlnet|prior|decoder)(_\w+)?")
+
 
 def adapt(
-    model: nn.Module,
+    model: Any,
     method_or_config: str | PeftConfig,
     adapter_name: str = "default",
     **options: Any,
-) -> nn.Module:
+) -> Any:
     """Puts a fresh adapter into a model, in place: the output stays bit for bit the base model's until it is trained.
 
     Args:
         model: any torch module (diffusers and transformers models and ``PeftModel`` keep their class), or a whole
-            diffusers pipeline, whose UNet or transformer is adapted.
-        method_or_config: a method ("svfit"), or a config from :func:`smidgen.config` or peft.
+            diffusers pipeline, whose UNet or transformer is adapted; its text encoders are modules too, adapt them
+            one by one under the same name.
+        method_or_config: a method ("svfit"), or a config from :func:`smidgen.config` or of any method of peft's.
         adapter_name: must be new in this model.
         **options: as in :func:`smidgen.config` when a method is named.
 
@@ -67,24 +77,22 @@ def adapt(
         >>> trained_numbers(model)
         8
     """
-    if model is not denoiser(model):
-        adapt(denoiser(model), method_or_config, adapter_name, **options)
-        return model
+    target = denoiser(model)
     own = config(method_or_config, **options) if isinstance(method_or_config, str) else method_or_config
     if not isinstance(method_or_config, str) and options:
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
-    _check_name(model, adapter_name)
+    _check_name(target, adapter_name)
     chosen_here = isinstance(own, SmidgenConfig) and own.target_modules is None
     everything = isinstance(own, SmidgenConfig) and own.target_modules == "all-linear"
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
-        own = replace(own, target_modules=default_targets(model))
-    with _all_or_nothing(model, adapter_name):
-        inject(model, own, adapter_name)
-        set_active(model, adapter_name)
-        for layer in adapted_layers(model, adapter_name).values():
+        own = replace(own, target_modules=default_targets(target))
+    with _all_or_nothing(target, adapter_name):
+        inject(target, own, adapter_name)
+        set_active(target, adapter_name)
+        for layer in adapted_layers(target, adapter_name).values():
             layer.slot(adapter_name)
     if chosen_here or everything:
-        _say_gaps(model, adapter_name, chosen_here)
+        _say_gaps(target, adapter_name, chosen_here)
     return model
 
 
@@ -109,12 +117,18 @@ def _say_gaps(model: nn.Module, adapter_name: str, chosen_here: bool) -> None:
 
 def denoiser(model: Any) -> nn.Module:
     """The module that adapters go on: the model itself, or the UNet or transformer of a diffusers pipeline."""
+    return parts(model)[""]
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """The modules that may carry adapters, by the sub-folder of their files: ``""`` is the model itself, or the UNet or
+    transformer of a diffusers pipeline, whose other components follow under their own names."""
     if isinstance(model, nn.Module):
-        return model
-    components = getattr(model, "components", {})
+        return {"": model}
+    modules = {n: m for n, m in getattr(model, "components", {}).items() if isinstance(m, nn.Module)}
     for name in ("unet", "transformer"):
-        if isinstance(components.get(name), nn.Module):
-            return components[name]
+        if name in modules:
+            return {"": modules.pop(name)} | modules
     raise SmidgenError(
         f"Expected a torch module or a diffusers pipeline with a unet or transformer, got a {type(model).__name__}."
     )
@@ -124,7 +138,7 @@ def denoiser(model: Any) -> nn.Module:
 def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Within, a model is given an adapter; on an error it becomes what it was: classes, active adapters and flags."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    active = [(layer, list(layer.active_adapters)) for layer in adapted_layers(model).values()]
+    active = [(layer, list(layer.active_adapters)) for layer in tuner_layers(model).values()]
     try:
         yield
     except BaseException:
@@ -167,8 +181,11 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
-    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing.
+def save(model: Any, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing; of peft's methods, what peft writes.
+
+    Of a pipeline, every component that carries the adapter is written: the UNet or transformer in the folder itself,
+    each other in a sub-folder of its name (``text_encoder``).
 
     Returns:
         The folder.
@@ -176,39 +193,46 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
     Raises:
         SmidgenError: the model carries no such adapter.
     """
-    model = denoiser(model)
-    layers = adapted_layers(model, adapter_name)
-    if not layers:
-        raise SmidgenError(f"The model carries no adapter {adapter_name!r}.{did_you_mean(adapter_name, names(model))}")
-    own: SmidgenConfig = model.peft_config[adapter_name]  # type: ignore[index,assignment]
-    stamp(own, layers, adapter_name)
-    tensors = file_tensors(own, layers, adapter_name)
-    tensors |= head_tensors(model, adapter_name)
+    _check_carried(model, [adapter_name])
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        inference, own.inference_mode = own.inference_mode, True
-        try:
-            own.save_pretrained(str(scratch))
-        finally:
-            own.inference_mode = inference
-        save_file({k: v.contiguous() for k, v in tensors.items()}, scratch / SAFETENSORS_WEIGHTS_NAME)
-        (scratch / SAFETENSORS_WEIGHTS_NAME).chmod((scratch / CONFIG_NAME).stat().st_mode)  # safetensors writes 0600
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(scratch / name, folder / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    everything = parts(model)
+    carrying = {where: part for where, part in everything.items() if adapter_name in names(part)}
+    with new_files(folder) as scratch:
+        for where, part in carrying.items():
+            _write(part, adapter_name, scratch / where)
+    for where in everything.keys() - carrying.keys():  # what an earlier save left would come back at load
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            (folder / where / name).unlink(missing_ok=True)
     return folder
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "default") -> nn.Module:
+def _write(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    own: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    metadata = None
+    if isinstance(own, SmidgenConfig):
+        layers = adapted_layers(model, adapter_name)
+        stamp(own, layers, adapter_name)
+        tensors = file_tensors(own, layers, adapter_name) | head_tensors(model, adapter_name)
+    else:
+        tensors, metadata = peft_tensors(model, adapter_name), {"format": "pt"}
+    stored = copy.copy(own)
+    stored.inference_mode = True
+    base = own.base_model_name_or_path
+    if base and (Path(base).is_absolute() or Path(base).is_dir()):  # where it lay on this machine is nobody's business
+        stored.base_model_name_or_path = Path(base).name
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.save_pretrained(str(folder))
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / WEIGHTS_NAME, metadata)
+
+
+def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default") -> Any:
     """Loads an adapter folder into a model and makes it active. Everything is checked first; on any error the model is
     left as it was.
 
     Args:
-        model: the base model (any torch module, or one that already carries adapters), or a whole diffusers pipeline.
-        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        model: the base model (any torch module, or one that already carries adapters), or a whole diffusers pipeline,
+            each of whose components gets what the folder holds for it.
+        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, of any method of ours or peft's.
         adapter_name: any name; need not be the one it was saved under.
 
     Raises:
@@ -216,13 +240,54 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         BaseLockError: another base model.
         TargetError: the base lacks the target modules.
     """
-    if model is not denoiser(model):
-        load(denoiser(model), path, adapter_name)
-        return model
+    found = folders(model, path)
+    ready = [(part, _checked(part, folder, adapter_name)) for part, folder in found.values()]
+    with ExitStack() as stack:
+        for part, put_in in ready:
+            stack.enter_context(_all_or_nothing(part, adapter_name))
+            put_in()
+    if isinstance(model, nn.Module) and (others := _component_folders(Path(path))):
+        logger.warning(
+            "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
+            path,
+            ", ".join(others),
+        )
+    return model
+
+
+def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Module, Path]]:
+    """The parts of a model that an adapter folder holds something for: sub-folder -> (part, folder).
+
+    Raises:
+        AdapterFileError: the folder holds nothing, or something for a component that the pipeline has not.
+    """
+    own, folder = parts(model), Path(path)
+    inside = [] if isinstance(model, nn.Module) else _component_folders(folder)
+    for name in inside:
+        if name not in own:
+            raise AdapterFileError(
+                f"{folder / name} is an adapter of a {name}, which a {type(model).__name__} has not."
+            )
+    if not inside or (folder / CONFIG_NAME).is_file():
+        inside = ["", *inside]
+    return {name: (own[name], folder / name) for name in inside}
+
+
+def _component_folders(folder: Path) -> list[str]:
+    """Sub-folders with adapters of a pipeline's components; folders of other names are not ours to read."""
+    files = folder.glob(f"*/{CONFIG_NAME}") if folder.is_dir() else ()
+    return sorted(file.parent.name for file in files if _COMPONENT.fullmatch(file.parent.name))
+
+
+def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], None]:
+    """Reads and checks a folder for a module without touching it; the call that follows puts the adapter in."""
     _check_name(model, adapter_name)
+    if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
+        return _checked_of_peft(model, path, adapter_name)
     own, tensors = read_adapter(path)
     unpacked, heads = _fit(model, own, tensors, str(path))
-    with _all_or_nothing(model, adapter_name):
+
+    def put_in() -> None:
         inject(model, own, adapter_name)
         set_active(model, adapter_name)
         for name, layer in adapted_layers(model, adapter_name).items():
@@ -231,7 +296,26 @@ def load(model: nn.Module, path: str | os.PathLike[str], adapter_name: str = "de
         with torch.no_grad():
             for name, tensor in head_tensors(model, adapter_name).items():
                 tensor.copy_(heads[name])
-    return model
+
+    return put_in
+
+
+def _checked_of_peft(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], None]:
+    kind = read_config(path).get("peft_type")
+    if kind not in list(PeftType):
+        raise AdapterFileError(f"{path} holds an adapter of type {kind!r}, which this peft does not know.")
+    tensors = read_tensors(path)
+    try:
+        own = PeftConfig.from_pretrained(str(path))
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
+
+    def put_in() -> None:
+        inject(model, own, adapter_name)
+        put_peft_tensors(model, adapter_name, tensors, str(path))
+        set_active(model, adapter_name)
+
+    return put_in
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str, Tensor]]:
@@ -253,8 +337,7 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
     kind = data.get("peft_type")
     if kind != PEFT_TYPE_NAME:
         raise AdapterFileError(
-            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; "
-            "load it with peft.PeftModel.from_pretrained."
+            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; smidgen.load puts it into a model."
         )
     known = set(SmidgenConfig.__dataclass_fields__)
     unknown = sorted(set(data) - known)
@@ -289,60 +372,84 @@ def _fit(
 # ---- what a model carries --------------------------------------------------------------------------------------------
 
 
-def names(model: nn.Module) -> list[str]:
-    """Names of the adapters a model carries, peft's other methods included."""
-    return list(getattr(model, "peft_config", None) or {})
-
-
-def trained_numbers(model: nn.Module, adapter_name: str | None = None) -> int:
-    """Trained numbers of a model's adapter(s), heads in modules_to_save not included."""
-    slots = (
-        slot
-        for layer in adapted_layers(model, adapter_name).values()
-        for name, slot in layer.smidgen_slots.items()
-        if adapter_name in (None, name)
+def names(model: Any) -> list[str]:
+    """Names of the adapters a model carries, of whatever method; of a pipeline, those of all its components."""
+    return list(
+        dict.fromkeys(name for part in parts(model).values() for name in getattr(part, "peft_config", None) or {})
     )
-    return sum(p.numel() for slot in slots for p in slot.parameters())
 
 
-def set_active(model: nn.Module, adapter_names: str | list[str]) -> None:
+def _check_carried(model: Any, wanted: Iterable[str]) -> None:
+    known = names(model)
+    for name in wanted:
+        if name not in known:
+            raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, known)}")
+
+
+def trained_numbers(model: Any, adapter_name: str | None = None) -> int:
+    """Trained numbers of a model's adapter(s), heads in modules_to_save not included."""
+    return sum(p.numel() for part in parts(model).values() for p in adapter_parameters(part, adapter_name))
+
+
+def set_active(model: Any, adapter_names: str | list[str]) -> None:
     """Makes adapters active, several at once if a list is given: their deltas add."""
     wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    for name in set(wanted) - set(names(model)):
-        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, names(model))}")
-    heads = {name: [n for n in wanted if n in head.modules_to_save] for name, head in saved_modules(model).items()}
-    for name, trained in heads.items():
+    _check_carried(model, wanted)
+    heads = [
+        (head, name, [n for n in wanted if n in head.modules_to_save])
+        for part in parts(model).values()
+        for name, head in saved_modules(part).items()
+    ]
+    for _, name, trained in heads:
         if len(trained) > 1:
             raise SmidgenError(f"{name!r} was trained by each of {trained}; heads do not add, make one of them active.")
-    for layer in adapted_layers(model).values():
-        layer.set_adapter(wanted)
-    for name, head in saved_modules(model).items():
-        head.set_adapter(heads[name])
-    if isinstance(model, PeftModel) and len(wanted) == 1:
-        model.active_adapter = wanted[0]
+    for part in parts(model).values():
+        for layer in tuner_layers(part).values():
+            layer.set_adapter(wanted)
+        if isinstance(part, PeftModel) and len(wanted) == 1 and wanted[0] in names(part):
+            part.active_adapter = wanted[0]
+    for head, _, trained in heads:
+        head.set_adapter(trained)
 
 
-def set_strength(model: nn.Module, strength: float | dict[str, float]) -> None:
-    """Sets the strength of all adapters, or of each by name; 0 is the base model, the delta is linear in it."""
-    known = {name for layer in adapted_layers(model).values() for name in layer.smidgen_slots}
-    wanted = dict.fromkeys(known, float(strength)) if isinstance(strength, (int, float)) else strength
-    for name in set(wanted) - known:
-        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, known)}")
-    for layer in adapted_layers(model).values():
-        for name, value in wanted.items():
-            layer.set_scale(name, value)
+def set_strength(model: Any, strength: float | dict[str, float]) -> None:
+    """Sets the strength of all adapters, or of each by name; 0 is the base model, the delta is linear in it.
+
+    Raises:
+        SmidgenError: no such adapter, or one of a method of peft's that has no strength (OFT, VeRA); nothing is changed.
+    """
+    wanted = dict.fromkeys(names(model), float(strength)) if isinstance(strength, (int, float)) else strength
+    _check_carried(model, wanted)
+    pairs = [
+        (layer, name)
+        for name in wanted
+        for part in parts(model).values()
+        for layer in tuner_layers(part, name).values()
+    ]
+    before = [(layer.scaling, dict(layer.scaling)) for layer, _ in pairs if hasattr(layer, "scaling")]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # how peft says that nothing was done
+            for layer, name in pairs:
+                layer.set_scale(name, wanted[name])
+    except (AttributeError, UserWarning) as error:
+        for scaling, kept in before:
+            scaling.update(kept)
+        raise SmidgenError(
+            f"Adapter {name!r} has no strength to set: peft's {type(layer).__module__.split('.')[-2]} has none."
+        ) from error
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: Any) -> Iterator[Any]:
     """Within: exactly the base model, also when nested or after merging."""
-    layers = adapted_layers(model).values()
-    heads = [(head, head.disable_adapters) for head in saved_modules(model).values()]
+    layers = [layer for part in parts(model).values() for layer in tuner_layers(part).values()]
+    wrappers = [head for part in parts(model).values() for head in saved_modules(part).values()]
+    heads = [(head, head.disable_adapters) for head in wrappers]
     before = [
         (layer, layer.disable_adapters, list(layer.merged_adapters), list(layer.active_adapters)) for layer in layers
     ]
-    grads = [(p, p.requires_grad) for layer in layers for p in layer.smidgen_slots.parameters()]
-    grads += [(p, p.requires_grad) for head, _ in heads for p in head.parameters()]
+    grads = [(p, p.requires_grad) for module in (*layers, *wrappers) for p in module.parameters()]
     try:
         for head, _ in heads:
             head.enable_adapters(False)
@@ -365,14 +472,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
+    model: Any, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: residuals, transforms (0.3 x lr unless given; TLoRA sheet, section 6.5) and all else that trains.
+    """Optimizer groups: residuals, transforms (0.3 x lr unless given, as in TLoRA's released code) and all else that trains.
 
     Decay is safe on every member: trained numbers are differences from the start, except LoRA's and the ring's cores.
     """
     groups: dict[str, list[nn.Parameter]] = {"residual": [], "transform": [], "other": []}
-    for name, p in model.named_parameters():
+    adapted = [
+        part for where, part in parts(model).items() if not where or names(part)
+    ]  # a pipeline's VAE is not frozen
+    for name, p in (named for part in adapted for named in part.named_parameters()):
         if p.requires_grad:
             last = name.rpartition(".")[2]
             kind = last.partition("_")[0] if ".smidgen_slots." in name else "other"
@@ -385,13 +495,23 @@ def parameter_groups(
     ]
 
 
-def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module:
+def merge(model: Any, adapter_names: list[str] | None = None) -> Any:
     """Merges adapters into the base weights and takes the adapted layers away, in place; refuses when rounding to the
     weights' dtype would lose more than half of an update, before anything is changed."""
-    layers = adapted_layers(model)
-    for name in set(adapter_names or ()) - set(names(model)):
-        raise SmidgenError(f"The model carries no adapter {name!r}.{did_you_mean(name, names(model))}")
-    for name, layer in layers.items():
+    _check_carried(model, adapter_names or ())
+    for part in parts(model).values():
+        _check_merge(part, adapter_names)
+    for part in parts(model).values():
+        _merge(part, adapter_names)
+    return model
+
+
+def _check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    for name, layer in tuner_layers(model).items():
+        if not isinstance(layer, AdaptedLayer):
+            if not all(bool(torch.isfinite(p).all()) for p in adapter_parameters(layer)):
+                raise SmidgenError(f"The adapter at {name!r} holds numbers that are not finite; it was not merged.")
+            continue
         wanted = [n for n in (adapter_names or layer.active_adapters) if n in layer.smidgen_slots]
         if wanted:
             layer.check_mergeable()
@@ -401,16 +521,20 @@ def merge(model: nn.Module, adapter_names: list[str] | None = None) -> nn.Module
                     f"Merging {wanted} at {name!r} would lose {error:.0%} of the update to rounding in {merged.dtype}; "
                     "cast the base to float32 first, or keep the adapter unmerged."
                 )
+
+
+def _merge(model: nn.Module, adapter_names: list[str] | None) -> None:
     for name, head in saved_modules(model).items():
         merged_heads = [n for n in adapter_names or head.active_adapters if n in head.modules_to_save]
         trained = head.modules_to_save[merged_heads[0]] if merged_heads else head.original_module
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], trained)
-    for layer in layers.values():
+    for layer in tuner_layers(model).values():
         layer.merge(adapter_names=adapter_names)
-        layer._kept, layer.merged_adapters = None, []
+        layer.merged_adapters = []
+        if isinstance(layer, AdaptedLayer):
+            layer._kept = None
     for adapter_name in names(model):
         remove(model, adapter_name)
-    return model
 
 
 __all__ = [

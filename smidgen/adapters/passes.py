@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api
 from smidgen.adapters.example_inputs import Example, examples
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, model_keys
+from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, model_keys, tuner_layers
 
 Inputs = tuple[Any, ...] | Mapping[str, Any] | Callable[[Any], Any]
 
@@ -55,7 +55,7 @@ def run(model: nn.Module, adapter_name: str, inputs: Inputs | None, whole: Any =
         whole: what the caller holds, a pipeline perhaps; the model itself unless given.
     """
     found = Passes()
-    layers = adapted_layers(model, adapter_name)
+    layers = tuner_layers(model, adapter_name)
     owners = {
         name: model.get_submodule(key.rpartition(".")[0]) for name, key in model_keys(model, adapter_name).items()
     }
@@ -156,19 +156,19 @@ def _calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 @contextmanager
 def _silent(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Within, the adapter's layers do nothing; the model's other adapters and its heads stay as they are."""
-    layers: list[AdaptedLayer] = list(adapted_layers(model, adapter_name).values())
+    layers = list(tuner_layers(model, adapter_name).values())
     if any(layer.merged for layer in layers):
         with api.disabled(model):
             yield
         return
-    strengths = [layer.scaling[adapter_name] for layer in layers]
+    before = [list(layer.active_adapters) for layer in layers]
     try:
-        for layer in layers:
-            layer.scaling[adapter_name] = 0.0
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = [name for name in active if name != adapter_name]
         yield
     finally:
-        for layer, strength in zip(layers, strengths, strict=True):
-            layer.scaling[adapter_name] = strength
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter = active
 
 
 # ---- nothing is left behind --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api, passes
 from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass
 from smidgen.adapters.tuner.canary import delta_error, delta_sketches, read_canary
-from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
 from smidgen.adapters.tuner.peft_bridge import (
@@ -28,13 +30,15 @@ from smidgen.adapters.tuner.peft_bridge import (
     adapted_layers,
     base_matrices,
     head_tensors,
+    peft_tensors,
     remove,
     stored_tensors,
+    tuner_layers,
 )
-from smidgen.errors import SmidgenError
+from smidgen.errors import AdapterFileError, SmidgenError
 
-# Largest relative error of the rebuilt delta: same base (other thread count or device), same base re-cast (the
-# portability figures of users.md, section 2, with stored pivots).
+# Largest relative error of the rebuilt delta: same base (other thread count or device), same base re-cast (what
+# benchmarks/portability.py measures, with stored pivots).
 CANARY_SAME, CANARY_CAST = 2e-3, 0.15
 # Largest relative error of a layer's output shift against x @ delta^T, and the output rounding allowed besides.
 OUTPUT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
@@ -56,6 +60,7 @@ class VerifyReport:
         called: adapted layers that the forward pass called, None without a pass; not_called: those it did not.
         moved: |output on - output off| / |output off| of the model, None without a pass.
         coverage: how much of the model's layers and parameters the adapter is on.
+        parts: of a pipeline with adapters on several components, a report for each ("denoiser", "text_encoder").
     """
 
     reasons: list[str] = field(default_factory=list)
@@ -73,6 +78,7 @@ class VerifyReport:
     not_called: list[str] = field(default_factory=list)
     moved: float | None = None
     coverage: Coverage | None = None
+    parts: dict[str, VerifyReport] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -92,6 +98,8 @@ class VerifyReport:
         self.reasons.append(reason)
 
     def __str__(self) -> str:
+        if self.parts:
+            return "\n".join([f"adapter is {self.verdict}", *(f"{name}: {part}" for name, part in self.parts.items())])
         canary = "none stored" if self.canary_error is None else f"{self.canary_error:.1e}"
         size = f"{min(self.norms.values()):.1e} to {max(self.norms.values()):.1e}" if self.norms else "-"
         lines = [
@@ -112,12 +120,13 @@ class VerifyReport:
         return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
 
 
-def verify(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs | None = None) -> VerifyReport:
+def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = None) -> VerifyReport:
     """Checks that the adapter in ``path`` is on in ``model`` (or would be: a plain base is used and left as it was).
 
     Args:
-        model: a model that carries the adapter under any name, or the base model alone; or a diffusers pipeline.
-        path: the adapter folder.
+        model: a model that carries the adapter under any name, or the base model alone; or a diffusers pipeline, whose
+            components are each checked against what the folder holds for them.
+        path: the adapter folder, of a method of ours or of peft's (which keeps no base lock and no canary in its files).
         inputs: for the forward pass that proves it: a tuple of the model's arguments, a dict of its keyword arguments,
             or a function that is given the model, runs it and returns its output. Made from the config of transformers
             and diffusers models, and from the first layer of a model that takes one tensor, unless given.
@@ -126,13 +135,46 @@ def verify(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs | None
         A report with ``.verdict``, ``.ok`` and ``.reasons``; ``print(report)`` is a table.
     """
     report = VerifyReport()
-    whole, model = model, api.denoiser(model)
     try:
-        own, tensors = api.read_adapter(path)
+        found = api.folders(model, path)
+    except AdapterFileError as error:
+        report.fail(str(error))
+        return report
+    whole = None if isinstance(model, nn.Module) else model
+    reports = {name: _verify_part(part, folder, inputs, whole) for name, (part, folder) in found.items()}
+    return reports[""] if len(reports) == 1 and "" in reports else _together(reports)
+
+
+def _together(reports: dict[str, VerifyReport]) -> VerifyReport:
+    """One report on a pipeline's parts: ON when each is, OFF when one is."""
+    named = {name or "denoiser": report for name, report in reports.items()}
+    every = named.values()
+    passes_made = [report.called for report in every if report.called is not None]
+    return VerifyReport(
+        reasons=[f"{name}: {reason}" for name, report in named.items() for reason in report.reasons],
+        refuted=any(report.refuted for report in every),
+        proven=all(report.proven for report in every),
+        adapter_name=next(iter(every)).adapter_name,
+        layers=sum(report.layers for report in every),
+        targets=sum(report.targets for report in every),
+        output_error=max(report.output_error for report in every),
+        norms={f"{name}.{target}": norm for name, report in named.items() for target, norm in report.norms.items()},
+        called=sum(passes_made) if len(passes_made) == len(named) else None,
+        not_called=[f"{name}.{layer}" for name, report in named.items() for layer in report.not_called],
+        parts=named,
+    )
+
+
+def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any) -> VerifyReport:
+    """Checks one module; ``whole`` is the pipeline it belongs to, if any."""
+    report, whole = VerifyReport(), model if whole is None else whole
+    try:
+        own = _stored_config(path)
+        tensors = read_tensors(path) if own is None else api.read_adapter(path)[1]
     except SmidgenError as error:
         report.fail(str(error))
         return report
-    carried = [n for n in api.names(model) if adapted_layers(model, n)]
+    carried = [n for n in api.names(model) if isinstance(model.peft_config[n], SmidgenConfig) == (own is not None)]  # type: ignore[index]
     if carried:
         _verify_carried(model, carried, own, tensors, report)
         if report.adapter_name is not None:
@@ -152,6 +194,12 @@ def verify(model: nn.Module, path: str | os.PathLike[str], inputs: Inputs | None
     return report
 
 
+def _stored_config(path: Path) -> SmidgenConfig | None:
+    """The config of a file of ours; None for one of peft's."""
+    ours = read_config(path).get("peft_type") == PEFT_TYPE_NAME
+    return api.read_smidgen_config(path) if ours else None
+
+
 def _verify_pass(model: nn.Module, name: str, inputs: Inputs | None, whole: Any, report: VerifyReport) -> None:
     """A forward pass, unless something is wrong already: never ON without one."""
     if report.refuted:
@@ -164,7 +212,7 @@ def _verify_pass(model: nn.Module, name: str, inputs: Inputs | None, whole: Any,
             "dict of its arguments, or a function that runs it."
         )
         return
-    layers = adapted_layers(model, name)
+    layers = tuner_layers(model, name)
     report.called, report.moved = len(found.called), found.moved
     report.not_called = sorted(layers.keys() - found.called)
     if not found.called and found.missing:
@@ -185,7 +233,7 @@ def _verify_pass(model: nn.Module, name: str, inputs: Inputs | None, whole: Any,
     report.proven = not report.refuted
 
 
-def _why_not_called(model: nn.Module, layer: str, layers: dict[str, AdaptedLayer], found: passes.Passes) -> str | None:
+def _why_not_called(model: nn.Module, layer: str, layers: dict[str, Any], found: passes.Passes) -> str | None:
     """Why a layer that a pass did not call makes the adapter OFF; None for a part that a pass may well leave out."""
     known = bypass.bypassed(model.get_base_model() if isinstance(model, PeftModel) else model, layer)
     if known:
@@ -206,17 +254,17 @@ def _some(names: list[str], most: int = 6) -> str:
 
 
 def _verify_carried(
-    model: nn.Module, carried: list[str], own: SmidgenConfig, tensors: dict[str, Tensor], report: VerifyReport
+    model: nn.Module, carried: list[str], own: SmidgenConfig | None, tensors: dict[str, Tensor], report: VerifyReport
 ) -> None:
     same = [name for name in carried if _holds(model, name, tensors)]
     if not same:
         report.fail(f"None of the model's adapters ({', '.join(carried)}) holds the numbers of this file.")
         return
     report.adapter_name = same[0]
-    layers = adapted_layers(model, same[0])
+    layers = tuner_layers(model, same[0])
     off = [n for n, layer in layers.items() if same[0] not in layer.active_adapters]
     disabled = [n for n, layer in layers.items() if layer.disable_adapters]
-    silent = [n for n, layer in layers.items() if layer.scaling[same[0]] == 0]
+    silent = [n for n, layer in layers.items() if getattr(layer, "scaling", {}).get(same[0]) == 0]
     if off:
         report.fail(f"Adapter {same[0]!r} is loaded but not active at {len(off)} of {len(layers)} layers.")
     if disabled:
@@ -227,8 +275,11 @@ def _verify_carried(
 
 
 def _holds(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> bool:
-    layers = adapted_layers(model, name)
-    held = packing.pack({n: stored_tensors(layer, name) for n, layer in layers.items()}) | head_tensors(model, name)
+    if isinstance(model.peft_config[name], SmidgenConfig):  # type: ignore[index]
+        layers = adapted_layers(model, name)
+        held = packing.pack({n: stored_tensors(layer, name) for n, layer in layers.items()}) | head_tensors(model, name)
+    else:
+        held = peft_tensors(model, name)
     return held.keys() == tensors.keys() and all(_same_numbers(held[k].cpu(), tensors[k]) for k in held)
 
 
@@ -246,9 +297,11 @@ def _same_numbers(held: Tensor, file: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig, report: VerifyReport) -> None:
+def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, report: VerifyReport) -> None:
+    report.layers = report.targets = len(tuner_layers(model, name))
+    if own is None:  # the pass alone proves peft's
+        return
     layers = adapted_layers(model, name)
-    report.layers = report.targets = len(layers)
     report.coverage = coverage(model, name)
     matrices = base_matrices(dict(layers))
     if own.base_lock:

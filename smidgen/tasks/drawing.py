@@ -10,12 +10,11 @@ from typing import Any
 import smidgen
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
-from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
-from smidgen.errors import ConfigError
+from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks import cards
 from smidgen.tasks.contact_sheet import save_image
 from smidgen.tasks.control import hint
@@ -58,8 +57,9 @@ def generate(
     loaded = load_base(base, mixed_precision, default_device())
     if made is not None:
         hint.attach(loaded.model, made)
-    config = engine.load(loaded.model, adapter)
-    _set_strength(loaded, engine.is_ours(config), strength)
+    engine.load(loaded.pipe, adapter)
+    if strength != 1.0:
+        smidgen.set_strength(loaded.pipe, strength)
     prompts = [text for text in prompt for _ in range(num_images)]
     seeds = [seed + number for _ in prompt for number in range(num_images)]
     encoded = loaded.encode_prompts(prompts)
@@ -80,15 +80,13 @@ def generate(
 
 def verify(adapter: Path, base: str) -> tuple[bool, str]:
     """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
-    kind = read_config(adapter).get("peft_type")
+    if not adapter.is_dir():
+        raise AdapterFileError(f"{adapter} is no adapter folder.")
     loaded = load_base(base, "no", default_device())
     made = hint.read_config(adapter)
     if made is not None:
         hint.attach(loaded.model, made)
-    if kind != PEFT_TYPE_NAME:
-        engine.load(loaded.model, adapter)
-        return True, f"{adapter} is peft's own {kind}; it loads, and peft keeps nothing to verify it by."
-    found = smidgen.verify(loaded.model, adapter)
+    found = smidgen.verify(loaded.pipe, adapter)
     return bool(found.ok), str(found)
 
 
@@ -170,14 +168,6 @@ def _lock_words(lock: dict[str, Any] | None) -> str:
     if not lock:
         return "none; the adapter does not know its base"
     return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
-
-
-def _set_strength(base: ImageBase, ours: bool, strength: float) -> None:
-    if strength == 1.0:
-        return
-    if not ours:
-        raise ConfigError("--strength needs one of smidgen's adapters; peft's own keep their own scale.")
-    smidgen.set_strength(base.model, strength)
 
 
 def _slug(text: str) -> str:

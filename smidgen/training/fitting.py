@@ -82,8 +82,8 @@ def fit(
             parameter.data = parameter.data.float()
     head = engine.head_parameters(model, heads)
     head_numbers = sum(parameter.numel() for parameter in head)
-    numbers = engine.trained_numbers(model) - head_numbers
-    groups = engine.groups(model, peft_config, rates.residual, rates.transform, weight_decay, heads, rates.head)
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_numbers
+    groups = engine.groups(model, rates.residual, rates.transform, weight_decay, heads, rates.head)
     result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
     covers = coverage(model, engine.NAME) if isinstance(peft_config, PeftConfig) else None
     size = engine.save(model, peft_config, folder, heads) if is_main() else 0
@@ -112,8 +112,8 @@ def prove(
     """
     with torch.no_grad():
         plain = output()
-    config = engine.load(model, folder)
-    ok, reasons = engine.verify(model, folder, config, output)
+    engine.load(model, folder)
+    ok, reasons = engine.verify(model, folder, output)
     if not ok:
         raise AdapterFileError(f"The adapter saved in {folder} does not verify on a fresh base: {'; '.join(reasons)}")
     with torch.no_grad():

@@ -285,8 +285,8 @@ def test_a_pickle_beside_the_file_is_not_opened(folder: Path) -> None:
     [
         ({"rr": 3}, r"unknown keys \['rr'\]"),
         ({"residual_optoins": {}}, "Did you mean 'residual_options'"),
-        ({"peft_type": "LORA"}, "'LORA', not one of smidgen's"),
-        ({"peft_type": None}, "None, not one of smidgen's"),
+        ({"peft_type": "LORA"}, "does not hold the tensors its config calls for"),
+        ({"peft_type": None}, "type None, which this peft does not know"),
         ({"residual": "triangel"}, "Did you mean 'triangular'"),
         ({"residual": "../../etc/passwd"}, "Unknown residual"),
         ({"residual": "__import__('os').system('true')"}, "Unknown residual"),

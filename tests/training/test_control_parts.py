@@ -61,7 +61,7 @@ def test_at_the_start_the_steered_model_is_the_base_to_the_bit(request, kind, ad
     assert not same(steered, before) and not same(steered, drawn(base, CONTROLS.flip(0)))
     assert same(drawn(base), before) and not base.model.conv_in._forward_hooks  # nothing stays behind
     assert same(drawn(base, CONTROLS, scale=0.0), before)
-    with engine.disabled(base.model):
+    with smidgen.disabled(base.model):
         assert same(drawn(base, CONTROLS), before)
 
 

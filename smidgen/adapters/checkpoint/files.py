@@ -59,6 +59,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         pickles = [name for name in _PICKLES if (Path(path) / name).exists()]
         more = f" {pickles[0]} is a pickle file, which can run code and is never read." if pickles else ""
         raise AdapterFileError(f"{path} has no {WEIGHTS_NAME}.{more}")
+    return read_safetensors(file)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        AdapterFileError: missing, truncated or otherwise broken.
+    """
+    if not file.is_file():
+        raise AdapterFileError(f"{file} is not there.")
     try:
         with safe_open(file, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118

@@ -14,7 +14,14 @@ from typing import Any
 
 import peft.mapping as peft_mapping
 import torch
-from peft import PeftConfig, PeftModel, inject_adapter_in_model
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -37,6 +44,7 @@ logger = logging.getLogger("smidgen")
 TESTED_PEFT = ("0.21.0", "0.21.1", "0.21.2")
 PREFIX = "smidgen_"
 _WRAP = "base_model.model."
+_OWNER = "_smidgen_peft_model"
 
 
 class AdaptedLayer(ShiftLayer, BaseTunerLayer):
@@ -417,7 +425,7 @@ def model_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     return {
         name.removeprefix(_WRAP): name
         for name, layer in model.named_modules()
-        if isinstance(layer, AdaptedLayer) and adapter_name in layer.smidgen_slots
+        if isinstance(layer, BaseTunerLayer) and adapter_name in _carried(layer)
     }
 
 
@@ -476,20 +484,99 @@ def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: 
     config.canary = make_canary(layers, adapter_name)
 
 
+def tuner_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """Adapted layers of any method of peft's or ours by target name, those that carry ``adapter_name`` if given."""
+    return {
+        name.removeprefix(_WRAP): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer) and (adapter_name is None or adapter_name in _carried(layer))
+    }
+
+
+def _carried(layer: Any) -> set[str]:
+    """Names of the adapters at a layer."""
+    held: Any = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    return {adapter for by_name in held if hasattr(by_name, "keys") for adapter in by_name.keys()}  # noqa: SIM118
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """Parameters of adapters of any method, each once: layers may share some. Heads are not included."""
+    found: dict[int, nn.Parameter] = {}
+    for layer in tuner_layers(model, adapter_name).values():
+        for held in (getattr(layer, name, None) for name in (*layer.adapter_layer_names, *layer.other_param_names)):
+            if isinstance(held, nn.ModuleDict | nn.ParameterDict):
+                for name, value in held.items():
+                    if adapter_name in (None, name):
+                        own = value.parameters() if isinstance(value, nn.Module) else [value]
+                        found |= {id(p): p for p in own if isinstance(p, nn.Parameter)}
+    return list(found.values())
+
+
 def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-    """Puts an adapter into a model of any library by peft's own call: a host's method may ask for another peft."""
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
-        return
+    """Puts an adapter into a model of any library by peft's own call: a host's method may ask for another peft.
+
+    Methods whose layers share something (VeRA and its kin) keep it in a PeftModel around the model.
+
+    Raises:
+        ConfigError: peft refuses its own config.
+    """
+    owner = model if isinstance(model, PeftModel) else model.__dict__.get(_OWNER)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-        inject_adapter_in_model(config, model, adapter_name)
+        try:
+            if owner is not None and (owner is model or _shares(config)):
+                owner.add_adapter(adapter_name, config)
+                owner.set_adapter(adapter_name)
+            elif _shares(config):
+                model.__dict__[_OWNER] = get_peft_model(model, config, adapter_name)  # no submodule: it holds the model
+            else:
+                inject_adapter_in_model(config, model, adapter_name)
+        except SmidgenError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"peft refuses its own {type(config).__name__}: {error}") from error
     if hasattr(
         model, "_hf_peft_config_loaded"
     ):  # what transformers and diffusers ask before they save or list adapters
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         config.base_model_name_or_path = model.__dict__.get("name_or_path")
+
+
+def _shares(config: PeftConfig) -> bool:
+    return bool(getattr(peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "uses_shared_state", False))  # type: ignore[call-overload]
+
+
+def peft_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What peft writes in the file of an adapter of its own, heads included."""
+    owner = _owner(model, adapter_name)
+    tensors = get_peft_model_state_dict(owner, adapter_name=adapter_name)
+    return {
+        name if owner is not model or isinstance(model, PeftModel) else _WRAP + name: t for name, t in tensors.items()
+    }
+
+
+def put_peft_tensors(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], where: str) -> None:
+    """Fills an adapter of peft's own from the tensors of its file.
+
+    Raises:
+        AdapterFileError: they are not those that the adapter calls for.
+    """
+    owner = _owner(model, adapter_name)
+    packing.check_names(tensors, peft_tensors(model, adapter_name), where)
+    for name, value in tensors.items():
+        packing.check_tensor(name, value, tuple(value.shape), value.dtype, where)
+    wrap = _WRAP if owner is model and not isinstance(model, PeftModel) else ""
+    plain = {name.removeprefix(wrap): value for name, value in tensors.items()}
+    try:
+        set_peft_model_state_dict(owner, plain, adapter_name=adapter_name)
+    except RuntimeError as error:
+        raise AdapterFileError(f"{where} does not fit this model: {error}") from error
+
+
+def _owner(model: nn.Module, adapter_name: str) -> Any:
+    """What peft saves and loads an adapter through."""
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    return model.__dict__[_OWNER] if _OWNER in model.__dict__ and _shares(config) else model
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:
@@ -499,14 +586,14 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], head.original_module)
         else:
             head.delete_adapter(adapter_name, new_active_adapters=None)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, AdaptedLayer) and adapter_name in layer.smidgen_slots:
-            if layer.merged:
-                layer.unmerge()
-            layer.delete_adapter(adapter_name)
-            if not layer.smidgen_slots:
-                parent = model.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], layer.base_layer)
+    for name in model_keys(model, adapter_name).values():
+        layer: Any = model.get_submodule(name)
+        if layer.merged:
+            layer.unmerge()
+        layer.delete_adapter(adapter_name)
+        if not _carried(layer):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], layer.base_layer)
     bypass.follow(model)
     for module in list(model.modules()):
         configs = module.__dict__.get("peft_config")
@@ -514,8 +601,10 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             configs.pop(adapter_name, None)
             if not configs and not isinstance(module, BaseTuner):
                 del module.peft_config
-    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()) and hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    if not any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        model.__dict__.pop(_OWNER, None)
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _mixed_batch_hooks(tuner: nn.Module, adapter_names: Sequence[str] | None):  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.lab.compare.cells import Cell, Record
 from smidgen.lab.compare.cost import measure_apart
 from smidgen.lab.compare.experiment import Experiment
@@ -64,7 +65,9 @@ class Trainer:
             fitted = fit(cell.method.name, model, task, setup, rates, loop, folder, progress=False, **options)
             seconds = time.process_time() - cpu
             size = disk_bytes(folder, prepared.heads)
-            if engine.is_ours(setup):  # scored as they come back from their file, whose numbers may be halves
+            if isinstance(
+                setup, SmidgenConfig
+            ):  # scored as they come back from their file, whose numbers may be halves
                 model = prepared.fresh()
                 engine.load(model, folder)
                 model.eval()

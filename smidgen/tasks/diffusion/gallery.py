@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from smidgen.adapters import api
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import Judge
 from smidgen.bases.protocol import ImageBase, Prompts
@@ -17,7 +18,6 @@ from smidgen.errors import AdapterFileError
 from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.report import Entry
-from smidgen.training import engine
 from smidgen.training.fitting import Fitted, prove
 from smidgen.training.randomness import derive
 
@@ -72,7 +72,7 @@ def gallery(
         said = prove(fresh.model, run.folder, partial(answer, fresh, bound, scenes.size))
         if not rows:
             proof = said
-            with engine.disabled(fresh.model):
+            with api.disabled(fresh.model):
                 images = _draw(fresh, bound, negative, scenes)
             entries.append(_entry(Entry("base model", 0, 0), images, scenes, subject, judge))
             rows.append((entries[-1], images))
