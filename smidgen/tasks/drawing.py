@@ -13,7 +13,6 @@ from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
-from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks import cards
 from smidgen.tasks.contact_sheet import save_image

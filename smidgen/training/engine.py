@@ -24,6 +24,7 @@ from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
 CONTROL = "control.json"  # beside the tensors of a control
+NAME = "default"
 
 
 @dataclass(frozen=True)
