@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from smidgen.adapters.api import default_targets
 from smidgen.adapters.methods import Kind
 from smidgen.bases.packaged import debug
-from smidgen.errors import ConfigError, DataError, MissingExtraError, did_you_mean
+from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.training.quiet import quiet
 from smidgen.training.randomness import stream
 
@@ -136,7 +136,8 @@ def load_language_model(name: str, precision: str, dropout: float | None) -> Tra
 
 def load_tokenizer(name: str) -> Any:
     """The fast tokenizer of ``name``, with a padding token."""
-    transformers = _transformers()
+    import transformers
+
     with hub_errors(name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name))
     if tokenizer.pad_token is None:
@@ -149,14 +150,16 @@ def load_tokenizer(name: str) -> Any:
 
 def load_config(name: str) -> Any:
     """The transformers config of ``name``."""
-    transformers = _transformers()
+    import transformers
+
     with hub_errors(name):
         return transformers.AutoConfig.from_pretrained(locate(name))
 
 
 def image_processor(name: str) -> dict[str, Any]:
     """What ``preprocessor_config.json`` of the base says of sizes, ``image_mean`` and ``image_std`` (ImageNet's if none)."""
-    transformers = _transformers()
+    import transformers
+
     try:
         values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(locate(name))[0]
     except (OSError, ValueError):
@@ -202,7 +205,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _load(auto: str, name: str, precision: str, dropout: float | None, **options: Any) -> tuple[Any, list[str]]:
-    transformers = _transformers()
+    import transformers
+
     config = load_config(name)
     if dropout is not None:
         if not 0 <= dropout < 1:
@@ -260,11 +264,3 @@ def hub_errors(name: str) -> Iterator[None]:
             f"The model {name!r} cannot be loaded: {text}{hint} Give a packaged name "
             f"({', '.join(packaged.MODELS)}), a transformers folder, or a hub name."
         ) from error
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("These tasks need transformers: pip install 'smidgen[tasks]'") from error
-    return transformers

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from smidgen.errors import MissingExtraError
+from smidgen.cli.extras import check_extras
 
 ALIASES = {  # what other trainers call the same thing
     "--output-dir": "--out",
@@ -56,14 +56,8 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
 def run(command: Any, words: Sequence[str], prog: str, sections: bool = False) -> None:
     """Parse ``words`` by the signature of ``command`` and call it. ``sections``: settings are named with their section, as in
     ``--end-to-end.learning-rate``, for a command whose sections share names."""
-    tyro = load_tyro()
+    check_extras(prog.removeprefix("smidgen "), words)
+    import tyro
+
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     tyro.cli(command, args=list(words), prog=prog, config=(tyro.conf.AvoidSubcommands,) if sections else omit)
-
-
-def load_tyro() -> Any:
-    try:
-        import tyro
-    except ImportError as error:
-        raise MissingExtraError("The command line needs tyro: pip install 'smidgen[diffusion]'") from error
-    return tyro

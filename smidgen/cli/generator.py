@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from smidgen.cli.flags import load_tyro, value_of
+from smidgen.cli.flags import value_of
 from smidgen.errors import ConfigError, did_you_mean
 
 SUMMARY = {
@@ -37,6 +37,8 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
 
 def train_command(words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--preset`` among ``words`` names."""
+    import tyro
+
     from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
     from smidgen.training.settings import load_yaml
 
@@ -60,7 +62,7 @@ def train_command(words: Sequence[str]) -> Callable[..., None]:
 
         print(told(fit(settings), settings.out))
 
-    train.__annotations__["settings"] = Annotated[GeneratorConfig, load_tyro().conf.arg(name="")]
+    train.__annotations__["settings"] = Annotated[GeneratorConfig, tyro.conf.arg(name="")]
     train.__annotations__["preset"] = Literal[tuple(PRESETS)]
     return train
 
@@ -210,10 +212,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def command(name: str) -> Callable[..., None]:
     """The command called ``name``, its sections of settings in place."""
+    import tyro
+
     from smidgen.difflora.use.invert import Invert
     from smidgen.difflora.use.sampler import Output
 
-    tyro, found = load_tyro(), COMMANDS[name]
+    found = COMMANDS[name]
     found.__annotations__["output"] = Annotated[Output, tyro.conf.arg(name="")]
     if name == "invert":
         found.__annotations__["settings"] = Annotated[Invert, tyro.conf.arg(name="")]

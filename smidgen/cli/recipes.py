@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from smidgen.cli.flags import load_tyro, value_of
+from smidgen.cli.flags import value_of
 from smidgen.errors import ConfigError, did_you_mean
 
 
@@ -126,7 +126,8 @@ def start(recipe: Recipe, config: str | None, preset: str | None) -> Any:
 
 def recipe_command(recipe: Recipe, words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--config`` or ``--preset`` among ``words`` names."""
-    tyro = load_tyro()
+    import tyro
+
     default = start(recipe, value_of(words, "--config"), value_of(words, "--preset"))
     first = getattr(default.data, recipe.data)
     shown = replace(default, data=replace(default.data, **{recipe.data: None}))

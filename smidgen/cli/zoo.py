@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from smidgen.cli.flags import load_tyro, value_of
+from smidgen.cli.flags import value_of
 from smidgen.errors import ConfigError, did_you_mean
 
 SUMMARY = {
@@ -39,6 +39,8 @@ def find(name: str, words: Sequence[str]) -> Callable[..., None]:
 
 def build_command(words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--preset`` among ``words`` names."""
+    import tyro
+
     from smidgen.difflora.zoo.settings import PRESETS, ZooConfig
 
     named = value_of(words, "--preset") or "default"
@@ -58,13 +60,15 @@ def build_command(words: Sequence[str]) -> Callable[..., None]:
 
         print(run(settings, workers, ray))
 
-    build.__annotations__["settings"] = Annotated[ZooConfig, load_tyro().conf.arg(name="")]
+    build.__annotations__["settings"] = Annotated[ZooConfig, tyro.conf.arg(name="")]
     build.__annotations__["preset"] = Literal[tuple(PRESETS)]
     return build
 
 
 def evaluate_command(words: Sequence[str]) -> Callable[..., None]:
     """The command with the defaults that ``--preset`` among ``words`` names."""
+    from tyro import conf
+
     from smidgen.lab.audit.settings import PRESETS, EvaluateConfig
 
     named = value_of(words, "--preset") or "default"
@@ -83,7 +87,6 @@ def evaluate_command(words: Sequence[str]) -> Callable[..., None]:
 
         print(run(zoo, settings))
 
-    conf = load_tyro().conf
     evaluate.__annotations__["settings"] = Annotated[EvaluateConfig, conf.arg(name=""), conf.UseAppendAction]
     evaluate.__annotations__["preset"] = Literal[tuple(PRESETS)]
     return evaluate
@@ -130,6 +133,8 @@ def import_(
 
 def plan_command() -> Callable[..., None]:
     """The command with the plan's own assumptions as flags."""
+    import tyro
+
     from smidgen.lab.planning.plan import Assumptions
 
     def plan(base: Literal["sdxl", "sd15"] = "sdxl", assumed: Any = Assumptions(), json: bool = False) -> None:  # noqa: B008
@@ -145,5 +150,5 @@ def plan_command() -> Callable[..., None]:
 
         print((to_json if json else to_markdown)(make_plan(base, assumed)))
 
-    plan.__annotations__["assumed"] = Annotated[Assumptions, load_tyro().conf.arg(name="")]
+    plan.__annotations__["assumed"] = Annotated[Assumptions, tyro.conf.arg(name="")]
     return plan

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
-from smidgen.errors import AdapterFileError, ConfigError, HubError, MissingExtraError
+from smidgen.errors import AdapterFileError, ConfigError, HubError
 
 TEXTS = ("README.md", "report.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -72,12 +72,10 @@ def _report(path: Path) -> dict[str, Any]:
 
 def _login(repo_id: str) -> Any:
     """An API client for a name that is valid and a machine that is online and logged in."""
-    try:
-        from huggingface_hub import HfApi, constants, get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
-    except ImportError as error:
-        raise MissingExtraError("Uploading needs huggingface_hub: pip install 'smidgen[diffusion]'") from error
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

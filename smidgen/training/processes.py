@@ -18,15 +18,13 @@ TRACKERS = {"tensorboard": "smidgen[track]", "trackio": "smidgen[track]", "wandb
 def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: str) -> Any:
     """An Accelerator in ``precision`` whose ``tracker`` (or ``none``) writes below ``folder``.
 
-    Raises MissingExtraError for a package that is not there, ConfigError for a precision this machine has not and
+    Raises MissingExtraError for a tracker that is not there, ConfigError for a precision this machine has not and
     for a launch that shards the model.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import GradientAccumulationPlugin
-    except ImportError as error:
-        raise MissingExtraError("Training needs accelerate: pip install 'smidgen[diffusion]'") from error
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
+
     _check_tracker(tracker)
     _check_whole()
     AcceleratorState._reset_state()  # a second run in one process may choose another precision

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
+import yaml
+
+from smidgen.errors import ConfigError, did_you_mean
 
 C = TypeVar("C")
 
@@ -35,7 +37,6 @@ def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 def load_yaml(kind: type[C], path: str | Path) -> C:
     """Read a config file. ConfigError for a file that is missing, not YAML, or holds an unknown key or wrong type."""
-    yaml = _yaml()
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -50,7 +51,7 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
 
 def dump_yaml(config: Any) -> str:
     """The whole config, defaults included, as YAML in the order of its fields."""
-    return str(_yaml().safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -165,11 +166,3 @@ def _choices(hint: Any, value: Any) -> str:
         str(c) for part in _parts(hint) if typing.get_origin(part) is typing.Literal for c in typing.get_args(part)
     ]
     return did_you_mean(str(value), known)
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError("Config files need PyYAML: pip install 'smidgen[diffusion]'") from error
-    return yaml

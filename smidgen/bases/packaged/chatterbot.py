@@ -5,7 +5,7 @@ from pathlib import Path
 
 from smidgen.bases.packaged.entry import Packaged, Source
 from smidgen.bases.packaged.fetch import contents
-from smidgen.bases.packaged.folders import draw_splits, needs_extra, write_dialogues
+from smidgen.bases.packaged.folders import draw_splits, write_dialogues
 from smidgen.bases.packaged.texts import bare
 
 SOURCE = Source(
@@ -27,10 +27,8 @@ _LONGEST = 300
 
 
 def write(folder: Path) -> None:
-    try:
-        import yaml
-    except ImportError as error:
-        raise needs_extra("Reading chatterbot", "pyyaml") from error
+    import yaml
+
     first: dict[str, tuple[str, str]] = {}
     for name, content in contents(SOURCE, r"chatterbot_corpus/data/english/\w+\.yml").items():
         if Path(name).stem in OMITTED:

@@ -109,11 +109,12 @@ def _svg_of(icons: Mapping[str, Any], name: str) -> Drawing:
 
 def _png(svg: str) -> bytes:
     """A square PNG on white, drawn at twice its size."""
+    from PIL import Image
+
     try:
         import resvg_py
-        from PIL import Image
     except ImportError as error:
-        raise needs_extra("Drawing emoji", "resvg-py and pillow") from error
+        raise needs_extra("Drawing emoji", "resvg-py") from error
     try:
         drawn = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * PIXELS, height=2 * PIXELS))
     except Exception as error:  # resvg raises plain exceptions of several kinds

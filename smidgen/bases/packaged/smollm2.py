@@ -31,7 +31,7 @@ def write(folder: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     except ImportError as error:
-        raise needs_extra("Reading smollm2", "gguf and transformers") from error
+        raise needs_extra("Reading smollm2", "gguf") from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
         name = Path(GGUF).name
         (Path(place) / name).write_bytes(contents(SOURCE, GGUF)[GGUF])

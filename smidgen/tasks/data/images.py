@@ -16,14 +16,10 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from smidgen.errors import DataError, MissingExtraError, did_you_mean
-
-try:
-    from PIL import Image, ImageOps
-except ImportError as error:
-    raise MissingExtraError("Reading pictures needs Pillow: pip install 'smidgen[diffusion]'") from error
+from smidgen.errors import DataError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 METADATA = ("metadata.jsonl", "metadata.csv")
