@@ -18,11 +18,12 @@ import torch
 from smidgen.adapters.methods import Kind
 from smidgen.bases.embedded import embedded_base
 from smidgen.bases.embedded.base import Embedded
-from smidgen.bases.pipelines import PipelineBase, import_diffusers, quiet
+from smidgen.bases.pipelines import PipelineBase, import_diffusers
 from smidgen.bases.protocol import ImageBase
 from smidgen.bases.stable_diffusion import StableDiffusion, StableDiffusionXL
 from smidgen.bases.transformers import TransformersBase
 from smidgen.errors import ConfigError, did_you_mean
+from smidgen.training.quiet import quiet
 
 EMBEDDED = "embedded"
 
@@ -107,9 +108,10 @@ def _pipeline_class(folder: str, name: str) -> str:
     """The class that ``model_index.json`` names, "" where a transformers ``config.json`` stands instead."""
     if (Path(folder) / "config.json").is_file() and not (Path(folder) / "model_index.json").is_file():
         return ""
+    diffusers = import_diffusers()
     try:
         with quiet():
-            return str(import_diffusers().DiffusionPipeline.load_config(folder)["_class_name"])
+            return str(diffusers.DiffusionPipeline.load_config(folder)["_class_name"])
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
         raise ConfigError(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,6 +14,7 @@ from smidgen.adapters.methods import Kind
 from smidgen.bases.protocol import Prompts, Sampling, Schedule
 from smidgen.bases.schedules import DiscreteSchedule
 from smidgen.errors import ConfigError, MissingExtraError
+from smidgen.training.quiet import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -108,8 +108,6 @@ class PipelineBase:
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
 
-    # ---- encoding ----------------------------------------------------------------------------------------------------
-
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
         means, stds = [], []
         with torch.no_grad():
@@ -151,8 +149,6 @@ class PipelineBase:
         config = self.pipe.vae.config
         return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
 
-    # ---- drawing -----------------------------------------------------------------------------------------------------
-
     def draw(self, prompts: Prompts, seeds: Sequence[int], **options: Any) -> list[Image]:
         return self.decode(self.draw_latents(prompts, seeds, **options))
 
@@ -160,11 +156,6 @@ class PipelineBase:
         self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
         size: int | None = None, batch: int = 8,
     ) -> Tensor:  # fmt: skip
-        """Latents [n, ...] on the CPU, one for each prompt and seed.
-
-        ``negative`` holds one encoded prompt, ``size`` is in pixels (the base's own by default). A seed alone fixes an
-        image's noise, so that images with and without an adapter can be compared.
-        """
         found, size = [], size or self.resolution
         common = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
         for start in range(0, len(prompts), batch):
@@ -175,7 +166,6 @@ class PipelineBase:
         return torch.cat(found)
 
     def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
-        """Images of latents, decoded in fp32."""
         (shift, scale), images = self._standard, []
         with torch.no_grad():
             for part in latents.split(_at_once(batch, latents.shape[-1] * self.factor)):
@@ -187,8 +177,6 @@ class PipelineBase:
     def _embeds(self, prompts: Prompts, prefix: str) -> dict[str, Tensor]:
         """Encoded prompts as the pipeline takes them."""
         raise NotImplementedError
-
-    # ---- what it is --------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> str:
         parameters = list(self.model.parameters())
@@ -215,24 +203,6 @@ def default_device() -> torch.device:
     from accelerate import PartialState
 
     return PartialState().device
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the bars and warnings of diffusers and transformers; what matters of them is said by the bases."""
-    import transformers
-
-    parts = [library.utils.logging for library in (import_diffusers(), transformers)]
-    levels = [part.get_verbosity() for part in parts]
-    for part in parts:
-        part.set_verbosity_error()
-        part.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for part, level in zip(parts, levels, strict=True):
-            part.set_verbosity(level)
-            part.enable_progress_bar()
 
 
 def import_diffusers() -> Any:

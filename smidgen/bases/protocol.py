@@ -77,10 +77,16 @@ class ImageBase(Protocol):
         name: what it was asked for by.
         family: its name in ``smidgen.bases.families.FAMILIES``.
         pipe: the diffusers pipeline.
-        component: the pipeline's part that adapters sit on, by the name that the pipeline and other tools' files have for it.
+        component: the pipeline's part that adapters sit on, as the pipeline and other tools' files call it.
         targets: endings of the modules to adapt when nobody names any.
         sampling: how it draws when nobody says otherwise.
         parts_reader: loads what finds parts and landmarks in its images, None where nobody was trained to.
+        model: the denoiser, which adapters sit on.
+        device: where it computes.
+        resolution: pixels on a side that it was made for.
+        factor: pixels to a latent, along a side.
+        schedule: as its own scheduler says.
+        encoders: the parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline.
     """
 
     name: str
@@ -92,31 +98,25 @@ class ImageBase(Protocol):
     parts_reader: Callable[[], Any] | None
 
     @property
-    def model(self) -> Any:
-        """The denoiser, which adapters sit on."""
+    def model(self) -> Any: ...
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes."""
+    def device(self) -> torch.device: ...
 
     @property
-    def resolution(self) -> int:
-        """Pixels on a side that it was made for."""
+    def resolution(self) -> int: ...
 
     @property
-    def factor(self) -> int:
-        """Pixels to a latent, along a side."""
+    def factor(self) -> int: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]: ...
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         """Shape of the latents of one image of ``size`` pixels."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """As its own scheduler says."""
-
-    @property
-    def encoders(self) -> Mapping[str, nn.Module]:
-        """The parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline."""
 
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
         """Images [n, 3, height, width] in -1..1 -> mean and std of their latents, each [n, ...] on the CPU."""
@@ -128,9 +128,6 @@ class ImageBase(Protocol):
         """Prompts that also tell the (width, height) that each image had before it was brought to ``resolution``, for
         families that are told; without it an image has the size of its latents."""
 
-    def alias(self, module: str) -> str | None:
-        """What other tools' files call a module of the denoiser, besides its own name with dots or underscores."""
-
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each tensor of encoded prompts for ``model``, which may be on the meta device."""
 
@@ -141,10 +138,11 @@ class ImageBase(Protocol):
         self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
         size: int | None = None, batch: int = 8,
     ) -> Tensor:  # fmt: skip
-        """Latents [n, ...] on the CPU, one for each prompt and seed."""
+        """Latents [n, ...] on the CPU, one for each prompt and seed. A seed alone fixes an image's noise, so that images
+        with and without an adapter can be compared. ``negative`` holds one prompt; ``size`` is in pixels."""
 
     def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
-        """Images of latents."""
+        """Images of latents, decoded in fp32."""
 
     def draw(self, prompts: Prompts, seeds: Sequence[int], **options: Any) -> list[Image]:
         """One image for each prompt and seed; options as for ``draw_latents``."""
@@ -155,6 +153,9 @@ class ImageBase(Protocol):
     def fingerprint(self) -> str:
         """A few digits of the denoiser's size and weights, enough to notice another base."""
 
+    def alias(self, module: str) -> str | None:
+        """What other tools' files call a module of the denoiser, besides its own name with dots or underscores."""
+
     def scenes(self, count: int, seed: int) -> list[str]:
         """Prompts of a person that suit it, at most ``count``."""
 
@@ -163,14 +164,8 @@ class ImageBase(Protocol):
 
 
 class ReadingBase(Protocol):
-    """A loaded base that answers about texts or images, with the head of its task.
-
-    Attributes:
-        name: what it was asked for by.
-        model: with its head.
-        heads: names of the modules to train beside any adapter.
-        kind: what learning rates go by.
-    """
+    """A loaded base that answers about texts or images: ``model`` with the head of its task, the ``heads`` to train beside
+    any adapter, and the ``kind`` that learning rates go by."""
 
     name: str
     model: Any

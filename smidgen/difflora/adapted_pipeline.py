@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +26,12 @@ from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, check_model, layout_of
 from smidgen.errors import BaseLockError
 from smidgen.tasks.data.images import to_tensor
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import Encoded
 from smidgen.training.loop import LoopConfig, Task, train
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """What is drawn with each adapter: prompts, the seed of each one's noise, and how they are sampled."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    guidance: float
 
 
 class AdaptedPipeline:
@@ -117,7 +108,7 @@ class AdaptedPipeline:
         """Images [adapter][scene] of the weight vectors ``rows`` [n, size] of ``layout`` (None: the pipeline's own), after
         those of the base alone if asked for; the same noise for all in a scene."""
         layout, count = layout or self.layout, len(scenes.prompts)
-        prompts, negative = self.base.encode_prompts(scenes.prompts), self.base.encode_prompts([""])
+        prompts, options = scenes.encoded(self.base)
         owners: list[int | None] = [None] if with_base else []
         pairs = [(owner, scene) for owner in [*owners, *range(len(rows))] for scene in range(count)]
         images: list[Image] = []
@@ -126,10 +117,8 @@ class AdaptedPipeline:
             for at in range(0, len(pairs), batch):
                 own, shown = zip(*pairs[at : at + batch], strict=True)
                 with bank.holding(tensors, own) if len(rows) else bank.rows(own):
-                    latents = self.base.draw_latents(
-                        prompts[list(shown)], [scenes.seeds[scene] for scene in shown], negative=negative,
-                        steps=scenes.steps, guidance=scenes.guidance, batch=batch,
-                    )  # fmt: skip
+                    seeds = [scenes.seeds[scene] for scene in shown]
+                    latents = self.base.draw_latents(prompts[list(shown)], seeds, batch=batch, **options)
                 images += self.base.decode(latents, batch)
         return [images[at : at + count] for at in range(0, len(images), count)]
 

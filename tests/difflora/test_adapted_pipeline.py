@@ -6,10 +6,11 @@ import torch
 
 import smidgen
 from smidgen.bases.families import load_base
-from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.use.refine import widened
 from smidgen.difflora.weightspace.layout import write_adapter
 from smidgen.errors import BaseLockError, DataError, SmidgenError
+from smidgen.tasks.diffusion.scenes import Scenes
 
 SCENES = Scenes(("a red person", "a blue person"), (3, 4), steps=3, guidance=3.0)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from smidgen.bases.protocol import ImageBase
-from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.card import adapter_card
 from smidgen.difflora.generator.generator import SHIPPED, load_generator
 from smidgen.difflora.use import folders
@@ -24,6 +24,7 @@ from smidgen.errors import ConfigError
 from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
 from smidgen.tasks.data.images import fit
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.training.randomness import derive
 
 

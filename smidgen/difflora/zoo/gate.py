@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from smidgen.bases.judging import Judge
-from smidgen.difflora.adapted_pipeline import AdaptedPipeline, Scenes
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.zoo.settings import Gate
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:

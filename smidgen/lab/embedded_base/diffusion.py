@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from smidgen.bases.schedules import DiscreteSchedule
 from smidgen.lab.embedded_base import draw, text
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.run import PARTS, Run
@@ -89,7 +90,7 @@ def train(config: Config, folder: Path) -> Run:
     run = Run(folder / "diffusion.safetensors", model, config.diffusion)
     codes = draw.load(folder, "train")[1]
     latents = np.load(folder / "latents.npy", mmap_mode="r")
-    alphas = scheduler().alphas_cumprod
+    schedule = DiscreteSchedule.of(scheduler())
     batch = config.diffusion.batch // PARTS
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -99,11 +100,11 @@ def train(config: Config, folder: Path) -> Run:
         clean = torch.from_numpy(np.array(latents[index])).float()
         noise = torch.randn(clean.shape, generator=generator)
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        times = (strata * len(alphas)).long().clamp(max=len(alphas) - 1)
-        alpha = alphas[times]
-        a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-        error = model(a * clean + s * noise, times, ids) - (a * noise - s * clean)
-        return (error.square() * _weights(alpha / (1 - alpha), clean.shape[-1])).mean()
+        times = schedule.timesteps(strata)
+        noisy, target = schedule.add_noise(clean, noise, times)
+        alpha = schedule.alphas.float()[times]
+        error = (model(noisy, times, ids) - target).square()
+        return (error * _weights(alpha / (1 - alpha), clean.shape[-1])).mean()
 
     run.train(loss, config.seed + 21)
     return run

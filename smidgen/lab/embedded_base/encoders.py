@@ -6,12 +6,10 @@ colours, smooth and rough noise.
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
@@ -20,7 +18,7 @@ from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.autoencoder import to_tensor
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.judge import spoil
-from smidgen.lab.embedded_base.run import PARTS, Run
+from smidgen.lab.embedded_base.run import PARTS, Run, save_weights
 
 log = logging.getLogger(__name__)
 FACELESS = 0.25  # pictures without a face, as a share of those with one
@@ -39,7 +37,7 @@ def train(config: Config, folder: Path, out: Path) -> None:
         )
         found = measure(run.average.eval(), folder, config.seed)  # type: ignore[arg-type]
         log.info("%s: %s", name, json.dumps(found))
-        _save(out / f"{name}.safetensors", run.average, found)
+        save_weights(out / f"{name}.safetensors", run.average, found)
 
 
 def _loss(model: Encoder, pictures: np.ndarray, codes: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
@@ -101,13 +99,3 @@ def measure(model: Encoder, folder: Path, seed: int) -> dict[str, float]:
         found["face"] = float((model.faces(features) > 0.5).float().mean())
         found["no_face"] = float((model.faces(model(strange)) <= 0.5).float().mean())
     return found
-
-
-def _save(path: Path, module: nn.Module, numbers: dict[str, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(
-        {n: t.half() for n, t in module.state_dict().items()}, temporary, {n: repr(v) for n, v in numbers.items()}
-    )
-    temporary.chmod(0o644)
-    os.replace(temporary, path)

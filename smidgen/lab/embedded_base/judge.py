@@ -6,12 +6,10 @@ drawing.
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
@@ -19,7 +17,7 @@ from smidgen.bases.embedded.judge import AttributeReader, IdentityEmbedder
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.autoencoder import to_tensor
 from smidgen.lab.embedded_base.config import Config
-from smidgen.lab.embedded_base.run import PARTS, Run
+from smidgen.lab.embedded_base.run import PARTS, Run, save_weights
 
 log = logging.getLogger(__name__)
 IDENTITY_COLUMNS = [list(world.ATTRIBUTES).index(name) for name in world.IDENTITY_ATTRIBUTES]
@@ -59,21 +57,12 @@ def train(config: Config, folder: Path, out: Path) -> None:
         lambda g: _likeness_loss(embedder, pictures, codes, pairs, config.judge.batch // PARTS // 2, g),
         config.seed + 12,
     )
-    out.mkdir(parents=True, exist_ok=True)
     accuracy = measure_reader(reader_run.average.eval(), folder)
     log.info("judge: %s", json.dumps(accuracy))
-    _save(out / "reader.safetensors", reader_run.average, accuracy)
+    save_weights(out / "reader.safetensors", reader_run.average, accuracy)
     calibration = measure_likeness(identity_run.average.eval(), config.seed)
     log.info("identity: %s", json.dumps(calibration))
-    _save(out / "identity.safetensors", identity_run.average, calibration)
-
-
-def _save(path: Path, module: nn.Module, numbers: dict[str, float]) -> None:
-    tensors = {n: t.half() if t.is_floating_point() else t for n, t in module.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, {n: repr(v) for n, v in numbers.items()})
-    temporary.chmod(0o644)
-    os.replace(temporary, path)
+    save_weights(out / "identity.safetensors", identity_run.average, calibration)
 
 
 def _take(pictures: np.ndarray, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,17 +8,16 @@ people.
 import argparse
 import logging
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import pose
 from smidgen.bases.embedded.parts_reader import FILE, PartsNetwork, PartsReader
 from smidgen.lab.embedded_base.judge import blur
+from smidgen.lab.embedded_base.run import save_weights
 from smidgen.tasks.control.metrics import aacc, landmark_error, miou
 from smidgen.tasks.data.images import to_tensor
 from smidgen.training.randomness import stream
@@ -80,11 +79,7 @@ def main() -> None:
     network = train(options.steps, options.batch, options.drawings)
     accuracy = measure(network, 500)
     log.info("on held-out people: %s", accuracy)
-    tensors = {n: t.half() if t.is_floating_point() else t for n, t in network.state_dict().items()}
-    hidden = options.out.with_suffix(".tmp")
-    save_file(tensors, hidden, {name: repr(value) for name, value in accuracy.items()})
-    hidden.chmod(0o644)
-    os.replace(hidden, options.out)
+    save_weights(options.out, network, accuracy)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,22 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from smidgen.lab.embedded_base.config import Budget
+from smidgen.training.checkpoints import replace_file
 
 log = logging.getLogger(__name__)
 PARTS = 2
 Loss = Callable[[torch.Generator], Tensor]
 """Randomness of one part of a step -> scalar to minimise over that part of the batch."""
+
+
+def save_weights(path: Path, module: nn.Module, numbers: dict[str, float]) -> None:
+    """A network in fp16, with what was measured of it as metadata; ``smidgen.bases.embedded.judge.load_weights`` reads it."""
+    tensors = {n: t.half() if t.is_floating_point() else t for n, t in module.state_dict().items()}
+    replace_file(path, save(tensors, {n: repr(v) for n, v in numbers.items()}))
 
 
 def step_generator(seed: int, step: int, part: int) -> torch.Generator:

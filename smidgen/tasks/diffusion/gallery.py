@@ -17,30 +17,9 @@ from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import AdapterFileError
 from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.report import Entry
 from smidgen.training.fitting import Fitted, prove
-from smidgen.training.randomness import derive
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """What to draw: each prompt (``plain``: as a judge knows it, ``bound``: with the subject's word) with each seed."""
-
-    plain: tuple[str, ...]
-    bound: tuple[str, ...]
-    num_seeds: int
-    seed: int
-    steps: int
-    guidance: float
-    size: int
-
-    @property
-    def columns(self) -> list[tuple[int, int]]:
-        """(prompt, seed number) of every picture, prompts outermost."""
-        return [(prompt, number) for prompt in range(len(self.plain)) for number in range(self.num_seeds)]
-
-    def noise_seeds(self) -> list[int]:
-        return [derive(self.seed, "show", prompt, number) for prompt, number in self.columns]
 
 
 @dataclass(frozen=True)
@@ -58,52 +37,47 @@ def gallery(
     device: torch.device,
     runs: Sequence[Fitted],
     scenes: Scenes,
+    asked: Sequence[str],
     subject: Sequence[Image.Image],
     judge: Judge | None,
 ) -> Gallery:
-    """Prove each run's file on a fresh base and draw ``scenes`` with it. ``subject`` holds the subject's own
-    pictures."""
+    """Prove each run's file on a fresh base and draw ``scenes`` with it. ``asked`` are their prompts as a judge knows them,
+    ``subject`` holds the subject's own pictures."""
     rows: list[tuple[Entry, list[Image.Image]]] = []
     entries: list[Entry] = []
     proof: tuple[str, ...] = ()
     for run in runs:
         fresh = load_base(base, precision, device)
-        bound, negative = fresh.encode_prompts(scenes.bound), fresh.encode_prompts([""])
-        said = prove(fresh.model, run.folder, partial(answer, fresh, bound, scenes.size))
+        draw, prompt = scenes.drawn_by(fresh), fresh.encode_prompts(scenes.prompts[:1])
+        said = prove(fresh.model, run.folder, partial(answer, fresh, prompt, scenes.size or fresh.resolution))
         if not rows:
             proof = said
             with api.disabled(fresh.model):
-                images = _draw(fresh, bound, negative, scenes)
-            entries.append(_entry(Entry("base model", 0, 0), images, scenes, subject, judge))
+                images = draw()
+            entries.append(_entry(Entry("base model", 0, 0), images, asked, subject, judge))
             rows.append((entries[-1], images))
-        images = _draw(fresh, bound, negative, scenes)
+        images = draw()
         _check_difference(rows[0][1], images, run)
         last = sum(run.losses[-20:]) / len(run.losses[-20:])
         entry = Entry(run.name, run.trained_numbers, run.bytes, run.seconds, final_loss=last)
-        entries.append(_entry(entry, images, scenes, subject, judge))
+        entries.append(_entry(entry, images, asked, subject, judge))
         rows.append((entries[-1], images))
     return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
 
 
 def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
     """What a run calls to draw its first few scenes as ``preview-<step>.png``; the prompts are encoded now."""
-    few = replace(scenes, plain=scenes.plain[:4], bound=scenes.bound[:4], num_seeds=1)
-    bound, negative = base.encode_prompts(few.bound), base.encode_prompts([""])
+    few = scenes.first(4)
+    draw = few.drawn_by(base)
 
     def preview(model: nn.Module, step: int, folder: Path) -> None:
         was_training = model.training
         model.eval()
-        row = Row(f"step {step}", _draw(base, bound, negative, few))
-        save_image(contact_sheet(f"after step {step}", [row], few.bound), folder / f"preview-{step}.png")
+        row = Row(f"step {step}", draw())
+        save_image(contact_sheet(f"after step {step}", [row], few.prompts), folder / f"preview-{step}.png")
         model.train(was_training)
 
     return preview
-
-
-def _draw(base: ImageBase, prompts: Prompts, negative: Prompts, scenes: Scenes) -> list[Image.Image]:
-    chosen = prompts[[prompt for prompt, _ in scenes.columns]]
-    options = {"steps": scenes.steps, "guidance": scenes.guidance, "size": scenes.size}
-    return base.draw(chosen, scenes.noise_seeds(), negative=negative, **options)
 
 
 def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:
@@ -115,11 +89,11 @@ def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:
 
 
 def _entry(
-    entry: Entry, images: list[Image.Image], scenes: Scenes, subject: Sequence[Image.Image], judge: Judge | None
+    entry: Entry, images: list[Image.Image], asked: Sequence[str], subject: Sequence[Image.Image], judge: Judge | None
 ) -> Entry:
     if judge is None:
         return entry
-    scores = judge.scores(images, [scenes.plain[prompt] for prompt, _ in scenes.columns], subject)
+    scores = judge.scores(images, asked, subject)
     return replace(entry, identity=scores.pop("identity", None), caption=scores.pop("caption", None), details=scores)
 
 
@@ -131,12 +105,13 @@ def _check_difference(before: Sequence[Image.Image], after: Sequence[Image.Image
 def _sheet(
     rows: Sequence[tuple[Entry, list[Image.Image]]], scenes: Scenes, subject: Sequence[Image.Image], base: str
 ) -> Image.Image:
-    across = min(8, len(scenes.columns))
+    across = min(8, len(scenes.prompts))
     shown = [Row("the subject", list(subject)[:across], f"{len(subject)} pictures")]
     for entry, images in rows:
         note = f"{entry.bytes_on_disk / 1000:.1f} kB" if entry.bytes_on_disk else ""
         if entry.identity is not None and entry.caption is not None:
             note += f" identity {entry.identity:.2f} captions {entry.caption:.2f}"
         shown.append(Row(entry.name, images[:across], note.strip()))
-    labels = [scenes.bound[prompt] for prompt, _ in scenes.columns[:across]]
-    return contact_sheet(f"{rows[1][0].name} on {public_name(base)}: same noise in each column", shown, labels)
+    return contact_sheet(
+        f"{rows[1][0].name} on {public_name(base)}: same noise in each column", shown, scenes.prompts[:across]
+    )

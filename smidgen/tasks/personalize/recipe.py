@@ -19,14 +19,16 @@ from smidgen.errors import DataError
 from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot, save_image
 from smidgen.tasks.data import images
-from smidgen.tasks.diffusion.gallery import Scenes, gallery, previewer
+from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.rates import PEFT_LORA
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
 from smidgen.tasks.report import Report, card
 from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import open_folder
+from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, flat
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
         logger.warning("%s", warning)
     captions = _bound(found.captions, config.data)
     judge = judge or base.judge()
-    scenes = _scenes(config, base, judge, found, resolution)
+    scenes, asked = _scenes(config, base, judge, found, resolution)
 
     out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora")
     replace_file(out / "config.yaml", dump_yaml(config))
@@ -63,13 +65,13 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
         runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
 
     subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
-    shown = gallery(config.base, config.train.mixed_precision, device, runs, scenes, subject, judge)
+    shown = gallery(config.base, config.train.mixed_precision, device, runs, scenes, asked, subject, judge)
     save_image(shown.sheet, out / "contact_sheet.png")
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
     notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
     told = (shown.entries, found.warnings, notes, bool(shown.proof), identity, runs[0].coverage)
     report = Report(config.adapter.method, config.base, out, *told)
-    write_report(out, report, card(report, scenes.bound, _subject_words(config.data)))
+    write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), _subject_words(config.data)))
     return report
 
 
@@ -131,15 +133,19 @@ def _task(
 
 def _scenes(
     config: PersonalizeConfig, base: ImageBase, judge: Judge | None, found: images.PictureFolder, resolution: int
-) -> Scenes:
+) -> tuple[Scenes, list[str]]:
+    """What to draw, each prompt with each seed, and the prompts without the subject's word."""
     show = config.show
     plain = list(show.validation_prompt)
     if not plain and judge is not None:
         plain = judge.prompts(show.num_prompts, config.train.seed)
     plain = plain or list(dict.fromkeys(found.captions))[: show.num_prompts]
     bound = _bound(plain, config.data) if not show.validation_prompt else plain
-    how = {"num_seeds": show.num_seeds, "seed": config.train.seed, "size": resolution, **_sampling(config, base)}
-    return Scenes(tuple(plain), tuple(bound), **how)
+    columns = [(prompt, number) for prompt in range(len(plain)) for number in range(show.num_seeds)]
+    seeds = tuple(derive(config.train.seed, "show", *column) for column in columns)
+    prompts = tuple(bound[prompt] for prompt, _ in columns)
+    scenes = Scenes(prompts, seeds, size=resolution, **_sampling(config, base))
+    return scenes, [plain[prompt] for prompt, _ in columns]
 
 
 def _sampling(config: PersonalizeConfig, base: ImageBase) -> dict[str, Any]:
