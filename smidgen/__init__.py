@@ -42,7 +42,7 @@ if TYPE_CHECKING:
         set_strength,
         trained_numbers,
     )
-    from smidgen.adapters.tuner.bank import Bank
+    from smidgen.adapters.bank import Bank
     from smidgen.adapters.tuner.config import SmidgenConfig, config
     from smidgen.adapters.verify import VerifyReport, verify
     from smidgen.bases.counting import count
@@ -80,7 +80,7 @@ __all__ = [
 _API = "adapt default_targets disabled load merge names parameter_groups save set_active set_strength trained_numbers"
 _LATER = {
     **dict.fromkeys(_API.split(), "smidgen.adapters.api"),
-    "Bank": "smidgen.adapters.tuner.bank",
+    "Bank": "smidgen.adapters.bank",
     "SmidgenConfig": "smidgen.adapters.tuner.config",
     "config": "smidgen.adapters.tuner.config",
     "VerifyReport": "smidgen.adapters.verify",

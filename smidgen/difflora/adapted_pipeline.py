@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import smidgen
+from smidgen.adapters.bank import Bank
 from smidgen.adapters.methods import Rates
-from smidgen.adapters.tuner.bank import Bank
 from smidgen.adapters.tuner.peft_bridge import remove
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
@@ -74,7 +74,7 @@ class AdaptedPipeline:
             SmidgenError: what a seed decides is frozen in this config, so adapters of a bank share it.
         """
         bank = Bank(self.model, self.config, names)
-        bank.put(names[0], self.model)
+        bank.start()
         for name, seed in zip(names, seeds, strict=bool(seeds)):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
@@ -88,18 +88,14 @@ class AdaptedPipeline:
 
     @contextmanager
     def banked(self, layout: Layout | None = None) -> Iterator[Bank]:
-        """Within, a bank to hold weight vectors of ``layout``: the pipeline's own, or one of more rank. Whatever bank was
-        there is back afterwards."""
-        before = {name: module.bank for name, module in self.model.named_modules() if hasattr(module, "bank_held")}
+        """Within, a bank to hold weight vectors of ``layout``: the pipeline's own, or one of more rank."""
         own = layout is None or layout.config == self.layout.config
-        try:
-            bank = self.bank(["row"]) if own else Bank(self.model, smidgen.SmidgenConfig(**layout.config), ["row"])  # type: ignore[union-attr]
+        config = self.config if own else smidgen.SmidgenConfig(**layout.config)  # type: ignore[union-attr]
+        with Bank(self.model, config, ["row"]) as bank:
+            bank.start()
             for parameter in bank.parameters():
                 parameter.requires_grad_(False)
             yield bank
-        finally:
-            for name, module in before.items():
-                self.model.get_submodule(name).bank = module
 
     @torch.no_grad()
     def draw(
@@ -116,7 +112,7 @@ class AdaptedPipeline:
             tensors = layout.unpack(rows.to(self.base.device))
             for at in range(0, len(pairs), batch):
                 own, shown = zip(*pairs[at : at + batch], strict=True)
-                with bank.holding(tensors, own) if len(rows) else bank.rows(own):
+                with bank.holding(tensors, own, stacks=True) if len(rows) else bank.rows(own):
                     seeds = [scenes.seeds[scene] for scene in shown]
                     latents = self.base.draw_latents(prompts[list(shown)], seeds, batch=batch, **options)
                 images += self.base.decode(latents, batch)
@@ -134,8 +130,8 @@ class AdaptedPipeline:
     ) -> None:  # fmt: skip
         """Trains the bank's adapters with the one loop; goes on from the newest checkpoint in ``folder``."""
         groups: dict[str, dict[str, Any]] = {}
-        for layer in bank.layers.values():
-            for name, parameter in layer.bank.named_parameters():  # type: ignore[union-attr]
+        for slot in bank.slots.values():
+            for name, parameter in slot.named_parameters():
                 parameter.requires_grad_(True)
                 kind = name.partition("_")[0]
                 lr = rates.transform if kind == "transform" else rates.residual

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -156,7 +157,7 @@ def law_bank(config: SmidgenConfig, kind: str) -> None:
     with bank.rows(rows):
         found = model(x)
     found.square().sum().backward()
-    grads = {n: p.grad for n, p in _layer(model).bank.trained().items()}
+    grads = {n: p.grad for n, p in next(iter(bank.slots.values())).trained().items()}
     for i, name in enumerate(rows):
         if name is None:
             close(found[i], _off(model, x)[i], "a row of the base model")
@@ -169,6 +170,64 @@ def law_bank(config: SmidgenConfig, kind: str) -> None:
             close(grads[tensor][names.index(name)], p.grad, f"gradient of {tensor} through the bank")
     idle = [n for n, g in grads.items() if bool(g[names.index("bob")].any())]
     assert not idle, f"an adapter that no row names got a gradient: {idle}"
+
+
+class _Folded(nn.Module):
+    """A model over [rows, steps, ...] whose layers see the rows in another form."""
+
+    def __init__(self, model: nn.Module, form: str) -> None:
+        super().__init__()
+        self.layer, self.form = model.layer, form
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, steps = x.shape[:2]
+        if self.form == "each row repeated":
+            return self.layer(x.flatten(0, 1)).unflatten(0, (rows, steps))  # type: ignore[no-any-return,operator]
+        x = x.transpose(0, 1)
+        if self.form == "second axis":
+            return self.layer(x.contiguous()).transpose(0, 1)  # type: ignore[no-any-return,operator]
+        return self.layer(x.flatten(0, 1)).unflatten(0, (steps, rows)).transpose(0, 1)  # type: ignore[no-any-return,operator]
+
+
+def law_bank_rows(config: SmidgenConfig, kind: str) -> None:
+    """Row i is adapter i alone however a model folds its rows, with two banks on it and in two threads at once."""
+    for form in ("each row repeated", "stacked copies", "second axis"):
+        model, x = base(kind)
+        if form == "second axis" and x.dim() == 4:  # a convolution takes no rows there
+            continue
+        model = _Folded(model, form)
+        sample = x.shape[1:] if x.dim() == 4 else x.shape[-1:]
+        x = torch.randn(3, 2, *sample, generator=torch.Generator().manual_seed(1))
+        names: list[str | None] = ["ann", None, "bob"]
+        for seed, name in enumerate(("ann", "bob")):
+            smidgen.adapt(model, targeted(config), adapter_name=name)
+            perturb(model, seed, adapter_name=name)
+        banks = [smidgen.Bank(model, model.peft_config["ann"]) for _ in range(2)]  # type: ignore[index,arg-type]
+        banks[0].put("ann", model, "ann")
+        for bank in banks:
+            bank.put("bob", model, "bob")
+        model, x = model.double().eval(), x.double()
+        alone: dict[str | None, Tensor] = {}
+        with torch.no_grad():
+            for name in ("ann", "bob"):
+                smidgen.set_active(model, name)
+                alone[name] = model(x)
+            with smidgen.disabled(model):
+                alone[None] = model(x)
+
+        @torch.no_grad()
+        def right(order: list[str | None], bank: smidgen.Bank, model: nn.Module = model, x: Tensor = x) -> None:
+            with bank.rows(order):
+                found = model(x)
+            for i, name in enumerate(order):
+                close(found[i], alone[name][i], f"{form}: row {i} of the bank against {name!r} alone")  # noqa: B023
+
+        right(names, banks[0])
+        right([None, "bob", None], banks[1])
+        differs(alone["ann"], alone[None], "perturbed adapter")
+        with ThreadPoolExecutor(2) as pool:
+            orders: list[list[str | None]] = [names, ["bob", "ann", None]] * 5
+            list(pool.map(lambda order: right(order, banks[0]), orders))  # noqa: B023
 
 
 def law_file(config: SmidgenConfig, kind: str) -> None:
@@ -354,6 +413,7 @@ LAWS: dict[str, Law] = {
     "disable": law_disable,
     "sum": law_sum,
     "bank": law_bank,
+    "bank rows": law_bank_rows,
     "file": law_file,
     "recast": law_recast,
     "file damage": law_file_damage,

@@ -45,7 +45,7 @@ def test_a_bank_filled_from_other_models(method: str) -> None:
 def test_a_batch_of_several_halves_repeats_the_names() -> None:
     model, outputs, bank = zoo("svfit", ["a", "b"])
     x = inputs(rows=2)
-    with bank.rows(["b", "a"]):
+    with bank.rows(["b", "a"], stacks=True):
         found = model(torch.cat([x, x]))
     wanted = torch.stack([outputs["b"][0], outputs["a"][1]])
     testing.close(found, torch.cat([wanted, wanted]), "two halves")
@@ -61,7 +61,7 @@ def test_runs_of_rows_through_one_adapter(method: str, rows: list[str | None]) -
     model, _, bank = zoo(method, ["a", "b"])
     alone = {None: Net()} | {n: trained(method, seed=i, net=Net()) for i, n in enumerate(("a", "b"))}
     x = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(4), requires_grad=True)  # with an axis of tokens
-    with bank.rows(rows):
+    with bank.rows(rows, stacks=True):
         found = model(x)
     wanted = torch.cat([alone[name](x[i : i + 1]) for i, name in enumerate(rows * (8 // len(rows)))])
     testing.close(found, wanted.detach(), "output")
@@ -117,6 +117,7 @@ def test_training_two_adapters_in_one_batch_is_training_each_alone() -> None:
         alone[name] = {t: la.smidgen_slots["default"].trained() for t, la in adapted_layers(net).items()}
     net = smidgen.adapt(Net(), "svfit", r=4, target_modules=["q_proj"])
     bank = smidgen.Bank(net, net.peft_config["default"], ["a", "b"])
+    bank.start()
     optimizer = torch.optim.SGD(bank.parameters(), lr=0.5)
     for _ in range(3):
         optimizer.zero_grad()
@@ -206,8 +207,8 @@ def test_held_tensors_are_rows_of_the_bank_gradients_included(method: str) -> No
         with bank.rows(["a"]):
             testing.close(model(inputs()), outputs["a"], "the bank's own member within")
     testing.close(found, wanted.detach(), "outputs")
-    for target, layer in bank.layers.items():
-        for key, parameter in layer.bank.trained().items():
+    for target, slot in bank.slots.items():
+        for key, parameter in slot.trained().items():
             grad = tensors[target][key].grad
             assert grad is not None and bool(grad.any()), f"no gradient for {key} of {target}"
             testing.close(grad[0] + grad[2], parameter.grad[1], f"gradient of {key} of {target}, b", factor=5)
@@ -250,3 +251,138 @@ def test_what_holding_refuses_and_that_it_ends_with_an_error() -> None:
     with pytest.raises(RuntimeError, match="stop"), bank.holding(good):
         raise RuntimeError("stop")
     testing.same(model(inputs()).detach(), plain, "after an error")
+
+
+# ---- members that come and go ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["tlora(2,2)", "svfit", "loldu", "lora", "oft", "seeded"])
+def test_adapters_from_files(method: str, tmp_path: Path) -> None:
+    outputs = {}
+    for seed, name in enumerate(("a", "b")):
+        one = trained(method, seed=seed)
+        smidgen.save(one, tmp_path / name)
+        outputs[name] = smidgen.load(Net(), tmp_path / name)(inputs()).detach()  # some methods round in a file
+    carrier = smidgen.adapt(Net(), method, target_modules=["q_proj", "v_proj"])
+    bank = smidgen.Bank(carrier, carrier.peft_config["default"])
+    for name in ("a", "b"):
+        bank.put(name, tmp_path / name)
+    with bank.rows(["b", None, "a", "b"]):
+        found = carrier(inputs())
+    for i, name in enumerate(("b", None, "a", "b")):
+        wanted = Net()(inputs()).detach() if name is None else outputs[name]
+        testing.close(found[i], wanted[i], f"row {i}, {name}")
+
+
+def test_files_that_do_not_fit_a_bank_leave_it_as_it_was(tmp_path: Path) -> None:
+    model, outputs, bank = zoo("loldu", ["a"])
+    others = {
+        "rank": (trained("lora", r=2), "residual is 'low_rank', the bank's 'triangular'"),
+        "base": (trained("loldu", net=Net(seed=5)), "base"),
+        "less": (trained("loldu", target_modules=["q_proj"]), "does not"),
+    }
+    for name, (other, reason) in others.items():
+        smidgen.save(other, tmp_path / name)
+        with pytest.raises(SmidgenError, match=reason):
+            bank.put("new", tmp_path / name)
+    with pytest.raises(SmidgenError, match="nothing_here"):
+        bank.put("new", tmp_path / "nothing_here")
+    assert bank.names == ["a"]
+    with bank.rows(["a"]):
+        testing.close(model(inputs()), outputs["a"], "the member that was there")
+
+
+def test_a_name_that_was_never_put_is_an_error() -> None:
+    model = smidgen.adapt(Net(), "lora", target_modules=["q_proj"])
+    bank = smidgen.Bank(model, model.peft_config["default"], ["ann", "bob"])
+    for ask in (lambda: bank.rows(["ann"]).__enter__(), lambda: bank.get("ann")):
+        with pytest.raises(SmidgenError, match="'ann' was never put into the bank"):
+            ask()
+    bank.put("bob", model)
+    bank.start(["ann"])
+    with bank.rows(["ann", "bob"] * 2):
+        testing.same(model(inputs()).detach(), Net()(inputs()).detach(), "at the start")
+
+
+def test_members_come_and_go() -> None:
+    model, _, bank = zoo("svfit", ["a", "b", "c"])
+    one = {name: trained("svfit", seed=seed) for seed, name in enumerate("abcdef")}
+    wanted = {name: net(inputs()).detach() for name, net in one.items()}
+    bank.evict("b")
+    assert bank.names == ["a", "c"] and bank.size == 3
+    with pytest.raises(SmidgenError, match="no adapter 'b'"):
+        bank.index("b")
+    bank.put("d", one["d"])  # b's place
+    assert bank.size == 3
+    for name in "ef":
+        bank.put(name, one[name])  # the bank grows
+    assert set(bank.names) == set("acdef") and bank.size >= 5
+    for size in (9, 5):
+        bank.resize(size)
+        for name in bank.names:
+            with bank.rows([name, None, None, "a"]):
+                testing.close(model(inputs())[0], wanted[name][0], f"{name} in a bank of {size}")
+    with pytest.raises(SmidgenError, match="holds 5 members; size=4"):
+        bank.resize(4)
+    assert {p.shape[0] for p in bank.parameters()} == {5}
+
+
+def test_a_bank_that_is_removed_or_forgotten_leaves_the_model() -> None:
+    model, _, bank = zoo("lora", ["a"])
+    layers, hooks = list(bank.layers.values()), len(model._forward_pre_hooks)
+    assert hooks == 1 and all(layer.banks for layer in layers)
+    bank.remove()
+    assert not any(layer.banks for layer in layers) and not model._forward_pre_hooks and not model._forward_hooks
+    with pytest.raises(SmidgenError, match="was removed"), bank.rows(["a"]):
+        pass
+    other = smidgen.Bank(model, model.peft_config["default"], ["a"])
+    assert all(list(layer.banks) == ["bank"] for layer in layers)
+    del other
+    assert not any(layer.banks for layer in layers)
+
+
+def test_a_bank_moves_with_its_model() -> None:
+    model, outputs, bank = zoo("svfit", ["a", "b"])
+    model.double()
+    assert {p.dtype for p in bank.parameters()} == {torch.float64}
+    with bank.rows(["b", "a", "b", "a"]):
+        found = model(inputs().double())
+    testing.close(found[1].float(), outputs["a"][1], "in double")
+
+
+# ---- heads ---------------------------------------------------------------------------------------------------------------
+
+
+def headed(seed: int) -> torch.nn.Module:
+    net = smidgen.adapt(Net(), "svfit", target_modules=["q_proj", "v_proj"], modules_to_save=["head"])
+    testing.perturb(net, seed)
+    with torch.no_grad():
+        for p in net.head.modules_to_save["default"].parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+    return net
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_each_row_has_its_own_head(from_file: bool, tmp_path: Path) -> None:
+    model = headed(9)
+    bank = smidgen.Bank(model, model.peft_config["default"])
+    wanted = {None: Net()(inputs()).detach()}
+    for seed, name in enumerate(("a", "b")):
+        one = headed(seed)
+        wanted[name] = one(inputs()).detach()
+        bank.put(name, smidgen.save(one, tmp_path / name) if from_file else one)
+    own = model(inputs()).detach()
+    for rows in (["b", None, "a", "b"], ["a"], [None], [("a",), (), "b", None]):
+        with bank.rows(rows):
+            found = model(inputs())
+        for i in range(4):
+            name = rows[i % len(rows)]
+            name = name[0] if isinstance(name, tuple) and name else name or None
+            testing.close(found[i], wanted[name][i], f"row {i}, {name!r}")
+    with bank.rows([("a", "b"), None, None, None]), pytest.raises(SmidgenError, match="heads do not add"):
+        model(inputs())
+    testing.same(model(inputs()).detach(), own, "the model's own head outside")
+    assert set(bank.get("a")["head"]) == {"weight", "bias"}
+    plain = smidgen.adapt(Net(), "svfit", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(SmidgenError, match="brings a head 'head'"):
+        smidgen.Bank(plain, plain.peft_config["default"]).put("a", one)

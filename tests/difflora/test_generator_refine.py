@@ -172,7 +172,7 @@ def test_the_pipeline_is_left_as_it_was(pipelines):
     for parameter in bank.parameters():
         parameter.requires_grad_(False)
     refine_rows(pipeline, predictions(pipeline, 1), photos(1), QUICK)
-    assert all(layer.bank_held is None for layer in bank.layers.values())
+    assert all(list(layer.banks) == [bank.label] for layer in bank.layers.values())
     assert pipeline.layout.pack(bank.get("ann")).shape == (pipeline.layout.size,)
     assert not any(parameter.requires_grad for parameter in pipeline.base.model.parameters())
 

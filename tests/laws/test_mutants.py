@@ -12,8 +12,9 @@ import smidgen
 from smidgen import testing
 from smidgen.adapters.residuals.triangular import Triangular
 from smidgen.adapters.tuner.kinds import LinearKind
-from smidgen.adapters.tuner.layer import ShiftLayer
+from smidgen.adapters.tuner.layer import ShiftLayer, Term
 from smidgen.adapters.tuner.peft_bridge import AdaptedLayer
+from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -26,9 +27,9 @@ def scale_twice_on_merge(patch: pytest.MonkeyPatch) -> None:
 
 def chained_instead_of_summed(patch: pytest.MonkeyPatch) -> None:
     def chained(self, x, terms):  # type: ignore[no-untyped-def]
-        for slot, s in terms:
-            if slot.transform is not None:
-                x = x + s * (self.kind.transform(slot.transformed, x, self.base_layer) - x)
+        for term in terms:
+            if term.slot.transform is not None:
+                x = x + term.weight * (self.kind.transform(term.slot.transformed, x, self.base_layer) - x)
         return x
 
     patch.setattr(ShiftLayer, "_input", chained)
@@ -44,7 +45,7 @@ def disable_forgets_the_transform(patch: pytest.MonkeyPatch) -> None:
 
     def forward(self, x, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self.disable_adapters:
-            terms = [(self.slot(n), self.scaling[n]) for n in self.smidgen_slots]
+            terms = [Term(self.slot(n), self.scaling[n]) for n in self.smidgen_slots]
             return self.base_layer(self._input(x, terms), *args, **kwargs)
         return right(self, x, *args, **kwargs)
 
@@ -52,14 +53,12 @@ def disable_forgets_the_transform(patch: pytest.MonkeyPatch) -> None:
 
 
 def bank_reads_one_row_for_all(patch: pytest.MonkeyPatch) -> None:
-    right = ShiftLayer.banked
-    patch.setattr(
-        ShiftLayer,
-        "banked",
-        lambda self, x, rows, *a, **k: right(
-            self, x, replace(rows, index=rows.index[:1].expand(len(rows.index))), *a, **k
-        ),
-    )
+    right = Rows.pick
+
+    def pick(self, value):  # type: ignore[no-untyped-def]
+        return right(replace(self, index=self.index[:1].repeat(len(self.index)), whole=False), value)
+
+    patch.setattr(Rows, "pick", pick)
 
 
 def start_is_not_the_identity(patch: pytest.MonkeyPatch) -> None:

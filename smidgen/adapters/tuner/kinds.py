@@ -60,7 +60,7 @@ class LinearKind:
     def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         """y + D x, in one pass over y."""
         hidden = self._hidden(factors, x)
-        if y.dtype != hidden.dtype or not y.is_contiguous():
+        if y.dtype != hidden.dtype or not y.is_contiguous() or y.dim() == 1:
             return y + F.linear(hidden, factors.up.to(hidden.dtype)).to(y.dtype)
         rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), factors.up.to(y.dtype).T)
         return rows.view(y.shape)

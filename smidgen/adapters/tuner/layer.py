@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.tuner import compose
@@ -24,6 +26,27 @@ from smidgen.adapters.tuner.slot import Slot
 logger = logging.getLogger("smidgen")
 
 MERGE_WARN, MERGE_REFUSE = 0.2, 0.5  # relative error of a merged update in the weight's dtype
+
+
+class Term(NamedTuple):
+    """One adapter's part in the shift law.
+
+    Attributes:
+        slot: its tensors, prepared.
+        weight: s of the law; in a bank each row's weight comes on top.
+        at: None for the whole batch; places [n] in the first axis; rows of a bank.
+        trained: in place of the slot's own trained tensors, with a leading axis [runs] for rows of a bank.
+    """
+
+    slot: Slot
+    weight: float = 1.0
+    at: Tensor | Rows | None = None
+    trained: Tensors | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its rows are the whole batch at weight one, so that T x stands for x + (T - I) x."""
+        return self.weight == 1 and (self.at is None or (isinstance(self.at, Rows) and self.at.weight is None))
 
 
 class ShiftLayer(nn.Module):
@@ -45,9 +68,7 @@ class ShiftLayer(nn.Module):
         self.smidgen_slots = nn.ModuleDict({})
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
-        self.bank: Slot | None = None
-        self.bank_rows: Rows | None = None
-        self.bank_held: Tensors | None = None  # in place of the bank's own trained tensors
+        self.banks = nn.ModuleDict({})  # label -> a bank's slot here; which rows are meant is not the layer's to know
         self._kept: Tensor | None = None
 
     # ---- slots -------------------------------------------------------------------------------------------------------
@@ -81,31 +102,95 @@ class ShiftLayer(nn.Module):
 
     def shifted(self, x: Tensor, active: Sequence[str], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
         """The shift law over the active adapters that this layer carries."""
-        terms = [(self.slot(name), self.scaling[name]) for name in active if name in self.smidgen_slots]
-        terms = [(slot, s) for slot, s in terms if s != 0]
-        if len(terms) == 1 and not args and not kwargs and self._composes(terms[0][0], x):
-            return self._composed(*terms[0], x)
-        y = self.base_layer(self._input(x, terms), *args, **kwargs)
-        for slot, s in terms:
-            if slot.residual is not None:
-                y = self.kind.add_output_shift(y, _strength(slot.factors(), s), x, self.base_layer)
+        return self.law(x, [self._term(name) for name in active if name in self.smidgen_slots], *args, **kwargs)
+
+    def mixed(self, x: Tensor, names: Sequence[str], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
+        """Row i of the batch through adapter ``names[i]`` ("__base__" for none)."""
+        places = {
+            name: torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
+            for name in dict.fromkeys(names)
+            if name in self.smidgen_slots
+        }
+        return self.law(x, [self._term(name, at) for name, at in places.items()], *args, **kwargs)
+
+    def _term(self, name: str, at: Tensor | None = None) -> Term:
+        return Term(self.slot(name), self.scaling[name], at)
+
+    def law(self, x: Tensor, terms: Sequence[Term], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
+        """The shift law: x + sum of (T - I) x through the base layer, plus the sum of D x, in one call of the base."""
+        terms = [term for term in terms if term.weight != 0]
+        if len(terms) == 1 and not args and not kwargs and self._composes(terms[0], x):
+            return self._composed(terms[0], x)
+        y = self._base(self._input(x, terms), *args, **kwargs)
+        for term in terms:
+            if term.slot.residual is not None:
+                y = self._with_residual(y, x, term)
         return y
 
-    def _input(self, x: Tensor, terms: list[tuple[Slot, float]]) -> Tensor:
-        terms = [(slot, s) for slot, s in terms if slot.transform is not None]
-        if len(terms) == 1 and terms[0][1] == 1:
-            return self.kind.transform(terms[0][0].transformed, x, self.base_layer)
+    def _base(self, x: Tensor, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
+        """The base layer, with its own weight when adapters are merged into it."""
+        if self._kept is None:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        name, layer = "weight", self.base_layer
+        while hasattr(layer, "base_layer"):
+            name, layer = f"base_layer.{name}", layer.base_layer  # type: ignore[assignment]
+        return functional_call(self.base_layer, {name: self._kept.to(x.device)}, (x, *args), kwargs)  # type: ignore[no-any-return]
+
+    def _input(self, x: Tensor, terms: Sequence[Term]) -> Tensor:
+        terms = [term for term in terms if term.slot.transform is not None]
+        if len(terms) == 1 and terms[0].exact:
+            return self._transformed(x, terms[0])
         shifted = x
-        for slot, s in terms:
-            shifted = shifted + s * (self.kind.transform(slot.transformed, x, self.base_layer) - x)
+        for term in terms:
+            if isinstance(term.at, Tensor):
+                some = x[term.at]
+                shifted = shifted.index_add(0, term.at, term.weight * (self._transformed(some, term) - some))
+            else:
+                moved = self._transformed(x, term) - x
+                shifted = shifted + (moved * term.weight if term.at is None else _each(term.at.weighed, moved, term.at))
         return shifted
 
-    def _composes(self, slot: Slot, x: Tensor) -> bool:
+    def _transformed(self, x: Tensor, term: Term) -> Tensor:
+        """T x, row by row in a bank."""
+        if isinstance(term.at, Rows):
+            rows = term.at
+            return _each(lambda own: rows.apply(lambda run, t: self._t(run, term.slot, t), own, term.trained), x, rows)  # type: ignore[arg-type]
+        return self._t(x, term.slot, term.trained)
+
+    def _t(self, x: Tensor, slot: Slot, trained: Tensors | None) -> Tensor:
+        return self.kind.transform(lambda a: slot.transformed(a, trained), x, self.base_layer)
+
+    def _with_residual(self, y: Tensor, x: Tensor, term: Term) -> Tensor:
+        """y + D x, in one pass over y where that can be."""
+        slot, rows = term.slot, term.at
+        if rows is None:
+            return self.kind.add_output_shift(y, _weighted(slot.factors(term.trained), term.weight), x, self.base_layer)
+        if isinstance(rows, Tensor):
+            factors = _weighted(slot.factors(term.trained), term.weight)
+            return y.index_add(0, rows, self.kind.output_shift(factors, x[rows], self.base_layer).to(y.dtype))
+        assert term.trained is not None and slot.residual is not None
+        if isinstance(self.kind, LinearKind) and slot.residual.stacks:
+            up, diagonal, down = slot.factors(term.trained)
+            if diagonal is None:
+                up = rows.weighed(up)
+            else:
+                diagonal = rows.weighed(diagonal)
+            factors = Factors(up, diagonal, down)
+            return rows.leading(self.kind.add_output_shifts(rows.leading(y), factors, rows.leading(x)))
+        shift = rows.apply(
+            lambda run, t: self.kind.output_shift(slot.factors(t), run, self.base_layer), rows.leading(x), term.trained
+        )
+        return y + rows.leading(rows.weighed(shift)).to(y.dtype)
+
+    def _composes(self, term: Term, x: Tensor) -> bool:
         """Whether the composed form is exact here and cheaper: a plain frozen linear layer, a diagonal, many tokens."""
+        slot = term.slot
         if slot.transform is not None or type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
+        if term.at is not None or self._kept is not None:
+            return False
         if not diagonal or weight.requires_grad or autocasting(x.device.type):
             return False
         if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
@@ -117,57 +202,11 @@ class ShiftLayer(nn.Module):
         """Number of trained directions of a slot."""
         return getattr(slot.residual, "r", 0)
 
-    def _composed(self, slot: Slot, strength: float, x: Tensor) -> Tensor:
-        factors = _strength(slot.factors(), strength)
+    def _composed(self, term: Term, x: Tensor) -> Tensor:
+        factors = _weighted(term.slot.factors(term.trained), term.weight)
         weight, bias = self.base_layer.weight, self.base_layer.bias
         up, diagonal, down = (t.to(x.dtype) for t in factors if t is not None)
         return compose.ComposedLinear.apply(x, weight, bias, up, diagonal, down)  # type: ignore[no-any-return,arg-type]
-
-    def mixed(self, x: Tensor, names: Sequence[str], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
-        """Row i of the batch through adapter ``names[i]`` ("__base__" for none), one call of the base layer."""
-        groups = {
-            name: torch.tensor([i for i, n in enumerate(names) if n == name], device=x.device)
-            for name in dict.fromkeys(names)
-            if name in self.smidgen_slots
-        }
-        shifted = x
-        for name, rows in groups.items():
-            if self.slot(name).transform is not None:
-                moved = self._input(x[rows], [(self.slot(name), self.scaling[name])])
-                shifted = shifted.index_copy(0, rows, moved)
-        y = self.base_layer(shifted, *args, **kwargs)
-        for name, rows in groups.items():
-            slot = self.slot(name)
-            if slot.residual is not None:
-                shift = self.kind.output_shift(_strength(slot.factors(), self.scaling[name]), x[rows], self.base_layer)
-                y = y.index_add(0, rows, shift.to(y.dtype))
-        return y
-
-    def banked(self, x: Tensor, rows: Rows, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
-        """Row i of the batch through its adapter of the bank, or of ``bank_held``."""
-        assert self.bank is not None
-        rows = rows.over(len(x))
-        if not rows.adapted:
-            return self.base_layer(x, *args, **kwargs)
-        slot = self.prepared(self.bank)
-        given = slot.trained() if self.bank_held is None else self.bank_held
-        picked = {name: rows.pick(value) for name, value in given.items()}
-        shifted = x
-        if slot.transform is not None:
-            moved = rows.apply(lambda run, t: self._row_transform(slot, run, t), x, picked)
-            shifted = x + rows.masked(moved - x) if rows.plain else moved
-        y = self.base_layer(shifted, *args, **kwargs)
-        if slot.residual is None:
-            return y
-        if isinstance(self.kind, LinearKind) and slot.residual.stacks:
-            up, diagonal, down = slot.factors(picked)
-            masked = (rows.masked(up), None, down) if diagonal is None else (up, rows.masked(diagonal), down)
-            return self.kind.add_output_shifts(y, Factors(*masked), x)
-        shift = rows.apply(lambda run, t: self.kind.output_shift(slot.factors(t), run, self.base_layer), x, picked)
-        return y + rows.masked(shift).to(y.dtype)
-
-    def _row_transform(self, slot: Slot, row: Tensor, trained: Tensors) -> Tensor:
-        return self.kind.transform(lambda a: slot.transformed(a, trained), row, self.base_layer)
 
     # ---- the matrix form -------------------------------------------------------------------------------------------
 
@@ -214,10 +253,15 @@ class ShiftLayer(nn.Module):
             self._kept = None
 
 
-def _strength(factors, s: float):  # type: ignore[no-untyped-def]
+def _each(function: Callable[[Tensor], Tensor], x: Tensor, rows: Rows) -> Tensor:
+    """A function of activations whose first axis are the rows, over activations as the layer has them."""
+    return rows.leading(function(rows.leading(x)))
+
+
+def _weighted(factors: Factors, weight: float) -> Factors:
     """The factors of s D."""
-    if s == 1:
+    if weight == 1:
         return factors
     if factors.diagonal is not None:
-        return factors._replace(diagonal=factors.diagonal * s)
-    return factors._replace(up=factors.up * s)
+        return factors._replace(diagonal=factors.diagonal * weight)
+    return factors._replace(up=factors.up * weight)

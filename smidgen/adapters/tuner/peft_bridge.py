@@ -32,7 +32,7 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
-from smidgen.adapters.tuner import bypass, targets
+from smidgen.adapters.tuner import bypass, calls, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import kind_of
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
@@ -88,8 +88,10 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         return weight
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        if self.bank_rows is not None and not self.disable_adapters:
-            return self.banked(x, self.bank_rows, *args, **kwargs)
+        if self.banks and not self.disable_adapters:
+            terms = calls.terms(self, x)
+            if terms is not None:
+                return self.law(x, terms, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed(x, adapter_names)
             return self.mixed(x, adapter_names, *args, **kwargs)

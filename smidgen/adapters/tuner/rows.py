@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from math import gcd
 
@@ -21,19 +22,19 @@ class Rows:
     Args:
         index: the adapter of each run [runs]; -1 is the base model.
         length: rows of each run.
+        weight: of each run's adapter [runs], 0 for the base model; None when all are 1.
         whole: the runs are adapters 0 .. runs - 1 in this order.
-        adapted: some run goes through an adapter.
-        plain: some run goes through the base model.
+        axis: of the activations that the rows lie along, 0 or 1.
     """
 
     index: Tensor
     length: int
+    weight: Tensor | None
     whole: bool
-    adapted: bool
-    plain: bool
+    axis: int = 0
 
     @classmethod
-    def of(cls, rows: Sequence[int]) -> Rows:
+    def of(cls, rows: Sequence[int], weights: Sequence[float] | None = None) -> Rows:
         """The adapter of each row of a batch as runs, as long as they come.
 
         Example:
@@ -42,20 +43,39 @@ class Rows:
         """
         if not rows:
             raise SmidgenError("A batch through a bank has at least one row; none was given.")
-        length = gcd(*(len(list(run)) for _, run in groupby(rows)))
-        runs = list(rows[::length])
-        return cls(torch.tensor(runs), length, runs == list(range(len(runs))), max(runs) >= 0, min(runs) < 0)
+        pairs = list(zip(rows, [1.0] * len(rows) if weights is None else weights, strict=True))
+        pairs = [(row, weight if row >= 0 else 0.0) for row, weight in pairs]
+        length = gcd(*(len(list(run)) for _, run in groupby(pairs)))
+        runs = pairs[::length]
+        index, weight = [row for row, _ in runs], [weight for _, weight in runs]
+        uneven = torch.tensor(weight) if any(w != 1 for w in weight) else None
+        return cls(torch.tensor(index), length, uneven, index == list(range(len(index))))
 
-    def over(self, batch: int) -> Rows:
-        """The rows repeated to fill a batch."""
-        size = len(self.index) * self.length
-        if batch % size:
-            raise SmidgenError(f"The bank has {size} rows set, which do not divide a batch of {batch}.")
-        if batch == size:
+    def __len__(self) -> int:
+        return len(self.index) * self.length
+
+    def repeated(self, times: int) -> Rows:
+        """Each row ``times`` times."""
+        return replace(self, length=self.length * times)
+
+    def stacked(self, copies: int) -> Rows:
+        """All rows again and again."""
+        if copies == 1:
             return self
         if len(self.index) == 1:
-            return replace(self, length=batch)
-        return replace(self, index=self.index.repeat(batch // size), whole=False)
+            return self.repeated(copies)
+        weight = None if self.weight is None else self.weight.repeat(copies)
+        return replace(self, index=self.index.repeat(copies), weight=weight, whole=False)
+
+    def scaled(self, scaling: Tensor) -> Rows:
+        """With the weight of each adapter [adapters] on top."""
+        own = scaling.index_select(0, self.index.clamp(min=0))
+        return replace(self, weight=own * (self.index >= 0) if self.weight is None else own * self.weight)
+
+    @cached_property
+    def adapted(self) -> bool:
+        """Whether some row goes through an adapter."""
+        return bool((self.index >= 0).any())
 
     def pick(self, value: Tensor) -> Tensor:
         """The adapters' tensors [adapters, ...] -> the runs' [runs, ...]; any adapter's for a run of the base model."""
@@ -63,17 +83,21 @@ class Rows:
             return value
         return value.index_select(0, self.index.clamp(min=0).to(value.device))
 
+    def leading(self, x: Tensor) -> Tensor:
+        """Activations with the axis of the rows in front, and back."""
+        return x.transpose(0, 1) if self.axis else x
+
     def apply(self, function: Callable[[Tensor, Tensors], Tensor], x: Tensor, picked: Tensors) -> Tensor:
         """``function(rows, tensors)`` of each run: x [batch, ...], tensors [runs, ...] -> [batch, ...]."""
         runs = x.unflatten(0, (len(self.index), self.length))
         return torch.vmap(function)(runs, picked).flatten(0, 1)
 
-    def masked(self, value: Tensor) -> Tensor:
-        """[runs or batch, ...] with zeros where the base model is."""
-        if not self.plain:
+    def weighed(self, value: Tensor) -> Tensor:
+        """[runs or batch, ...] times each run's weight."""
+        if self.weight is None:
             return value
-        on = (self.index >= 0).to(value).repeat_interleave(len(value) // len(self.index))
-        return value * on.reshape(-1, *[1] * (value.dim() - 1))
+        each = self.weight.to(value).repeat_interleave(len(value) // len(self.index))
+        return value * each.reshape(-1, *[1] * (value.dim() - 1))
 
 
 class LowRankShift(torch.autograd.Function):

@@ -62,9 +62,10 @@ class Slot(nn.Module):
         self.transform, self.residual, self.groups, self.size = transform, residual, groups, size
         self.seed, self.store_factors = seed, store_factors
         self.ready = residual is None or not residual.decomposes
+        for name, value in self.starts().items():
+            value = value if size is None else value.expand(size, *value.shape)
+            self.register_parameter(name, nn.Parameter(value.clone()))
         for prefix, member in self.members():
-            for name, value in member.start(f"{seed}/{prefix}").items():
-                self.register_parameter(f"{prefix}_{name}", nn.Parameter(self._spread(prefix, value)))
             for name, value in member.constants(f"{seed}/{prefix}").items():
                 self.register_buffer(f"{prefix}_{name}", value, persistent=False)
         for name, (shape, dtype) in self._pinned().items():
@@ -76,12 +77,8 @@ class Slot(nn.Module):
         """(prefix, member) of the members that are there."""
         return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
 
-    def _spread(self, prefix: str, value: Tensor) -> Tensor:
-        if prefix == "transform" and self.groups > 1:
-            value = value.expand(self.groups, *value.shape)
-        if self.size is not None:
-            value = value.expand(self.size, *value.shape)
-        return value.clone()
+    def _grouped(self, prefix: str, value: Tensor) -> Tensor:
+        return value.expand(self.groups, *value.shape) if prefix == "transform" and self.groups > 1 else value
 
     def _pinned(self) -> dict[str, Spec]:
         return {} if self.residual is None else pinned(self.residual, self.store_factors)
@@ -115,6 +112,22 @@ class Slot(nn.Module):
         if self.residual is not None and self.residual.decomposes:
             self.pinned = True
             self.ready = self.store_factors
+
+    def starts(self) -> dict[str, Tensor]:
+        """Trained tensors at the start, of one adapter."""
+        return {
+            f"{prefix}_{name}": self._grouped(prefix, value)
+            for prefix, member in self.members()
+            for name, value in member.start(f"{self.seed}/{prefix}").items()
+        }
+
+    def resize(self, size: int, keep: list[int]) -> None:
+        """Makes room for ``size`` adapters of a bank: those at the places ``keep`` come first, the others at their start."""
+        starts, self.size = self.starts(), size
+        for name, old in self.trained().items():
+            new = starts[name].to(old).expand(size, *old.shape[1:]).clone()
+            new[: len(keep)] = old.detach()[keep]
+            setattr(self, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
     # ---- frozen factors --------------------------------------------------------------------------------------------
 

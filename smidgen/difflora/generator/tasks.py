@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters.tuner.bank import Bank
+from smidgen.adapters.bank import Bank
 from smidgen.difflora.generator.diffusion import STEPS
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import Photos

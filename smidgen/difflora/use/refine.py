@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.bank import Bank
 from smidgen.adapters.methods import member_rates
-from smidgen.adapters.tuner.bank import Bank
 from smidgen.bases.families import learning_kind
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline

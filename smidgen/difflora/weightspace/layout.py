@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.checkpoint import base_lock
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layers, base_matrices, remove
+from smidgen.adapters.tuner.peft_bridge import adapted_layers, base_matrices, make_slot, remove
 from smidgen.errors import AdapterFileError, BaseLockError, DataError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -178,7 +178,7 @@ class Layout:
 
 
 def layout_of(model: nn.Module, config: smidgen.SmidgenConfig, dtype: str = "float32") -> Layout:
-    """The layout of an adapter of ``config`` that ``model`` carries (or of a bank of them).
+    """The layout of an adapter of ``config`` on the adapted layers of ``model``.
 
     Raises:
         DataError: the model carries no adapter.
@@ -194,10 +194,10 @@ def layout_of(model: nn.Module, config: smidgen.SmidgenConfig, dtype: str = "flo
     entries: list[Entry] = []
     offset = 0
     for key in sorted(layers):
-        slot = _slot(layers[key])
+        slot = make_slot(config, layers[key].get_base_layer(), key)
         scale = float(getattr(slot.residual, "scale", 1.0))
         for side, value in slot.trained().items():
-            shape = tuple(value.shape if slot.size is None else value.shape[1:])
+            shape = tuple(value.shape)
             entries.append(Entry(key, side, shape, offset, scale if side.startswith("residual") else 1.0))
             offset += prod(shape)
     return Layout(tuple(entries), plain_config(config), base_of(layers), dtype)
@@ -249,10 +249,6 @@ def write_adapter(layout: Layout, row: Tensor, model: nn.Module, folder: str | o
         return smidgen.save(model, folder, name)
     finally:
         remove(model, name)
-
-
-def _slot(layer: AdaptedLayer) -> Any:
-    return layer.bank if layer.bank is not None else next(iter(layer.smidgen_slots.values()))
 
 
 def _plain_modules(model: nn.Module) -> dict[str, nn.Module]:

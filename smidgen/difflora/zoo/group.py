@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smidgen.adapters.tuner.bank import Bank
+from smidgen.adapters.bank import Bank
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.gate import ScoredScenes, decide
@@ -98,15 +98,15 @@ class GroupTrainer:
     def make(self, job: Job, work: Path) -> tuple[Tensor, list[Record]]:
         """Rows [adapters x checkpoints, size] and their lines."""
         names = [person.id for person in job.people]
-        bank = self.fresh_bank(names)
         task = GroupTask([self.task(person, self.encode(person)) for person in job.people])
         repeated = [name for name in names for _ in range(task.batch_size)]
-        with bank.rows(repeated):
-            self.train(task, bank, names, work)
-            losses = self.measure(task)
-        with bank.rows([None] * len(repeated)):
-            base_losses = self.measure(task)
-        rows = self._rows(work)
+        with self.fresh_bank(names) as bank:
+            with bank.rows(repeated):
+                self.train(task, bank, names, work)
+                losses = self.measure(task)
+            with bank.rows([None] * len(repeated)):
+                base_losses = self.measure(task)
+            rows = self._rows(bank, work)
         scores: Sequence[Any] = [None] * len(names)
         if self.scenes is not None:
             scores = self.scenes.identities(list(rows.values())[-1], [self.pictures(person) for person in job.people])
@@ -169,20 +169,21 @@ class GroupTrainer:
         size, gamma = config.group.train_batch_size, config.adapter.snr_gamma
         return PersonalizeTask(encoded, self.base, size, seed, snr_gamma=gamma)
 
-    def _rows(self, work: Path) -> dict[int, Tensor]:
+    def _rows(self, bank: Bank, work: Path) -> dict[int, Tensor]:
         """Step -> the bank's adapters [people, size] then, of the checkpoints to keep and of the end."""
-        steps = {name: p.detach() for name, p in self.model.named_parameters() if ".bank." in name}
+        mark = f".banks.{bank.label}."
+        steps = {name: p.detach() for name, p in self.model.named_parameters() if mark in name}
         found = {self.config.train.max_train_steps: steps}
         if self.config.group.keep_last > 1:
             store = CheckpointStore(work, self.config.group.keep_last)
             found = {s: store.read(s).trained for s in store.steps()[-self.config.group.keep_last :]} | found
-        return {step: self.layout.pack(self._named(found[step])).cpu() for step in sorted(found)}
+        return {step: self.layout.pack(self._named(found[step], mark)).cpu() for step in sorted(found)}
 
     @staticmethod
-    def _named(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def _named(tensors: dict[str, Tensor], mark: str) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
-            target, _, side = name.partition(".bank.")
+            target, _, side = name.partition(mark)
             found.setdefault(target, {})[side] = value
         return found
 

@@ -158,11 +158,11 @@ class Personalized:
     def _trained(self, people: Sequence[Sitter], work: Path) -> Tensor:
         trainer, names, count = self.trainer, [person.id for person in people], self.photos
         shown = [Person(p.id, "test", p.files[:count], p.captions[:count]) for p in people]
-        bank = trainer.fresh_bank(names)
         task = GroupTask([trainer.task(person, trainer.encode(person)) for person in shown])
-        with bank.rows([name for name in names for _ in range(task.batch_size)]):
-            trainer.train(task, bank, names, work)
-        return torch.stack([trainer.layout.pack(bank.get(name)) for name in names]).float().cpu()
+        with trainer.fresh_bank(names) as bank:
+            with bank.rows([name for name in names for _ in range(task.batch_size)]):
+                trainer.train(task, bank, names, work)
+            return torch.stack([trainer.layout.pack(bank.get(name)) for name in names]).float().cpu()
 
 
 def hash_of(content: bytes) -> str:

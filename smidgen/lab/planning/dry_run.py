@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import smidgen
-from smidgen.adapters.tuner.bank import Bank
+from smidgen.adapters.bank import Bank
 from smidgen.bases.families import FAMILIES
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
@@ -83,6 +83,7 @@ def group_step(
     adapted = smidgen.adapt(unet, config, "counted")
     try:
         bank = Bank(adapted, config, ["one"])
+        bank.start()
         for parameter in bank.parameters():
             parameter.requires_grad_(True)
         base = FAMILIES[family].cls(
@@ -93,8 +94,7 @@ def group_step(
         with bank.rows(["one"]):
             return cost(lambda: task.errors(adapted, batch).sum(), precision=precision)
     finally:
-        for layer in bank.layers.values():
-            layer.bank = None
+        bank.remove()
         smidgen.adapters.api.remove(unet, "counted")
 
 

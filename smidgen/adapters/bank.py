@@ -1,0 +1,473 @@
+"""The bank: many adapters of one config in one model, each row of a batch naming its own.
+
+Trained tensors carry a leading axis [adapters, ...]; frozen factors are shared. One mechanism serves thousands of
+users in one batch, trains many adapters at once on one frozen base, and runs seeds side by side. A model may carry any
+number of banks; which rows are meant is known to the block that says so, in its thread, and to nobody else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.adapters import api
+from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.tuner import calls
+from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.peft_bridge import (
+    AdaptedLayer,
+    adapted_layers,
+    check_base,
+    make_slot,
+    members_of,
+    saved_modules,
+    slot_layout,
+    stored_tensors,
+)
+from smidgen.adapters.tuner.rows import Rows
+from smidgen.adapters.tuner.slot import Slot
+from smidgen.errors import SmidgenError, did_you_mean
+
+Row = str | None | Sequence[str]
+_WRAP = "base_model.model."  # as peft's files name a model's modules
+
+
+class Bank:
+    """Adapters of one config, stacked, on the adapted layers of a model.
+
+    Args:
+        model: a model that carries at least one adapter of this config (see :func:`smidgen.adapt`); the bank sits on
+            the same layers beside it, until it is garbage or :meth:`remove` takes it off.
+        config: the config of every member of the bank.
+        names: names to keep places for; :meth:`put` takes others too.
+
+    Example:
+        >>> import smidgen
+        >>> net = nn.Sequential(nn.Linear(8, 8))
+        >>> model = smidgen.adapt(net, "lora", r=2, target_modules=["0"])
+        >>> bank = Bank(model, model.peft_config["default"])
+        >>> bank.put("ann", model)
+        >>> bank.put("bob", model)
+        >>> with bank.rows(["bob", None, "ann"]):
+        ...     y = model(torch.randn(3, 8))
+    """
+
+    def __init__(self, model: nn.Module, config: SmidgenConfig, names: Sequence[str] = ()) -> None:
+        if len(set(names)) != len(names):
+            raise SmidgenError(f"A bank needs distinct names; got {list(names)[:10]}.")
+        self.config = config
+        self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
+        if not self.layers:
+            raise SmidgenError("The model carries no adapted layer; call smidgen.adapt or smidgen.load first.")
+        self._places = {name: i for i, name in enumerate(names)}
+        self._filled: set[str] = set()
+        self.size = max(len(names), 1)
+        taken = {label for layer in self.layers.values() for label in layer.banks}
+        self.label = next(label for k in range(len(taken) + 1) if (label := f"bank{k or ''}") not in taken)
+        self.slots: dict[str, Slot] = {}
+        for name, layer in self.layers.items():
+            self.slots[name] = make_slot(config, layer.get_base_layer(), name, size=self.size)
+        self._on: dict[nn.Module, Slot] = {layer: self.slots[name] for name, layer in self.layers.items()}
+        self._scaling: dict[nn.Module, Tensor] = {}
+        self._wrappers = {name.removeprefix(_WRAP): head for name, head in saved_modules(model).items()}
+        self._heads: dict[nn.Module, dict[int, dict[str, Tensor]]] = {head: {} for head in self._wrappers.values()}
+        self._named = {module: name for name, module in (*self.layers.items(), *self._wrappers.items())}
+        self._locks: set[str] = set()  # base locks of files that were found to be this model's
+        self._model = weakref.ref(model)
+        handles = [handle for module in _around(model, self._named) for handle in _watch(module)]
+        handles += [head.register_forward_hook(calls.heads, with_kwargs=True) for head in self._wrappers.values()]
+        for name, layer in self.layers.items():
+            layer.banks[self.label] = self.slots[name].to(next(layer.base_layer.parameters()).device)
+        self._off = weakref.finalize(self, _take_off, list(self.layers.values()), self.label, handles)
+        self._off.atexit = False
+
+    # ---- members -----------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the members, in the order of their places."""
+        return sorted(self._places, key=self._places.__getitem__)
+
+    def put(self, name: str, source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Copies an adapter into the bank under ``name``: its parameters, heads and strength.
+
+        A new name takes a free place; the bank grows when there is none.
+
+        Args:
+            source: a model that carries the adapter, or an adapter folder.
+            adapter_name: its name in the model.
+
+        Raises:
+            SmidgenError: the adapter is of another config or base than the bank; the bank stays as it was.
+        """
+        if not isinstance(name, str) or not name:
+            raise SmidgenError(f"A member of a bank has a name, a text that is not empty; got {name!r}.")
+        if isinstance(source, nn.Module):
+            tensors, heads, scaling, misfit = self._from_model(source, adapter_name)
+        else:
+            tensors, heads, scaling, misfit = self._from_file(source)
+        what = f"Adapter {adapter_name!r}" if isinstance(source, nn.Module) else f"The adapter in {source}"
+        if misfit:
+            raise SmidgenError(f"{what} does not fit the bank{misfit}. A bank holds adapters of one config.")
+        if unknown := heads.keys() - self._wrappers.keys():
+            raise SmidgenError(
+                f"{what} brings a head {sorted(unknown)[0]!r}, and the bank's model has none in modules_to_save; make the "
+                "bank on a model that carries an adapter with this head."
+            )
+        row = self._place(name)
+        with torch.no_grad():
+            for target, slot in self.slots.items():
+                for key, value in slot.trained().items():
+                    value[row] = tensors[target][key].to(value)
+                self._ready(target, tensors[target])
+        for target, weight in scaling.items():
+            self._scale(self.layers[target], row, weight)
+        for name_, head in self._wrappers.items():
+            self._heads[head].pop(row, None)
+            if name_ in heads:
+                like = dict(head.original_module.state_dict())
+                self._heads[head][row] = {
+                    key: value.detach().to(like[key], copy=True) for key, value in heads[name_].items()
+                }
+        self._filled.add(name)
+
+    def start(self, names: Iterable[str] | None = None) -> None:
+        """Members at their start, where they change nothing: for training. All that were not put yet unless named."""
+        for name in [n for n in self.names if n not in self._filled] if names is None else list(names):
+            self._reset(self._place(name))
+            self._filled.add(name)
+        for target in self.layers:
+            self._ready(target, None)
+
+    def get(self, name: str) -> dict[str, dict[str, Tensor]]:
+        """Trained tensors of one member: target (or head) -> tensor name -> tensor."""
+        row = self.index(name)
+        found = {t: {n: v[row].detach() for n, v in slot.trained().items()} for t, slot in self.slots.items()}
+        return found | {t: dict(self._heads[h][row]) for t, h in self._wrappers.items() if row in self._heads[h]}
+
+    def evict(self, name: str) -> None:
+        """Forgets a member; its place is free for another."""
+        row = self.index(name, filled=False)
+        self._reset(row)
+        del self._places[name]
+        self._filled.discard(name)
+
+    def resize(self, size: int) -> None:
+        """Room for ``size`` members, at least those that are there. Parameters are new tensors afterwards: tell optimisers."""
+        if size < max(len(self._places), 1):
+            raise SmidgenError(
+                f"The bank holds {len(self._places)} members; size={size} is too small, evict some first."
+            )
+        order = self.names
+        keep = [self._places[name] for name in order]
+        for slot in self.slots.values():
+            slot.resize(size, keep)
+        for layer, weights in self._scaling.items():
+            self._scaling[layer] = torch.cat([weights[keep], torch.ones(size - len(keep))])
+        for own in self._heads.values():
+            moved = {keep.index(row): value for row, value in own.items()}
+            own.clear()
+            own.update(moved)
+        self._places, self.size = {name: i for i, name in enumerate(order)}, size
+
+    def remove(self) -> None:
+        """Takes the bank off the model; a ``with`` block over the bank ends so."""
+        self._off()
+
+    def __enter__(self) -> Bank:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trained tensors [adapters, ...] of all layers."""
+        return [p for slot in self.slots.values() for p in slot.parameters()]
+
+    def index(self, name: str | None, filled: bool = True) -> int:
+        """Place of a member; -1, the base model, for None.
+
+        Raises:
+            SmidgenError: there is no such member, or nothing was ever put in its place.
+        """
+        if name is None:
+            return -1
+        if name not in self._places:
+            raise SmidgenError(f"The bank holds no adapter {name!r}.{did_you_mean(name, self.names)}")
+        if filled and name not in self._filled:
+            raise SmidgenError(
+                f"Adapter {name!r} was never put into the bank; call bank.put({name!r}, ...), or bank.start([{name!r}]) to "
+                "train it from the start."
+            )
+        return self._places[name]
+
+    # ---- rows --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def rows(
+        self, names: Sequence[Row], stacks: bool = False, weights: Sequence[float | Sequence[float]] | None = None
+    ) -> Iterator[None]:
+        """Within: row i of every batch goes through adapter ``names[i]``; None is the base model.
+
+        Beams and return sequences of ``generate``, several pictures a prompt, and tokens, windows or time steps that
+        layers fold into their first axis follow by themselves. In a packed batch [1, tokens], name each token's
+        adapter. Whatever fits no rule is an error.
+
+        Args:
+            names: of members; several at once (a tuple of names) add up.
+            stacks: a call with k times as many rows holds them in k stacked copies, as guidance stacks the batch.
+            weights: of each row's adapter, or of each adapter of each row; on top of its own strength.
+        """
+        many = [(name,) if isinstance(name, str) or name is None else tuple(name) for name in names]
+        given = weights if weights is not None else [1.0] * len(many)
+        if len(given) != len(many):
+            raise SmidgenError(f"There are {len(given)} weights for {len(many)} rows.")
+        each = [
+            tuple(w) if isinstance(w, Sequence) else (float(w),) * len(own) for w, own in zip(given, many, strict=True)
+        ]
+        if wrong := [i for i, (w, own) in enumerate(zip(each, many, strict=True)) if len(w) != len(own)]:
+            raise SmidgenError(f"Row {wrong[0]} has {len(many[wrong[0]])} adapters and {len(each[wrong[0]])} weights.")
+        indices = [[self.index(name) for name in own] for own in many]
+        width = max((len(own) for own in indices), default=1) or 1
+        lanes = [
+            Rows.of([own[k] if k < len(own) else -1 for own in indices], [w[k] if k < len(w) else 1.0 for w in each])
+            for k in range(width)
+        ]
+        with self._opened(lanes, stacks, None):
+            yield
+
+    @contextmanager
+    def holding(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        rows: Sequence[int | None] | None = None,
+        stacks: bool = False,
+    ) -> Iterator[None]:
+        """Within: row i of every batch goes through adapter ``rows[i]`` of ``tensors`` instead of the bank's own.
+
+        Gradients flow into ``tensors``, so a network may predict them; the backward pass belongs inside the block when
+        the model checkpoints its activations.
+
+        Args:
+            tensors: target -> name -> tensor [G, *shape], all trained tensors of all layers, G any number
+                (``Layout.unpack`` of rows [G, parameters] gives these).
+            rows: of 0 .. G-1, None or -1 for the base model; each of the G once in order when left out.
+            stacks: as in :meth:`rows`.
+
+        Raises:
+            SmidgenError: a target or tensor is missing, unknown or of another shape, or there is no such row.
+
+        Example:
+            >>> net = smidgen.adapt(nn.Sequential(nn.Linear(8, 8)), "lora", r=2, target_modules=["0"])
+            >>> bank = Bank(net, net.peft_config["default"])
+            >>> predicted = {"0": {"residual_a": torch.randn(3, 2, 8), "residual_b": torch.randn(3, 8, 2)}}
+            >>> with bank.holding(predicted, rows=[2, None, 0, 0]):
+            ...     y = net(torch.randn(4, 8))
+        """
+        count = self._check_held(tensors)
+        indices = list(range(count)) if rows is None else [-1 if row is None else int(row) for row in rows]
+        for row in indices:
+            if not -1 <= row < count:
+                raise SmidgenError(
+                    f"There is no row {row}: the tensors hold rows 0 to {count - 1}, -1 is the base model."
+                )
+        held: dict[nn.Module, Any] = {layer: tensors[target] for target, layer in self.layers.items()}
+        with self._opened([Rows.of(indices)], stacks, held):
+            yield
+
+    def _opened(self, lanes: list[Rows], stacks: bool, held: Mapping[nn.Module, Any] | None) -> Any:
+        if not self._off.alive:
+            raise SmidgenError("This bank was removed from its model.")
+        scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
+        return calls.opened(calls.Block(self._on, self._named, lanes, stacks, held, scaling, heads))
+
+    def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+        """Number of adapters that ``tensors`` hold."""
+        _check_names("target", tensors, self.layers)
+        count = None
+        for target, slot in self.slots.items():
+            trained = slot.trained()
+            _check_names(f"tensor of {target!r}", tensors[target], trained)
+            for name, value in tensors[target].items():
+                count = count if count is not None or not value.ndim else len(value)
+                wanted = (count or 1, *trained[name].shape[1:])
+                if tuple(value.shape) != wanted:
+                    raise SmidgenError(
+                        f"{name!r} of {target!r} has shape {tuple(value.shape)}, it should be {wanted}: "
+                        "[adapters, *shape of one], at least one adapter and the same number everywhere."
+                    )
+        assert count is not None
+        return count
+
+    # ---- where adapters come from --------------------------------------------------------------------------------------
+
+    def _from_model(self, model: nn.Module, adapter_name: str) -> tuple[Any, Any, dict[str, float], str]:
+        """(tensors by target, heads, strengths, why it does not fit) of an adapter that a model carries."""
+        sources = adapted_layers(model, adapter_name)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for target, slot in self.slots.items():
+            if target not in sources:
+                return {}, {}, {}, f" at {target!r}: it has none there"
+            tensors[target] = stored_tensors(sources[target], adapter_name)
+            own = sources[target].smidgen_slots[adapter_name]
+            assert isinstance(own, Slot)
+            if reason := _unlike(slot, own.transform, own.residual) or self._other_tensors(slot, own.__getattr__):
+                return {}, {}, {}, f" at {target!r}: {reason}"
+        if extra := sorted(sources.keys() - self.layers.keys()):
+            return {}, {}, {}, f": it is also on {extra[0]!r}"
+        heads = {
+            name.removeprefix(_WRAP): head.modules_to_save[adapter_name].state_dict()
+            for name, head in saved_modules(model, adapter_name).items()
+        }
+        for target, layer in sources.items():
+            if not self.slots[target].ready:
+                tensors[target] = dict(layer.slot(adapter_name).named_buffers()) | tensors[target]
+        return tensors, heads, {target: layer.scaling[adapter_name] for target, layer in sources.items()}, ""
+
+    def _from_file(self, path: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, float], str]:
+        """The same of an adapter folder; the base is checked against the file's lock once for each lock."""
+        own, packed = api.read_adapter(path)
+        for target, layer in self.layers.items():
+            transform, residual, _ = members_of(own, layer.get_base_layer(), target)
+            if reason := _unlike(self.slots[target], transform, residual):
+                return {}, {}, {}, f" at {target!r}: {reason}"
+        lock = json.dumps(own.base_lock, sort_keys=True)
+        if own.base_lock and lock not in self._locks:
+            check_base(own, {n: layer.get_base_layer() for n, layer in self.layers.items()}, self._base())
+            self._locks.add(lock)
+        heads: dict[str, dict[str, Tensor]] = {}
+        where, rest = str(path), dict(packed)
+        for name, head in self._wrappers.items():
+            for key, like in head.original_module.state_dict().items():
+                if (full := f"{_WRAP}{name}.{key}") in rest:
+                    packing.check_tensor(full, rest[full], tuple(like.shape), like.dtype, where)
+                    heads.setdefault(name, {})[key] = rest.pop(full)
+        layout = {target: slot_layout(own, layer.get_base_layer(), target) for target, layer in self.layers.items()}
+        tensors: dict[str, dict[str, Tensor]] = packing.unpack(rest, layout, where)
+        for target, slot in self.slots.items():
+            given: dict[str, Tensor] = dict(tensors[target])
+            for prefix, member in slot.members():
+                if own.seed != self.config.seed:
+                    fixed = member.constants(f"{own.seed}/{target}/{prefix}")
+                    given |= {f"{prefix}_{name}": value for name, value in fixed.items()}
+            if reason := self._other_tensors(slot, given.get):
+                return {}, {}, {}, f" at {target!r}: {reason}"
+        return tensors, heads, dict.fromkeys(self.layers, 1.0), ""
+
+    @staticmethod
+    def _other_tensors(slot: Slot, given: Any) -> str:
+        """Which tensor that members share an adapter has otherwise; ``given(name)`` is its own, None for the bank's."""
+        fixed = [f"{p}_{n}" for p, m in slot.members() for n in m.constants(f"{slot.seed}/{p}")]
+        fixed += [f"residual_{n}" for n in slot._pinned()] if slot.ready or slot.pinned else []
+        for name in fixed:
+            value = given(name)
+            if value is not None and not torch.equal(value.cpu(), getattr(slot, name).to("cpu", value.dtype)):
+                return f"its {name!r} differs (another seed, or pivots of another base)"
+        return ""
+
+    def _ready(self, target: str, tensors: Mapping[str, Tensor] | None) -> None:
+        """Frozen factors for a slot that has none: the source's, those of an adapter beside it, or soon from the pins;
+        without a source, the pins of an adapter beside it will do."""
+        slot, layer = self.slots[target], self.layers[target]
+        if slot.ready or slot.pinned:
+            return
+        assert slot.residual is not None
+        wanted = {f"residual_{name}" for name in slot.residual.factor_shapes()}
+        pins = {f"residual_{name}" for name in slot._pinned()}
+        beside = [own for own in layer.smidgen_slots.values() if isinstance(own, Slot) and own.ready]
+        beside = [own for own in beside if not _unlike(slot, own.transform, own.residual)]
+        for source in (tensors or {}, *(dict(own.named_buffers()) for own in beside)):
+            same = tensors is None or all(torch.equal(source[n].cpu(), tensors[n].cpu()) for n in pins & source.keys())  # type: ignore[union-attr]
+            if (wanted | pins) <= source.keys() and same:
+                for name in wanted | pins:
+                    _register(slot, name, source[name].to(next(slot.parameters()).device))  # type: ignore[arg-type]
+                slot.ready = slot.pinned = True
+                return
+        if tensors is not None:
+            for name in pins:
+                _register(slot, name, tensors[name].to(getattr(slot, name)))
+            slot.mark_loaded()
+
+    # ---- places ------------------------------------------------------------------------------------------------------
+
+    def _place(self, name: str) -> int:
+        if name not in self._places:
+            free = sorted(set(range(self.size)) - set(self._places.values()))
+            if not free:
+                self.resize(self.size + max(1, self.size // 2))
+                free = [len(self._places)]
+            self._places[name] = free[0]
+        return self._places[name]
+
+    def _reset(self, row: int) -> None:
+        with torch.no_grad():
+            for target, slot in self.slots.items():
+                for name, value in slot.starts().items():
+                    slot.trained()[name][row] = value.to(slot.trained()[name])
+                self._scale(self.layers[target], row, 1.0)
+        for own in self._heads.values():
+            own.pop(row, None)
+
+    def _scale(self, layer: nn.Module, row: int, weight: float) -> None:
+        if weight != 1 or layer in self._scaling:
+            self._scaling.setdefault(layer, torch.ones(self.size))[row] = weight
+
+    def _base(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise SmidgenError("The model of this bank is gone.")
+        return model
+
+
+def _around(model: nn.Module, inside: Collection[nn.Module]) -> list[nn.Module]:
+    """The modules of a model that hold some of ``inside``."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if module in inside]
+    parents = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."} | ({""} - set(names))
+    return [modules[name] for name in parents]
+
+
+def _watch(module: nn.Module) -> list[Any]:
+    before = module.register_forward_pre_hook(calls.enter, with_kwargs=True, prepend=True)
+    return [before, module.register_forward_hook(calls.leave, always_call=True)]
+
+
+def _take_off(layers: Sequence[AdaptedLayer], label: str, handles: Sequence[Any]) -> None:
+    for layer in layers:
+        if label in layer.banks:
+            del layer.banks[label]
+    for handle in handles:
+        handle.remove()
+
+
+def _register(slot: Slot, name: str, value: Tensor) -> None:
+    if name in slot._buffers:
+        setattr(slot, name, value)
+    else:
+        slot.register_buffer(name, value, persistent=False)
+
+
+def _check_names(what: str, given: Collection[str], wanted: Collection[str]) -> None:
+    if missing := sorted(set(wanted) - set(given)):
+        raise SmidgenError(f"There is no {what} {missing[0]!r} among the given, and all of them are needed.")
+    if extra := sorted(set(given) - set(wanted)):
+        raise SmidgenError(f"The bank knows no {what} {extra[0]!r}.{did_you_mean(extra[0], wanted)}")
+
+
+def _unlike(slot: Slot, transform: Any, residual: Any) -> str:
+    """Why an adapter of these members cannot share a bank's options; "" if it can."""
+    for kind, theirs in (("transform", transform), ("residual", residual)):
+        ours = getattr(slot, kind)
+        if type(theirs) is not type(ours):
+            return f"its {kind} is {getattr(theirs, 'name', None)!r}, the bank's {getattr(ours, 'name', None)!r}"
+        for option, value in vars(ours).items() if ours is not None else ():
+            if vars(theirs)[option] != value:
+                return f"its {kind} has {option}={vars(theirs)[option]!r}, the bank's {value!r}"
+    return ""

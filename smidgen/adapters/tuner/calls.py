@@ -1,0 +1,559 @@
+"""Which adapter goes on which row: the open blocks of banks, the call that a layer is in, and the rule between the two.
+
+A block (``bank.rows``, ``bank.holding``) lives in a ContextVar, so threads and tasks do not see each other's. The
+outermost module of a model that is called fixes the call's batch; the block's rows become rows of that batch by one of
+
+    equal, each row repeated, the rows stacked in copies, rows of tokens in a packed batch of one
+
+and rows of the batch become rows of a layer's input by one of
+
+    each row repeated (tokens or windows folded into the first axis; once is "equal"), stacked copies, the second axis.
+
+No rule is guessed. A call with more rows than the block needs evidence in its inputs, or is told. A layer's rule is
+found by running the model with one row changed, and seeing which rows of the layer's input change with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_with_path
+
+from smidgen.adapters.member import Tensors
+from smidgen.adapters.tuner.layer import ShiftLayer, Term
+from smidgen.adapters.tuner.rows import Rows
+from smidgen.adapters.tuner.slot import Slot
+from smidgen.errors import SmidgenError
+
+REPEATED, COPIES, SECOND = "each row repeated", "stacked copies", "second axis"
+_CHANGED = 1e-3  # of the largest change at a layer: below is rounding of kernels that see the whole batch
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Block:
+    """What ``bank.rows`` opened.
+
+    Args:
+        slots: the bank's slot on each layer.
+        names: targets and heads by name, for errors.
+        lanes: one choice of rows for each of the adapters that a row has at most, each of the length of the block.
+        stacks: the call holds the rows in stacked copies.
+        held: target layer -> tensors in place of the bank's own.
+        scaling: target layer -> weight of each adapter [adapters], where one is not 1.
+        heads: head -> tensors of each adapter that brought one, by its row in the bank.
+    """
+
+    slots: Mapping[nn.Module, Slot]
+    names: Mapping[nn.Module, str]
+    lanes: list[Rows]
+    stacks: bool
+    held: Mapping[nn.Module, Tensors] | None
+    scaling: Mapping[nn.Module, Tensor]
+    heads: Mapping[nn.Module, Mapping[int, Tensors]]
+    last: Call | None = None
+    several: bool = False  # calls of different shapes were made in it
+    made: dict[tuple[Any, ...], Rows] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.lanes[0])
+
+    @property
+    def constant(self) -> bool:
+        """All rows go through the same: then nothing has to be known of a layer."""
+        return all(len(lane.index) == 1 for lane in self.lanes)
+
+
+_OPEN: ContextVar[tuple[Block, ...]] = ContextVar("smidgen_bank_blocks", default=())
+_BY_THREAD: dict[int, tuple[Block, ...]] = {}  # for threads of autograd, which see no context
+
+
+@contextmanager
+def opened(block: Block) -> Iterator[None]:
+    """Within, the block's rows hold, in place of an outer block of the same bank, beside those of other banks."""
+    before, thread = _OPEN.get(), threading.get_ident()
+    now = (*(other for other in before if other.slots is not block.slots), block)
+    token = _OPEN.set(now)
+    _BY_THREAD[thread] = now
+    try:
+        yield
+    finally:
+        _OPEN.reset(token)
+        if before:
+            _BY_THREAD[thread] = before
+        else:
+            _BY_THREAD.pop(thread, None)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _blocks() -> tuple[Block, ...]:
+    found = _OPEN.get()
+    if found or not _BY_THREAD or not _in_backward():
+        return found
+    threads = list(_BY_THREAD.values())  # a checkpointed forward is run again by a thread of autograd
+    if len(threads) > 1:
+        raise SmidgenError(
+            f"A checkpointed layer runs again in a thread of autograd while {len(threads)} threads have rows of a bank "
+            "open, and whose they are is not known there; train in one thread at a time."
+        )
+    return threads[0]
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+class Call:
+    """A call of the outermost module of a model that carries banks: its batch, and the blocks' rows in it."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module, self.stack = module, [module]
+        self.args, self.kwargs = args, kwargs
+        self.main = _main_input(module, args, kwargs)
+        self._fits: dict[Block, tuple[int, int, bool]] = {}
+
+    def fit(self, block: Block) -> tuple[int, int, bool]:
+        """(copies, repeats, whether rows are tokens of a packed batch): how the block's rows fill this call's batch."""
+        if block not in self._fits:
+            self._fits[block] = self._fit(block)
+        return self._fits[block]
+
+    def _fit(self, block: Block) -> tuple[int, int, bool]:
+        n, x = block.size, self.main
+        if x is None:
+            if block.constant:
+                return 1, 1, False
+            raise SmidgenError(f"A {type(self.module).__name__} was called without a batch to see rows in.")
+        batch = len(x)
+        if n in (1, batch):
+            return 1, batch // n, False
+        tokens = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
+        if batch == 1 and tokens and x.shape[1] == n:
+            return 1, 1, True
+        if batch % n:
+            raise SmidgenError(f"The bank has {n} rows set, which do not divide a batch of {batch}.")
+        if block.constant:
+            return 1, batch // n, False
+        if block.stacks:
+            return batch // n, 1, False
+        if _generating():
+            return 1, batch // n, False
+        fits = [(s, batch // n // s) for s in range(1, batch // n + 1) if batch // n % s == 0]
+        shown = [fit for fit in fits if self._shows(*fit)]
+        if len(shown) == 1:
+            return *shown[0], False
+        found = "its inputs show both" if shown else "its inputs do not show which"
+        raise SmidgenError(
+            f"The bank has {n} rows set and the call a batch of {batch}: each row {batch // n} times in turn, or the rows in "
+            f"stacked copies? {found[0].upper()}{found[1:]}. Name each of the {batch} rows, or, where guidance stacks copies of the rows, say "
+            "stacks=True."
+        )
+
+    def _shows(self, copies: int, repeats: int) -> bool:
+        """Whether some input consists of that many equal copies, and some of rows that are equal in runs of ``repeats``."""
+        assert self.main is not None
+        batch = len(self.main)
+        inputs = [t for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == batch]
+        inputs = [t.detach().flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in inputs]
+        inputs = [t for t in inputs if not bool((t == t[:1]).all())]  # equal everywhere shows nothing
+        alike = [t.unflatten(0, (copies, -1)) for t in inputs]
+        runs = [t.unflatten(0, (-1, repeats)) for t in inputs]
+        return (copies == 1 or any(bool((t == t[:1]).all()) for t in alike)) and (
+            repeats == 1 or any(bool((t == t[:, :1]).all()) for t in runs)
+        )
+
+    def rows(self, block: Block, layer: nn.Module, x: Tensor) -> list[Rows]:
+        """The rows of a layer's input through the adapters of a block."""
+        copies, repeats, packed = self.fit(block)
+        batch = block.size * copies * repeats
+        ways = _ways(_known(layer, self.module), x, batch, packed)
+        if len(ways) != 1 and not bool(x.any()):
+            return []  # no adapter moves zeros
+        if len(ways) != 1:
+            raise SmidgenError(_no_rule(block.names.get(layer, "a layer"), _known(layer, self.module), x, batch, ways))
+        kind, times = ways.pop()
+        key = (copies, repeats, kind, times)
+        made = []
+        for number, lane in enumerate(block.lanes):
+            if (*key, number) not in block.made:
+                own = lane.repeated(repeats).stacked(copies)
+                own = own.stacked(times) if kind == COPIES else own.repeated(times)
+                if kind == SECOND:
+                    own = Rows(own.index, own.length, own.weight, own.whole, axis=1)
+                block.made[(*key, number)] = own
+            made.append(block.made[(*key, number)])
+        return made
+
+
+_CALL: ContextVar[Call | None] = ContextVar("smidgen_bank_call", default=None)
+_PROBE: ContextVar[Probe | None] = ContextVar("smidgen_bank_probe", default=None)
+
+
+@torch.compiler.disable
+def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a module that holds adapted layers: the outermost one fixes the call."""
+    probe = _PROBE.get()
+    if probe is not None:
+        probe.stack.append(module)
+        return
+    blocks = _OPEN.get()
+    if not blocks or _in_backward():  # a checkpointed part runs again: it belongs to the call that it ran in
+        return
+    call = _CALL.get()
+    if call is not None:
+        call.stack.append(module)
+        return
+    call = Call(module, args, kwargs)
+    _CALL.set(call)
+    for block in blocks:
+        fit = call.fit(block)
+        block.several |= block.last is not None and block.last.fit(block) != fit
+        block.last = call
+        if not block.constant:
+            _learn(call, block.size * fit[0] * fit[1], fit[2])
+
+
+@torch.compiler.disable
+def leave(module: nn.Module, args: Any, output: Any) -> None:
+    """After it, errors included."""
+    probe = _PROBE.get()
+    stack = probe.stack if probe is not None else call.stack if (call := _CALL.get()) is not None else []
+    if stack and stack[-1] is module:
+        stack.pop()
+        if not stack and probe is None:
+            _CALL.set(None)
+            call.args, call.kwargs = (), {}  # type: ignore[union-attr]
+
+
+@torch.compiler.disable
+def terms(layer: ShiftLayer, x: Tensor) -> list[Term] | None:
+    """What the open banks put on a layer: None when no block is open that knows the layer, [] for the base alone."""
+    probe = _PROBE.get()
+    if probe is not None:
+        probe.record(layer, x)
+        return []
+    blocks = [block for block in _blocks() if layer in block.slots]
+    if not blocks:
+        return None
+    found: list[Term] = []
+    for block in blocks:
+        slot = layer.prepared(block.slots[layer])
+        trained = slot.trained() if block.held is None else block.held[layer]
+        scaling = block.scaling.get(layer)
+        for rows in block.lanes if block.constant else _call_of(block, layer, x).rows(block, layer, x):
+            if scaling is not None:
+                rows = rows.scaled(scaling)
+            if not rows.adapted:
+                continue
+            if len(rows.index) == 1:
+                one = {name: value[int(rows.index)] for name, value in trained.items()}
+                found.append(Term(slot, 1.0 if rows.weight is None else float(rows.weight), None, one))
+            else:
+                found.append(Term(slot, 1.0, rows, {name: rows.pick(value) for name, value in trained.items()}))
+    return found
+
+
+def _call_of(block: Block, layer: nn.Module, x: Tensor) -> Call:
+    call = _CALL.get()
+    if call is None and _in_backward():
+        call = block.last
+        if block.several:
+            raise SmidgenError(
+                "A checkpointed layer runs again after calls with different batches in one block of a bank's rows, and "
+                "whose it is cannot be told; open a block for each call, with its backward pass inside."
+            )
+    return call or Call(layer, (x,), {})
+
+
+def heads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """After a trained head: the rows of a bank go through their adapters' own heads."""
+    probe = _PROBE.get()
+    if probe is not None:
+        probe.record(module, args[0])
+        return None
+    wrapper: Any = module
+    blocks = [block for block in _blocks() if module in block.heads]
+    if not blocks or wrapper.disable_adapters:
+        return None
+    if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+        raise SmidgenError(
+            f"A bank can run heads of one tensor only; this {type(wrapper.original_module).__name__} takes more."
+        )
+    x, own, whose = args[0], [block.heads[module] for block in blocks], []
+    n = 1 if all(block.constant for block in blocks) else len(x)
+    for block, tensors in zip(blocks, own, strict=True):
+        lanes = block.lanes if block.constant else _call_of(block, module, x).rows(block, module, x)
+        if any(lane.axis for lane in lanes):
+            raise SmidgenError(
+                "Heads of their own for the tokens of a packed batch are not known; run them one adapter at a time."
+            )
+        each = [lane.index.repeat_interleave(lane.length).tolist() for lane in lanes]
+        each = [rows[:1] * n if len(rows) != n else rows for rows in each]
+        whose.append([[(tensors, row) for row in some if row in tensors] for some in zip(*each, strict=True)])
+    groups: dict[tuple[int, int] | None, list[int]] = {}
+    by_key: dict[tuple[int, int] | None, Tensors] = {None: {}}
+    for place, some in enumerate(zip(*whose, strict=True)):
+        found = [entry for entries in some for entry in entries]
+        if len(found) > 1:
+            raise SmidgenError(f"Row {place} has {len(found)} adapters that each bring a head; heads do not add.")
+        key = (id(found[0][0]), found[0][1]) if found else None
+        by_key[key] = found[0][0][found[0][1]] if found else {}
+        groups.setdefault(key, []).append(place)
+    run = lambda key, part: torch.func.functional_call(wrapper.original_module, dict(by_key[key]), (part,))  # noqa: E731
+    if len(groups) == 1:
+        return run(next(iter(groups)), x)
+    parts = [run(key, x[places]) for key, places in groups.items()]
+    order = torch.tensor([place for places in groups.values() for place in places], device=x.device)
+    return torch.cat(parts)[order.argsort()]
+
+
+# ---- what is known of a layer ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Known:
+    """Which rules a layer's input obeyed in every test so far, or why there is none."""
+
+    kinds: frozenset[str] = frozenset((REPEATED, COPIES, SECOND))
+    why: str = ""
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_TESTED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_LOCK = threading.RLock()
+
+
+def _known(layer: nn.Module, outermost: nn.Module) -> Known:
+    if layer is outermost:  # called by itself: its batch is the call's
+        return Known()
+    return _KNOWN.get(layer, Known(frozenset(), "it was not called when the model was tested with such inputs"))
+
+
+def _ways(known: Known, x: Tensor, batch: int, packed: bool) -> set[tuple[str, int]]:
+    """(rule, times) by which ``batch`` rows fill the input of a layer; one rule by two names counts once."""
+    ways: set[tuple[str, int]] = set()
+    if packed:
+        if SECOND in known.kinds and x.dim() == 3 and x.shape[:2] == (1, batch):
+            ways.add((SECOND, 1))
+        if REPEATED in known.kinds and len(x) == batch:
+            ways.add((REPEATED, 1))
+        return ways
+    if len(x) % batch == 0 and len(x):
+        ways |= {(kind, len(x) // batch) for kind in (REPEATED, COPIES) if kind in known.kinds}
+        if len(x) == batch and ways:
+            ways = {(REPEATED, 1)}
+    if SECOND in known.kinds and x.dim() == 3 and x.shape[1] == batch:
+        ways.add((SECOND, 1))
+    return ways
+
+
+def _no_rule(name: str, known: Known, x: Tensor, batch: int, ways: set[tuple[str, int]]) -> str:
+    found = f"two rules fit ({' and '.join(sorted(kind for kind, _ in ways))})" if ways else known.why or "no rule fits"
+    return (
+        f"Which rows of the input {list(x.shape)} of {name!r} belong to which of the {batch} rows of the call is not known: "
+        f"{found}. Give all rows of a call the same adapter, or take adapters that do not target this layer."
+    )
+
+
+def _learn(call: Call, batch: int, packed: bool) -> None:
+    """Tests the module of a call with inputs of this form, once."""
+    module, main = call.module, call.main
+    assert main is not None
+    key = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]), *sorted(call.kwargs))
+    if isinstance(module, ShiftLayer) or key in _TESTED.get(module, ()):
+        return
+    with _LOCK:
+        if key in _TESTED.get(module, ()):
+            return
+        for layer, known in _test(call, batch, packed).items():
+            before = _KNOWN.get(layer, Known())
+            both = before.kinds & known.kinds
+            _KNOWN[layer] = Known(both, before.why or known.why if not both else "")
+        _TESTED.setdefault(module, set()).add(key)
+
+
+class Probe:
+    """Prints of the inputs of adapted layers and heads in one pass of the base model, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.stack: list[nn.Module] = []
+        self.prints: dict[nn.Module, list[Tensor]] = {}
+        self.routed: set[nn.Module] = set()
+        self.chosen: list[tuple[nn.Module | None, int]] = []  # (module that picked values by their content, how many)
+
+    def record(self, layer: nn.Module, x: Tensor) -> None:
+        """Keeps [first axis, second axis, 16] of an input: sums over the rest with weights that tell places apart."""
+        x = x.detach().float()
+        flat = x.flatten(2) if x.dim() > 2 else x.reshape(len(x), 1, -1) if x.numel() else x.new_empty(len(x), 1, 0)
+        place, wave = torch.arange(flat.shape[-1], device=x.device)[:, None], torch.arange(16, device=x.device)
+        weights = torch.cos(place * (1.7 + 0.37 * wave) + wave)
+        self.prints.setdefault(layer, []).append((flat @ weights).nan_to_num())
+        lengths = {len(flat), len(flat) * flat.shape[1]}
+        if any(owner in self.stack and length in lengths for owner, length in self.chosen):
+            self.routed.add(layer)
+
+
+class _Choices(TorchDispatchMode):
+    """Notes operations whose number of results depends on values: tokens that a router picks for an expert."""
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe = probe
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
+        if masked or name in ("nonzero", "masked_select"):
+            self.probe.chosen.append((self.probe.stack[-1] if self.probe.stack else None, len(out)))
+        return out
+
+
+def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
+    """Runs the base model on the call's inputs, with the first row changed, the last one, and all."""
+    passes: list[Probe] = []
+    for change in (None, 0, batch - 1, slice(None)):
+        probe = Probe()
+        token = _PROBE.set(probe)
+        try:
+            with _quiet(call.module), torch.no_grad(), torch.random.fork_rng(_devices(call.module)):
+                args, kwargs = _changed((call.args, call.kwargs), batch, packed, change)
+                if change is None:
+                    with _Choices(probe):
+                        call.module(*args, **kwargs)
+                else:
+                    call.module(*args, **kwargs)
+        except Exception as error:
+            raise SmidgenError(
+                "Which rows of the batch a layer sees is found by running the base model with a row changed, and that "
+                f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
+            ) from error
+        finally:
+            _PROBE.reset(token)
+        passes.append(probe)
+    plain, *others = passes
+    return {
+        layer: _judged(layer, plain, others, batch, packed) for layer in plain.prints.keys() | others[2].prints.keys()
+    }
+
+
+def _judged(layer: nn.Module, plain: Probe, others: Sequence[Probe], batch: int, packed: bool) -> Known:
+    routed = Known(frozenset(), "what reaches it is picked by its content, as a router picks tokens for an expert")
+    shapes = [[tuple(print.shape) for print in probe.prints.get(layer, [])] for probe in (plain, *others)]
+    if layer in plain.routed or any(own != shapes[0] for own in shapes):
+        return routed
+    kinds = Known().kinds
+    for number, print in enumerate(plain.prints[layer]):
+        first, last = ((probe.prints[layer][number] - print).abs().amax(-1) for probe in others[:2])
+        kinds &= _obeyed(print, first, last, batch, packed)
+    return Known(kinds, "" if kinds else "its rows do not change with those of the call in a way that is known")
+
+
+def _obeyed(print: Tensor, first: Tensor, last: Tensor, batch: int, packed: bool) -> frozenset[str]:
+    """The rules that an input obeys, by what changed in it [first axis, second axis] with the first and the last row."""
+    n, m, _ = print.shape
+    if packed:  # what a token changes may reach its neighbours by attention, but itself it changes most
+        kinds = [(REPEATED, n == batch, first.amax(1), last.amax(1)), (SECOND, (n, m) == (1, batch), first[0], last[0])]
+        found = [
+            k for k, fits, a, b in kinds if fits and a.any() and (int(a.argmax()), int(b.argmax())) == (0, batch - 1)
+        ]
+        return frozenset(found)
+    if not first.any() and not last.any():
+        same = n == batch and bool((print == print[:1]).all())  # one value for the whole batch, such as the time
+        return frozenset((REPEATED, COPIES)) if same else frozenset()
+    hits = [change > _CHANGED * change.max() for change in (first, last)]
+    if not all(bool(hit.any()) for hit in hits):
+        return frozenset()
+    found = []
+    row = torch.arange(n, device=print.device)
+    if n % batch == 0:
+        for kind, owner in ((REPEATED, row // (n // batch)), (COPIES, row % batch)):
+            if all(bool((owner[hit.any(1)] == own).all()) for hit, own in zip(hits, (0, batch - 1), strict=True)):
+                found.append(kind)
+    column = torch.arange(m, device=print.device)
+    if m == batch and all(bool((column[hit.any(0)] == own).all()) for hit, own in zip(hits, (0, m - 1), strict=True)):
+        found.append(SECOND)
+    return frozenset(found)
+
+
+# ---- inputs ------------------------------------------------------------------------------------------------------------
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first axis is the batch: the model's main input by its own word, or the first one with two axes."""
+    named = kwargs.get(getattr(module, "main_input_name", ""))
+    if isinstance(named, Tensor):
+        return named
+    ordered = _tensors((args, kwargs))
+    return next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
+
+
+def _generating() -> bool:
+    """Whether a text model's own ``generate`` is calling: it repeats each prompt for its beams and return sequences."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.generation.utils":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) -> Any:
+    """Inputs with some rows changed, as far as they have rows; caches are copied, so that a test leaves none behind."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return copy.deepcopy(leaf) if any(c.__name__.endswith("Cache") for c in type(leaf).__mro__) else leaf
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        about = any(word in name for name in names for word in ("mask", "position", "label", "past_"))
+        axis = 1 if packed and leaf.dim() > 1 else 0
+        if rows is None or about or leaf.dtype == torch.bool or leaf.dim() <= axis or leaf.shape[axis] != batch:
+            return leaf
+        new = leaf.detach().clone()
+        part = new[(slice(None), rows)] if axis else new[rows]
+        if leaf.is_floating_point():
+            size = float(part.float().std()) if part.numel() > 1 else 0.0
+            part += ((size or 1.0) * torch.randn(part.shape, generator=generator)).to(part)
+        else:
+            part.copy_(torch.where(part > 0, part - 1, torch.where(part == 0, 1, part)))
+        return new
+
+    return tree_map_with_path(change, inputs)
+
+
+def _devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Within, a module is in evaluation; a module that is already is not touched, so that other threads may use it."""
+    training = [m for m in module.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
