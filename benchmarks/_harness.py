@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from smidgen.adapters.atomic import replace_file
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "peft", "transformers", "diffusers", "safetensors", "numpy")
 
@@ -31,9 +33,7 @@ def write_result(name: str, figures: Mapping[str, float | int | Sequence[float]]
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    beside.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(beside, path)
+    replace_file(path, json.dumps(record, indent=2) + "\n")
     return path
 
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from smidgen.adapters.atomic import new_file, replace_file
+
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "work" / "control_bench"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -163,9 +165,8 @@ def _encoded(base: Any) -> dict[str, dict[str, Any]]:
         found = {}
         for number, (part, count) in enumerate({"train": PICTURES, "tune": HELD_OUT, "test": HELD_OUT}.items()):
             found |= {f"{part}.{name}": tensor for name, tensor in _drawn(base, part, count, number).items()}
-        hidden = path.with_suffix(f".{os.getpid()}.part")
-        save_file(found, hidden)
-        os.replace(hidden, path)
+        with new_file(path) as beside:
+            save_file(found, beside)
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in load_file(path).items():
         part, _, key = name.partition(".")
@@ -265,10 +266,7 @@ def work(stage: str, worker: int, workers: int) -> None:
             continue
         bench = bench or Bench()
         figures = bench.cell(*cell, steps=TUNING_STEPS if stage == "tune" else STEPS[cell[0]])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_suffix(".part")
-        hidden.write_text(json.dumps(figures))
-        os.replace(hidden, path)
+        replace_file(path, json.dumps(figures))
         names = ("validation",) if stage == "tune" else SCORES[cell[0]]
         found = figures if stage == "tune" else scored(cell)
         said = ", ".join(f"{name} {found[name]:.4f}" for name in names)

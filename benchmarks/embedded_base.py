@@ -21,6 +21,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import embedded_base, world
 from smidgen.bases.embedded.judge import load_judge
 
@@ -162,10 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     choice = parser.parse_args()
     result = record(measure(choice.pictures, choice.seed, choice.steps, choice.guidance, choice.sheet))
-    choice.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = choice.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, choice.out)
+    replace_file(choice.out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result["figures"], indent=2))
 
 

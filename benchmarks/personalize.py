@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from smidgen.adapters.atomic import replace_file
+
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "work" / "personalize_bench"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -141,10 +143,7 @@ def work(stage: str, worker: int, workers: int) -> None:
         bench = bench or Bench()
         started = time.process_time()
         figures = bench.cell(*cell) | {"cpu_seconds": time.process_time() - started}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_suffix(".part")
-        hidden.write_text(json.dumps(figures))
-        os.replace(hidden, path)
+        replace_file(path, json.dumps(figures))
         print(f"{cell}: identity {figures['identity']:.3f} captions {figures['caption']:.3f}", flush=True)
 
 

@@ -14,7 +14,6 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smidgen.adapters.atomic import new_file, replace_file
 from smidgen.adapters.transforms.tensor_ring import TensorRingTransform
 
 ROOT = Path(__file__).parents[1]
@@ -133,9 +133,8 @@ def fine_tuned() -> Tensor:
             model = prepared.fresh()
             fit("full", model, prepared.task, FullFineTuning(), rates, loop, Path(folder), **options)
         weight = model.get_submodule(LAYER).weight.detach().clone()
-        hidden = path.with_suffix(".part")
-        save_file({"weight": weight}, hidden)
-        os.replace(hidden, path)
+        with new_file(path) as beside:
+            save_file({"weight": weight}, beside)
     return load_file(path)["weight"]
 
 
@@ -209,9 +208,7 @@ def cell(kind: str, *what: Any) -> dict[str, Any]:
         started = time.process_time()
         found = {"layer": fit_layer, "task": fit_task}[kind](*what)
         found["cpu_seconds"] = time.process_time() - started
-        hidden = path.with_suffix(".part")
-        hidden.write_text(json.dumps(found))
-        os.replace(hidden, path)
+        replace_file(path, json.dumps(found))
         told = {key: round(value, 4) for key, value in found.items() if isinstance(value, float | int)}
         print(kind, *what, told, flush=True)
     return json.loads(path.read_text())

@@ -12,11 +12,12 @@ from pathlib import Path
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """Gives a path beside ``path`` to write to, and puts that file at ``path`` in one step when the block ends well.
 
     On an error ``path`` is as it was and nothing is left beside it. The name beside is hidden and ends in the writer's
-    process number and ``.tmp``. The file has the mode of ordinary files, whatever the writing library gave it.
+    process number and ``.tmp``. The file has the mode of ordinary files, whatever the writing library gave it. What may
+    be lost with the machine's power, a cache, need not be ``durable``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}.tmp")
@@ -25,7 +26,8 @@ def new_file(path: Path) -> Iterator[Path]:
         mode = beside.stat().st_mode
         yield beside
         beside.chmod(mode)
-        flush(beside)
+        if durable:
+            flush(beside)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -58,7 +60,7 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """Gives a scratch folder that is at ``folder`` when the block ends well, instead of what was there.
 
     On an error ``folder`` is as it was.
@@ -78,6 +80,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
             os.rename(old, folder)
         for path in (scratch, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes ``content`` and has it flushed to the disk: for files in a folder that is itself put in place when whole."""
+    path.write_bytes(content)
+    flush(path)
 
 
 def flush(path: Path) -> None:

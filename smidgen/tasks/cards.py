@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.tuner.coverage import Coverage
-from smidgen.training.checkpoints import replace_file
 
 Part = str | tuple[str, str]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smidgen.training.checkpoints import replace_file
+from smidgen.adapters.atomic import replace_file
 
 GAP, LABEL = 6, 118  # pixels between pictures; width of the row labels
 INK, FAINT, PAPER = "#222222", "#777777", "#ffffff"

@@ -25,6 +25,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from smidgen.adapters.atomic import flush, write_file
 from smidgen.errors import CheckpointError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class CheckpointStore:
         if final.exists():  # a damaged one that was passed over: rename cannot replace a folder that has files
             self._discard(final)
         os.rename(hidden, final)
-        _flush_folder(self.folder)
+        flush(self.folder)
 
     def _discard(self, path: Path) -> None:
         old = path.with_name(f".{path.name}.old")
@@ -204,26 +205,6 @@ def resolve(folder: str | Path, resume: str | None, keep: int, identity: Mapping
     return checkpoint
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write ``content`` and flush it to the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes | str) -> None:
-    """Put ``content`` at ``path`` in one step: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_file(hidden, content.encode() if isinstance(content, str) else content)
-        os.replace(hidden, path)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
-
-
 def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
     contents = {f"{name}.safetensors": save(_plain(getattr(checkpoint, name))) for name in ("trained", "optimizer")}
     state = {key: value for key, value in _fields(checkpoint).items() if key not in ("trained", "optimizer")}
@@ -232,7 +213,7 @@ def _write_files(checkpoint: Checkpoint, folder: Path) -> None:
     contents["state.json"] = json.dumps(state, indent=1).encode()
     for name, content in contents.items():
         write_file(folder / name, content)
-    _flush_folder(folder)
+    flush(folder)
 
 
 def _fields(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -262,13 +243,3 @@ def _checked_bytes(path: Path, expected: Mapping[str, Any]) -> bytes:
             f"{path.parent} is damaged: {path.name} has {len(content)} bytes that are not those written."
         )
     return content
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

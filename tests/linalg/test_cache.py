@@ -180,7 +180,7 @@ def test_least_recently_used_goes_first(folder):
 
 def test_leftovers_of_crashed_writers_go(folder):
     folder.mkdir(parents=True)
-    old, young = folder / "old.part", folder / "young.part"
+    old, young = folder / "old.tmp", folder / "young.tmp"
     for path in (old, young):
         path.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)
@@ -202,5 +202,5 @@ def worker(number):
 def test_several_processes(folder):
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(worker, range(4)) == [None] * 4
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*.tmp"))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 4 * 35_000

@@ -8,9 +8,10 @@ import pytest
 import torch
 from damage import rewrite
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import CheckpointError
 from smidgen.training import checkpoints
-from smidgen.training.checkpoints import Checkpoint, CheckpointStore, replace_file, resolve
+from smidgen.training.checkpoints import Checkpoint, CheckpointStore, resolve
 
 
 def checkpoint(step: int, identity: dict | None = None) -> Checkpoint:

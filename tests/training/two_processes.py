@@ -15,8 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import smidgen
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import TrainingError
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.loop import LoopConfig, train
 from smidgen.training.processes import is_main
 from smidgen.training.randomness import examples, stream

@@ -10,7 +10,6 @@ The folder is ``SMIDGEN_CACHE``, else ``~/.cache/smidgen/factors``; ``SMIDGEN_CA
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from smidgen.adapters.atomic import new_file
 
 VERSION = 2
 """Raised whenever an algorithm of this folder gives other factors than before."""
@@ -119,19 +120,12 @@ def _write(path: Path, factors: _Factors, limit: int) -> None:
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in factors.items()
     }
-    beside = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(suffix=".part", dir=path.parent)
-        os.close(handle)
-        beside = Path(name)
-        save_file(plain, beside, metadata={name: _checksum(tensor) for name, tensor in plain.items()})
-        os.replace(beside, path)
+        with new_file(path, durable=False) as beside:
+            save_file(plain, beside, metadata={name: _checksum(tensor) for name, tensor in plain.items()})
         _evict(path.parent, limit)
     except (OSError, SafetensorError) as error:
         _log.warning("decomposition not cached (%s)", error)
-        if beside is not None:
-            _remove(beside)
 
 
 def _evict(folder: Path, limit: int) -> None:
@@ -144,7 +138,7 @@ def _evict(folder: Path, limit: int) -> None:
             continue
         if item.name.endswith(".safetensors"):
             entries.append((stat.st_mtime, stat.st_size, item.path))
-        elif item.name.endswith(".part") and now - stat.st_mtime > _STALE_SECONDS:
+        elif item.name.endswith(".tmp") and now - stat.st_mtime > _STALE_SECONDS:
             _remove(Path(item.path))
     excess = sum(size for _, size, _ in entries) - limit
     for _, size, path in sorted(entries):

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded.words import (
     ATTRIBUTES,
     BACKGROUND,
@@ -293,9 +294,7 @@ def write_subject(folder: str | os.PathLike, identity: Identity, n: int, seed: i
     for i, scene in enumerate(scenes):
         render(identity, scene, size).save(root / f"{i:03d}.png")
         lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption(scene)}))
-    temporary = root / ".metadata.jsonl.tmp"
-    temporary.write_text("\n".join(lines) + "\n")
-    os.replace(temporary, root / "metadata.jsonl")
+    replace_file(root / "metadata.jsonl", "\n".join(lines) + "\n")
     return scenes
 
 

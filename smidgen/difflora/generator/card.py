@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.tasks.cards import adapter_head, bullets, licence, model_card, public_name
-from smidgen.training.checkpoints import replace_file
 
 FACES = (
     "Faces are biometric data: whoever makes or shares an adapter of a real person needs that person's consent. Do not use it "

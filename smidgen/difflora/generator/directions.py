@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.generator.generator import Generator
 from smidgen.errors import ConfigError, DataError, did_you_mean
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import stream
 
 FILE = "directions.safetensors"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.card import write_card
@@ -31,7 +32,6 @@ from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import PersonalizeTask
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.loop import train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.network import Network
@@ -28,7 +29,6 @@ from smidgen.difflora.generator.settings import Encoders, Model
 from smidgen.difflora.weightspace.codec import Codec, load_codec
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError, DataError
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import stream
 from smidgen.training.settings import from_dict, to_dict
 

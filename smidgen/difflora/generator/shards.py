@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import DataError
-from smidgen.training.checkpoints import replace_file
 
 ROWS = 1024  # in a file, all of them in memory while it is made
 

@@ -11,9 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +24,13 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from smidgen.adapters.atomic import new_files, write_file
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.errors import DataError, did_you_mean
 from smidgen.tasks.data.images import LARGEST, SMALLEST, UNREADABLE, upright
-from smidgen.training.checkpoints import write_file
 
 RECIPE, CARD, SHEET = "recipe.json", "README.md", "contact_sheet.png"
 FORMAT = 1
@@ -95,19 +92,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise DataError(
             f"{out} holds files already; choose another --out, or give --overwrite to replace what is written anew."
         )
-    above = next(folder for folder in out.absolute().parents if folder.is_dir())
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=above))
-    try:
+    with new_files(out) as scratch:
         yield scratch
-        for path in sorted(scratch.rglob("*")):
-            place = out / path.relative_to(scratch)
-            if path.is_dir():
-                place.mkdir(parents=True, exist_ok=True)
-            else:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_folder(layout: Layout, row: Tensor, base: ImageBase, folder: Path, recipe: dict[str, Any]) -> int:

@@ -22,12 +22,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Mode, Normaliser, Statistics
 from smidgen.difflora.weightspace.rows import Rows
 from smidgen.errors import DataError, did_you_mean
-from smidgen.training.checkpoints import replace_file
 
 JSON, TENSORS = "codec.json", "codec.safetensors"
 FORMAT = 1

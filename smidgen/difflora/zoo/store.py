@@ -24,13 +24,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.rows import TensorRows
 from smidgen.difflora.zoo.queue import alive
 from smidgen.difflora.zoo.records import FORMAT, GroupFiles, Record, row_digest
 from smidgen.difflora.zoo.tables import read_parquet
 from smidgen.errors import DataError, did_you_mean
-from smidgen.training.checkpoints import replace_file
 
 DESCRIPTION = "zoo.json"
 _KEYS = {"format", "layout", "settings"}

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.tables import read_parquet, to_parquet
 from smidgen.errors import DataError
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import derive
 
 TABLE = "subjects.parquet"

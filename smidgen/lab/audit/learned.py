@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.use.refine import Refine, captions_of, refine_rows, widened
@@ -28,7 +29,6 @@ from smidgen.lab.audit.scenes import AuditScenes
 from smidgen.lab.audit.scores import key_of
 from smidgen.lab.audit.settings import EvaluateConfig
 from smidgen.tasks.personalize.settings import PRESETS
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
 
 GROUP = 16  # people trained at once

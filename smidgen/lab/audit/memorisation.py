@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.lab.audit.contenders import Simple
 from smidgen.lab.audit.distances import DeltaComponents, comparable, distances, entries, nearest
 from smidgen.lab.audit.learned import Predicted
@@ -26,7 +27,6 @@ from smidgen.lab.audit.scores import Score
 from smidgen.lab.audit.statistics import bootstrap
 from smidgen.lab.statistics import Interval
 from smidgen.tasks.cards import table
-from smidgen.training.checkpoints import replace_file
 
 COMPONENTS = 64  # in all n - 1 principal components n training adapters are equally far from each other
 OWN = 512  # training photos whose predictions are compared

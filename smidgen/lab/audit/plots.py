@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from smidgen.training.checkpoints import replace_file
+from smidgen.adapters.atomic import replace_file
 
 if TYPE_CHECKING:
     from smidgen.lab.audit.memorisation import Memorised

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.lab.audit.scores import SHOWN, Score
 from smidgen.lab.audit.settings import EvaluateConfig
 from smidgen.lab.audit.statistics import bootstrap, paired, ratio
 from smidgen.lab.statistics import Interval
 from smidgen.tasks import cards
 from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
 
 if TYPE_CHECKING:

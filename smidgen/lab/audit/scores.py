@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.zoo.tables import read_parquet, to_parquet
 from smidgen.errors import DataError
 from smidgen.tasks.contact_sheet import save_image
-from smidgen.training.checkpoints import replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import CheckpointError, SmidgenError
 from smidgen.lab.compare.experiment import Experiment, Method
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.interrupts import TrainingInterrupted
 from smidgen.training.settings import flat, to_dict
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.atomic import new_file
 from smidgen.errors import MissingExtraError
 from smidgen.lab.compare.table import Results, Row
 from smidgen.lab.statistics import Point, front
@@ -38,11 +39,8 @@ def draw_plot(results: Results, path: Path) -> None:
     _frame(axes, results)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=9, loc="best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.tmp")
-    with open(hidden, "wb") as file:
+    with new_file(path) as beside, beside.open("wb") as file:
         FigureCanvasAgg(figure).print_png(file)
-    hidden.replace(path)
 
 
 def _frame(axes: Any, results: Results) -> None:

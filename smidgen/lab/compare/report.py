@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.lab.compare import schema
 from smidgen.lab.compare.plot import draw_plot
 from smidgen.lab.compare.table import Results, Row
@@ -20,7 +21,6 @@ from smidgen.lab.statistics import (
     interval,
 )
 from smidgen.tasks import cards
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import to_dict
 
 DEFINITIONS = """* **Scores** are those of the checkpoint with the best validation score, on the test set. Brackets: 95 %

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import TrainingError
 from smidgen.lab.compare.cells import Cell, Cells
 from smidgen.lab.compare.experiment import Experiment
 from smidgen.lab.compare.fresh import one_thread, start_fresh
 from smidgen.lab.compare.search import search_cells
 from smidgen.lab.compare.table import cost_cells, gather, run_cells
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.settings import dump_yaml
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,6 @@ eyes and mouth are drawn, plus a small KL term. After the encoder is frozen the 
 """
 
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from smidgen.adapters.atomic import new_file
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.run import PARTS, Run
@@ -140,9 +140,9 @@ def freeze(config: Config, folder: Path) -> AutoencoderKL:
     model = averaged(config, folder / "autoencoder.safetensors")
     pictures, _ = draw.load(folder, "train")
     standardise(model, pictures[:2000])
-    save_file(model.state_dict(), path.with_suffix(".tmp"))
-    draw.save_array(latent_path, encode(model, pictures).half().numpy())
-    os.replace(path.with_suffix(".tmp"), path)
+    with new_file(path) as beside:
+        save_file(model.state_dict(), beside)
+        draw.save_array(latent_path, encode(model, pictures).half().numpy())
     return model
 
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import world
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.export import training_facts
 from smidgen.tasks.cards import bullets, model_card, table
-from smidgen.training.checkpoints import replace_file
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "embedded_base.json"
 

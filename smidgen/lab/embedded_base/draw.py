@@ -1,13 +1,13 @@
 """Stage `render`: draw the world once into ``pictures.npy`` and attribute codes."""
 
 import logging
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
+from smidgen.adapters.atomic import new_file
 from smidgen.bases.embedded import world
 from smidgen.lab.embedded_base.config import Config
 
@@ -35,9 +35,8 @@ def _paths(folder: Path, split: str) -> tuple[Path, Path]:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically."""
-    temporary = path.with_name(f"tmp_{path.name}")
-    np.save(temporary, array)
-    os.replace(temporary, path)
+    with new_file(path) as beside, beside.open("wb") as file:
+        np.save(file, array)
 
 
 def render(config: Config, folder: Path) -> None:

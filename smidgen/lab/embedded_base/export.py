@@ -1,7 +1,6 @@
 """Stages `export` and `card`: the trained parts as one diffusers folder in fp16 safetensors, and its model card."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from smidgen.adapters.atomic import replace_file, replace_folder
 from smidgen.lab.embedded_base import autoencoder, diffusion, text
 from smidgen.lab.embedded_base.config import Config
 
@@ -46,27 +46,18 @@ def pipeline(config: Config, folder: Path) -> StableDiffusionPipeline:
 
 
 def export(config: Config, folder: Path, out: Path) -> None:
-    """Write the pipeline folder `out` in fp16, replacing an older one only when the new one is complete."""
-    temporary = out.with_name(f".{out.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline(config, folder).to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
-    settings = json.loads((temporary / "text_encoder" / "config.json").read_text())
-    write_json(
-        temporary / "text_encoder" / "config.json", {**settings, "dtype": "float32"}
-    )  # else it alone loads in fp16
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(folder / "tokenizer" / name, temporary / "tokenizer" / name)
-    for path in temporary.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        card = out / "README.md"
-        if card.exists():
-            shutil.copy(card, temporary / "README.md")
-        os.replace(out, old)
-    os.replace(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
+    """Write the pipeline folder `out` in fp16, replacing an older one, but for its card, when the new one is complete."""
+    with replace_folder(out) as scratch:
+        pipeline(config, folder).to(dtype=torch.float16).save_pretrained(scratch, safe_serialization=True)
+        settings = json.loads((scratch / "text_encoder" / "config.json").read_text())
+        settings["dtype"] = "float32"  # else it alone loads in fp16
+        write_json(scratch / "text_encoder" / "config.json", settings)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder / "tokenizer" / name, scratch / "tokenizer" / name)
+        for path in scratch.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
+        if (out / "README.md").exists():
+            shutil.copy(out / "README.md", scratch / "README.md")
 
 
 def training_facts(config: Config, folder: Path) -> dict[str, float]:
@@ -87,6 +78,4 @@ def training_facts(config: Config, folder: Path) -> dict[str, float]:
 
 def write_json(path: Path, value: dict) -> None:
     """Write JSON atomically."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, json.dumps(value, indent=2) + "\n")

@@ -12,7 +12,6 @@ averaged in a fixed order: twice the speed on two cores, and still the same bits
 import copy
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from smidgen.adapters.atomic import new_file, replace_file
 from smidgen.lab.embedded_base.config import Budget
-from smidgen.training.checkpoints import replace_file
 
 log = logging.getLogger(__name__)
 PARTS = 2
@@ -134,11 +133,9 @@ class Run:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
         metadata = {"step": str(self.step), "seconds": repr(self.seconds)}
-        save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, self.path)
+        with new_file(self.path) as beside:
+            save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, beside, metadata)
 
     def _load(self) -> None:
         with safe_open(self.path, "pt") as file:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.control.conditions import check, dot_picture, edge_picture
 from smidgen.tasks.data import images
-from smidgen.training.checkpoints import replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
@@ -30,7 +31,6 @@ from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, open_folder
 from smidgen.training.randomness import derive

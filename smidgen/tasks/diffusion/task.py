@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.data.images import Picture, load_picture, to_tensor
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.randomness import derive, examples, stream
 
 

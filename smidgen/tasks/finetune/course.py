@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import smidgen
+from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.methods import Kind
 from smidgen.bases.transformers import fingerprint
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
@@ -21,7 +22,6 @@ from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.finetune.report import FinetuneReport, card
 from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
 from smidgen.training import engine
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
 from smidgen.training.processes import is_main, open_folder
 from smidgen.training.settings import dump_yaml, flat

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
+from smidgen.adapters.atomic import replace_file
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
@@ -25,7 +26,6 @@ from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
 from smidgen.tasks.report import Report, card
-from smidgen.training.checkpoints import replace_file
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import open_folder
 from smidgen.training.randomness import derive
