@@ -65,7 +65,16 @@ class HintEncoder(nn.Sequential):
 
 
 def config_for(base: Any, control: str, width: int = 64) -> HintConfig:
-    """The hint encoder that fits a loaded base."""
+    """The hint encoder that fits a loaded base.
+
+    Raises:
+        ConfigError: its denoiser has no first convolution to steer.
+    """
+    if not hasattr(base.model, "conv_in"):
+        raise ConfigError(
+            f"Control steers the first convolution of a UNet; {base.name!r} is of the family {base.family!r}, whose "
+            f"{type(base.model).__name__} has none. Take an SD or SDXL base."
+        )
     return HintConfig(control, base.factor, int(base.model.config.block_out_channels[0]), width)
 
 
