@@ -1,22 +1,9 @@
-"""Flags before they are parsed: other trainers' names for them, and the parser itself."""
+"""Flags before they are parsed: other trainers' names for them."""
 
-from collections.abc import Sequence
-from typing import Any
-
-from smidgen.cli.extras import check_extras
+from collections.abc import Mapping, Sequence
 
 ALIASES = {  # what other trainers call the same thing
     "--output-dir": "--out",
-    "--pretrained-model-name-or-path": "--base",
-    "--instance-data-dir": "--folder",
-    "--train-data-dir": "--folder",
-}
-TRAIN_ALIASES = {
-    "--output-dir": "--out",
-    "--pretrained-model-name-or-path": "--model",
-    "--model-name-or-path": "--model",
-    "--train-file": "--path",
-    "--train-data-dir": "--path",
     "--per-device-train-batch-size": "--train-batch-size",
     "--per-device-eval-batch-size": "--eval-batch-size",
     "--max-steps": "--max-train-steps",
@@ -26,10 +13,22 @@ TRAIN_ALIASES = {
     "--save-steps": "--checkpointing-steps",
     "--save-total-limit": "--checkpoints-total-limit",
 }
+BASE = {  # beside these where a command has --base, and --model
+    "--pretrained-model-name-or-path": "--base",
+    "--instance-data-dir": "--folder",
+    "--train-data-dir": "--folder",
+}
+MODEL = {
+    "--pretrained-model-name-or-path": "--model",
+    "--model-name-or-path": "--model",
+    "--train-file": "--path",
+    "--train-data-dir": "--path",
+}
 
 
-def familiar(words: Sequence[str], aliases: dict[str, str] = ALIASES) -> list[str]:
+def familiar(words: Sequence[str], more: Mapping[str, str] = BASE) -> list[str]:
     """Other trainers' flags as ours; ``--compare-lora`` as a switch, although the setting has a third value."""
+    aliases = {**ALIASES, **more}
     switches = {"--compare-lora": "True", "--no-compare-lora": "False"}
     found: list[str] = []
     for number, word in enumerate(words):
@@ -51,13 +50,3 @@ def value_of(words: Sequence[str], flag: str) -> str | None:
         if word.startswith(flag + "="):
             return word.partition("=")[2]
     return None
-
-
-def run(command: Any, words: Sequence[str], prog: str, sections: bool = False) -> None:
-    """Parse ``words`` by the signature of ``command`` and call it. ``sections``: settings are named with their section, as in
-    ``--end-to-end.learning-rate``, for a command whose sections share names."""
-    check_extras(prog.removeprefix("smidgen "), words)
-    import tyro
-
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    tyro.cli(command, args=list(words), prog=prog, config=(tyro.conf.AvoidSubcommands,) if sections else omit)

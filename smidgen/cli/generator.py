@@ -1,70 +1,30 @@
 """The commands around a generator: predict, edit, blend, invert, sample, and ``generator train | directions | inspect``."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from smidgen.cli.flags import value_of
-from smidgen.errors import ConfigError, did_you_mean
+from tyro import conf
 
-SUMMARY = {
-    "train": "train a generator, on a zoo or end to end",
-    "directions": "learn what edit moves along: the attributes of training people",
-    "inspect": "say what a generator is",
-}
+from smidgen.cli.build import Section
+
+Output = Annotated[Any, Section("difflora.use.sampler:Output")]
 
 
-def overview() -> str:
-    """The commands, one a line."""
-    lines = [f"  {name.ljust(10)}  {text}" for name, text in SUMMARY.items()]
-    return (
-        "usage: smidgen generator COMMAND [OPTIONS]\n\n"
-        + "\n".join(lines)
-        + "\n\nsmidgen generator COMMAND --help says more."
-    )
+def train(
+    settings: Annotated[
+        Any, Section("difflora.generator.settings:GeneratorConfig", "difflora.generator.settings", prefixed=True)
+    ],
+) -> None:
+    """Train a generator. Run it again to go on where it stopped. The preset paper is the two-stage form on a zoo, default
+    end to end.
 
+    Args:
+        settings: all that decides the generator.
+    """
+    from smidgen.difflora.generator.card import told
+    from smidgen.difflora.generator.fit import fit
 
-def find(name: str, words: Sequence[str]) -> Callable[..., None]:
-    """The command ``generator NAME``; ConfigError with the nearest names otherwise."""
-    if name not in SUMMARY:
-        raise ConfigError(
-            f"There is no command 'generator {name}'.{did_you_mean(name, SUMMARY)} Known: {', '.join(SUMMARY)}."
-        )
-    if name == "train":
-        return train_command(words)
-    return directions if name == "directions" else inspect
-
-
-def train_command(words: Sequence[str]) -> Callable[..., None]:
-    """The command with the defaults that ``--preset`` among ``words`` names."""
-    import tyro
-
-    from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig
-    from smidgen.training.settings import load_yaml
-
-    named, written = value_of(words, "--preset"), value_of(words, "--config")
-    if named and written:
-        raise ConfigError("Give --config or --preset, not both.")
-    if named and named not in PRESETS:
-        raise ConfigError(f"There is no preset {named!r}.{did_you_mean(named, PRESETS)} Known: {', '.join(PRESETS)}.")
-    start = load_yaml(GeneratorConfig, written) if written else PRESETS[named or "default"]
-
-    def train(settings: Any = start, preset: Any = named or "default", config: Path | None = None) -> None:
-        """Train a generator. Run it again to go on where it stopped.
-
-        Args:
-            settings: all that decides the generator.
-            preset: settings to start from; paper is the two-stage form on a zoo, default end to end.
-            config: a config.yaml to start from instead, such as the one in a generator's folder.
-        """
-        from smidgen.difflora.generator.card import told
-        from smidgen.difflora.generator.fit import fit
-
-        print(told(fit(settings), settings.out))
-
-    train.__annotations__["settings"] = Annotated[GeneratorConfig, tyro.conf.arg(name="")]
-    train.__annotations__["preset"] = Literal[tuple(PRESETS)]
-    return train
+    print(told(fit(settings), settings.out))
 
 
 def directions(
@@ -105,7 +65,7 @@ def inspect(generator: Path | None = None, /) -> None:
 def predict(
     photos: list[Path],
     /,
-    output: Any,
+    output: Output,
     seeds: str = "0",
     refine: int = 0,
     steps: int | None = None,
@@ -137,7 +97,13 @@ def predict(
     print(run(photos, output, parse_seeds(seeds), steps, guidance, caption, chosen))
 
 
-def edit(sources: list[Path], /, output: Any, sliders: Any, seed: int = 0) -> None:
+def edit(
+    sources: list[Path],
+    /,
+    output: Output,
+    sliders: Annotated[list[str], conf.UseAppendAction, conf.arg(name="set")],
+    seed: int = 0,
+) -> None:
     """Edit the person in SOURCES (photos of one person, or an adapter that predict wrote) along attributes.
 
     Args:
@@ -153,7 +119,7 @@ def edit(sources: list[Path], /, output: Any, sliders: Any, seed: int = 0) -> No
     print(run(sources, output, parse_sliders(sliders), seed))
 
 
-def blend(first: Path, second: Path, /, output: Any, share: float = 0.5, seed: int = 0) -> None:
+def blend(first: Path, second: Path, /, output: Output, share: float = 0.5, seed: int = 0) -> None:
     """Make the adapter of somebody between FIRST and SECOND, each a photo or an adapter that predict wrote.
 
     Args:
@@ -168,7 +134,9 @@ def blend(first: Path, second: Path, /, output: Any, share: float = 0.5, seed: i
     print(run(first, second, output, share, seed))
 
 
-def sample(output: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "gaussian", steps: int = 50) -> None:
+def sample(
+    output: Output, seeds: str = "0", by: Literal["gaussian", "diffusion"] = "gaussian", steps: int = 50
+) -> None:
     """Make adapters of people who do not exist.
 
     Args:
@@ -185,7 +153,12 @@ def sample(output: Any, seeds: str = "0", by: Literal["gaussian", "diffusion"] =
 
 
 def invert(
-    photos: list[Path], /, output: Any, settings: Any, from_prediction: bool = False, caption: str | None = None
+    photos: list[Path],
+    /,
+    output: Output,
+    settings: Annotated[Any, Section("difflora.use.invert:Invert")],
+    from_prediction: bool = False,
+    caption: str | None = None,
 ) -> None:
     """Find the adapter that draws PHOTOS best among those that the generator can make: its latent alone is trained.
 
@@ -199,28 +172,3 @@ def invert(
     from smidgen.difflora.use.commands import invert_photos as run
 
     print(run(photos, output, settings, from_prediction, caption))
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "predict": predict,
-    "edit": edit,
-    "blend": blend,
-    "sample": sample,
-    "invert": invert,
-}
-
-
-def command(name: str) -> Callable[..., None]:
-    """The command called ``name``, its sections of settings in place."""
-    import tyro
-
-    from smidgen.difflora.use.invert import Invert
-    from smidgen.difflora.use.sampler import Output
-
-    found = COMMANDS[name]
-    found.__annotations__["output"] = Annotated[Output, tyro.conf.arg(name="")]
-    if name == "invert":
-        found.__annotations__["settings"] = Annotated[Invert, tyro.conf.arg(name="")]
-    if name == "edit":
-        found.__annotations__["sliders"] = tyro.conf.UseAppendAction[Annotated[list[str], tyro.conf.arg(name="set")]]
-    return found

@@ -66,8 +66,10 @@ def config(
         preset: which preset to show when there is no file.
         recipe: whose settings: personalize, or a task of `smidgen train`.
     """
-    from smidgen.cli.recipes import find, start
+    from smidgen.cli.build import sections
+    from smidgen.cli.table import find
     from smidgen.training.settings import dump_yaml
 
-    found = start(find(recipe), str(file) if file else None, None if file else preset)
+    settings = sections(recipe if recipe == "personalize" else find(recipe, "train"))["settings"]
+    found = settings.start(file, None if file else preset)
     print(dump_yaml(found).rstrip() if action == "show" else f"{file or preset} is valid.")

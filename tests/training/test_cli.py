@@ -5,6 +5,7 @@ import json
 import pytest
 
 from smidgen import cli
+from smidgen.cli.table import COMMANDS, GROUPS, summaries
 from smidgen.tasks.personalize import recipe
 from smidgen.training.interrupts import TrainingInterrupted
 
@@ -44,9 +45,9 @@ def trained(sd, tmp_path_factory):
 def test_overview_and_help(capsys):
     for words in ([], ["--help"]):
         status, out, _ = call(capsys, *words)
-        assert status == 0 and all(name in out for name in cli.SUMMARY)
-    for name in cli.SUMMARY:
-        status, out, _ = call(capsys, name, "--help")
+        assert status == 0 and all(name in out for name in summaries())
+    for name in (*COMMANDS, *GROUPS):
+        status, out, _ = call(capsys, *name.split(), "--help")
         assert status == 0 and f"smidgen {name}" in out
     assert "--max-train-steps" in call(capsys, "personalize", "--help")[1]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from smidgen import cli
-from smidgen.cli.recipes import RECIPES
+from smidgen.cli.table import summaries
 from smidgen.tasks.text_classification import recipe
 from tests.training.test_two_processes import launch
 
@@ -35,7 +35,7 @@ def call(capsys, *words):
 def test_overview_and_help(capsys):
     for words in (["train"], ["train", "--help"]):
         status, out, _ = call(capsys, *words)
-        assert status == 0 and all(task in out for task in RECIPES)
+        assert status == 0 and all(task in out for task in summaries("train"))
     for task in TASKS:
         status, out, _ = call(capsys, "train", task, "--help")
         assert status == 0 and f"smidgen train {task}" in out and "--max-train-steps" in out
@@ -77,7 +77,7 @@ def test_data_of_your_own_and_flags_over_the_config(capsys, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("words, message", [
-    (["train", "text-clasification"], "There is no recipe 'text-clasification'. Did you mean 'text-classification'"),
+    (["train", "text-clasification"], "There is no command 'train text-clasification'. Did you mean 'text-classification'"),
     (["train", "text-classification"], "Which data?"),
     (["train", "text-classification", "nothing.csv", "--model", "debug-text"], "There is no data at nothing.csv"),
     (["train", "instruction", "x", "--preset", "debugg"], "Did you mean 'debug'?"),
