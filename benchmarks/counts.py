@@ -1,4 +1,4 @@
-"""Trained numbers against the published ones: every row of the fact sheets' "Parameter counts" tables.
+"""Trained numbers against the published ones: every count that the papers print.
 
 python -m benchmarks.counts        (half a minute; no weights, no network; also writes docs/counts.md)
 
@@ -24,9 +24,9 @@ FIVE = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a sheet; ``per_matrix`` names a number that may be trained once a matrix besides."""
+    """One figure of a paper; ``per_matrix`` names a number that may be trained once a matrix besides."""
 
-    sheet: str
+    paper: str
     label: str
     count: Count
     published: str | None = None
@@ -46,7 +46,7 @@ class Result:
     @property
     def key(self) -> str:
         """Name among the figures."""
-        return re.sub(r"[^a-z0-9.()*,+]+", "_", f"{self.row.sheet} {self.row.count.model} {self.row.label}".lower())
+        return re.sub(r"[^a-z0-9.()*,+]+", "_", f"{self.row.paper} {self.row.count.model} {self.row.label}".lower())
 
 
 # ---- the published tables ------------------------------------------------------------------------------------------
@@ -259,13 +259,13 @@ def page(results: list[Result]) -> str:
         "",
         f"Of {told} comparisons with a printed figure {told - wrong} agree: our count rounds to what is printed,",
         f"in {added} of them only with one more trained number a matrix. {wrong} do not agree. A printed figure that",
-        "can be read in two ways has a row for each. The sizes of autoencoders and hypernetworks on the difflora sheet",
+        "can be read in two ways has a row for each. The sizes of DiffLoRA's autoencoders and hypernetworks",
         "are no adapters and are left out.",
     ]
-    for sheet in dict.fromkeys(r.row.sheet for r in results):
-        lines += ["", f"## {sheet}", "", "| model | config | counted by | our count | published | verdict | reason |"]
+    for paper in dict.fromkeys(r.row.paper for r in results):
+        lines += ["", f"## {paper}", "", "| model | config | counted by | our count | published | verdict | reason |"]
         lines += ["|---|---|---|---:|---:|---|---|"]
-        lines += [_line(r) for r in results if r.row.sheet == sheet]
+        lines += [_line(r) for r in results if r.row.paper == paper]
     return "\n".join(lines) + "\n"
 
 

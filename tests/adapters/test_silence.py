@@ -1,4 +1,4 @@
-"""Silence is the enemy: every damage of users.md section 1, and more, is a clear error that changes nothing."""
+"""Silence is the enemy: every damage to a file, a config or a base is a clear error that changes nothing."""
 
 from __future__ import annotations
 

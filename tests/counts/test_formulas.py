@@ -1,4 +1,4 @@
-"""The formulas of design.md, as properties of every member and of smidgen.count over any shape."""
+"""The formulas of docs/methods.md, as properties of every member and of smidgen.count over any shape."""
 
 from math import prod
 

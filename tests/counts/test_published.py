@@ -1,4 +1,4 @@
-"""Published counts, written down a second time from the fact sheets: what agrees, what disagrees and by what."""
+"""Published counts, written down a second time from the papers: what agrees, what disagrees and by what."""
 
 import re
 
@@ -8,7 +8,7 @@ from benchmarks.counts import PAGE, ROWS, figures, judge, page, printed
 
 AGREES = "agrees"
 
-# (sheet, model, config) -> count of the sheet; the printed figure rounds to it.
+# (paper, model, config) -> count of the paper; the printed figure rounds to it.
 AGREEING = {
     ("tlora", "sd15", "LoRA r4"): 797_184,
     ("tlora", "sd15", "DoRA r4"): 897_024,
@@ -36,12 +36,12 @@ AGREEING = {
     ("difflora", "sdxl", "LoRA r8"): 11_612_160,
     ("difflora", "sd15", "LoRA r1, to_q to_v"): 99_648,
 }
-# The same, where one more number a matrix is needed: count of the sheet -> printed.
+# The same, where one more number a matrix is needed: count of the paper -> printed.
 AGREEING_WITH_ONE_MORE = {
     ("loldu", "vit-base", "LoLDU r768"): (18_432, 18_456),
     ("svfit", "vit-base", "SVFT-Plain"): (18_432, 18_500),
 }
-# Count of the sheet -> printed: these differ, and the page must say so.
+# Count of the paper -> printed: these differ, and the page must say so.
 DISAGREEING = {
     ("tlora", "sd15", "OFT 32 blocks, input side"): (1_406_784, 1_500_000),
     ("tlora", "sd15", "BOFT(2,2)"): (497_664, 2_410_000),
@@ -60,7 +60,7 @@ DISAGREEING = {
     ("svfit", "llama3-8b", "SVFT-Plain, 5 linears"): (458_752, 480_000),
     ("svfit", "vit-large", "size called ViT's"): (303_301_632, 354_000_000),
 }
-# Counts of the sheets without a printed figure.
+# Counts of the papers without a printed figure.
 NOT_PRINTED = {
     ("tlora", "sdxl", "LoRA r1"): 1_451_520,
     ("tlora", "sdxl", "TLoRA*(1,1)"): 1_697_040,
@@ -89,7 +89,7 @@ NOT_PRINTED = {
     ("difflora", "sdxl", "LoRA r1"): 1_451_520,
     ("difflora", "sdxl", "LoRA r4"): 5_806_080,
 }
-BY_KEY = {(row.sheet, row.count.model, row.label): row for row in ROWS}
+BY_KEY = {(row.paper, row.count.model, row.label): row for row in ROWS}
 
 
 @pytest.mark.parametrize("key", AGREEING, ids=" ".join)

@@ -1,4 +1,4 @@
-"""Every law for every member, pair, named method and variant on every layer kind (design.md, "The laws")."""
+"""Every law for every member, pair, named method and variant on every layer kind."""
 
 from __future__ import annotations
 

@@ -191,9 +191,9 @@ def recast(w, kind):
     ids=["fp16", "bf16", "int8"],
 )
 def test_stored_pivots_survive_a_recast_base(kind, worst, r):
-    """Sheet loldu.md 6.1, unit atoms: worst update error with stored pivots (bf16 .034, int8 .147 at r = 384).
+    """Unit atoms: worst update error with stored pivots (bf16 .034, int8 .147 at r = 384).
 
-    Recomputed pivots make another adapter of it on bf16 and int8 (the sheet: up to 1.5).
+    Recomputed pivots make another adapter of it on bf16 and int8 (errors up to 1.5).
     """
     stored, recomputed = [], []
     for i, w in enumerate(minilm_attention()):

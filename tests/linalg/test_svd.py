@@ -164,8 +164,8 @@ def test_energy_rank_is_the_least_and_monotone(norm):
     assert power[:r].sum() >= 0.9 * power.sum() > power[: r - 1].sum()
 
 
-def test_energy_rank_of_the_sheet():
-    """exp(-i/96) at d = 768: 222 singular values hold 99 % of sigma^2, 439 hold 99 % of sigma (sheet, section 3)."""
+def test_energy_rank_of_an_exponential_spectrum():
+    """exp(-i/96) at d = 768: 222 singular values hold 99 % of sigma^2, 439 hold 99 % of sigma."""
     s = torch.exp(-torch.arange(768, dtype=torch.float64) / 96)
     assert energy_rank(s, 0.99) == 222
     assert abs(energy_rank(s, 0.99, "sigma") - 439) <= 1

@@ -3,7 +3,7 @@
 LoLDU (arXiv 2410.13618): W = P L D U with partial pivoting; the first r diagonal entries train. delta = z - z0 from
 zero is the same function for every identity-preserving start of the paper. Trained: delta [r]. Count: min(r, rows,
 cols). Stored besides: the first r pivot rows, 2 bytes each (4 above 65,535 rows); with them the factors survive a
-re-cast base, without them a bf16 copy gives unrelated ones (sheet, section 6.1).
+re-cast base, without them a bf16 copy gives unrelated ones (docs/speed.md).
 ``atoms="unit"`` (default) gives every direction norm one, so one learning rate suits all; ``"raw"`` is the paper's.
 """
 

@@ -1,7 +1,6 @@
 """The diffusion over latents: noising, what the transformer answers, and sampling by diffusers' schedulers.
 
-x0 and v prediction: T = 1000 steps of linear betas 1e-4 .. 2e-2 (the adopted reading, fact sheet section 2d), sampled by
-DDIM. ``flow``: x_s = (1 - s) x_0 + s noise, answer noise - x_0 (rectified flow), sampled by Euler steps.
+x0 and v prediction: T = 1000 steps of linear betas 1e-4 .. 2e-2 (DDPM, arXiv 2006.11239, section 4), sampled by DDIM. ``flow``: x_s = (1 - s) x_0 + s noise, answer noise - x_0 (rectified flow), sampled by Euler steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Mixed image features: what two frozen encoders see of a person's photos, fused by a gate into one condition.
 
 DiffLoRA (arXiv 2408.06740, figure 5): f' = MLP_f(face), g' = MLP_g(image), (a, b) = Gate([face; image]),
-mixed = a f' + b g'; the adopted reading is a softmax over the two (fact sheet, section 2c). Several photos: the mean.
+mixed = a f' + b g', with a softmax over the two, which the paper leaves open. Several photos: the mean.
 """
 
 from __future__ import annotations

@@ -136,11 +136,3 @@ def diffusers_lora(layout: Layout, row: Tensor, component: str) -> bytes:
         tensors[f"{component}.{a.key}.lora_A.weight"] = row[a.columns].reshape(a.shape).contiguous()
         tensors[f"{component}.{b.key}.lora_B.weight"] = (b.scale * row[b.columns].reshape(b.shape)).contiguous()
     return save(tensors)
-
-
-def digest_of(*paths: Path) -> str:
-    """SHA-256 of the files' contents, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -7,8 +7,8 @@ start. The canonical pair follows from the product alone:
     B' = Qb U sqrt(S) G,  A' = G sqrt(S) V^T Qa^T
 
 with the scale s (alpha / r) folded into S and G a diagonal of signs that turns each component towards a reference
-adapter. A sign rule of its own, such as "largest entry positive", flips between neighbours and destroys the signal
-(DiffLoRA sheet, section 9). Worked out in fp64; the dense product is never formed.
+adapter. A sign rule of its own, such as "largest entry positive", flips between neighbours and destroys the signal.
+Worked out in fp64; the dense product is never formed.
 """
 
 from __future__ import annotations

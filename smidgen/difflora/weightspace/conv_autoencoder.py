@@ -1,7 +1,7 @@
 """The paper's LoRA-weight autoencoder (LAE): a row as a signal of one channel through strided 1-D convolutions.
 
 DiffLoRA (arXiv 2408.06740): "1-D convolutions ... reconstruction loss and weight-preserve loss". Sizes are not
-published; the form follows the authors' prototype as the fact sheet reads it (section 2b): Conv1d stages with
+published; the form follows the authors' prototype: Conv1d stages with
 InstanceNorm and LeakyReLU, a tanh latent with noise, clamped to [-1, 1].
 
     size -> padded to length x stride^stages -> latent [latent_channels, length]

@@ -37,7 +37,7 @@ def reconstruction_loss(
 ) -> Tensor:
     """MSE(w, v) + weight * sum m (w - v)^2 / sum m, the mean over rows [n, size]; ``weight`` 0 is the plain MSE.
 
-    DiffLoRA's weight-preserve loss in the adopted reading (fact sheet, section 2b).
+    DiffLoRA (arXiv 2408.06740) names a weight-preserve loss and does not write it down; this is one reading of it.
     """
     errors = (rows - found).square()
     loss = errors.mean(-1)

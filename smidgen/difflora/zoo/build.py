@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from smidgen.difflora.zoo.group import Job, Person, build_group, trainer
@@ -25,7 +24,7 @@ from smidgen.difflora.zoo.store import DESCRIPTION, Zoo
 from smidgen.difflora.zoo.subjects import Subject, make_subjects, read_pictures, read_subjects
 from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
 from smidgen.training.interrupts import TrainingInterrupted
-from smidgen.training.settings import from_dict, to_dict
+from smidgen.training.settings import to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +77,6 @@ def open_zoo(config: ZooConfig) -> Zoo:
 def settings_of(config: ZooConfig) -> dict[str, Any]:
     """What decides the zoo's bytes, as JSON; where it lies and what it costs does not."""
     return {name: value for name, value in to_dict(config).items() if name not in ("out", "gradient_checkpointing")}
-
-
-def config_of(folder: Path) -> ZooConfig:
-    """The config that the zoo in ``folder`` is built with; ConfigError for one that was imported."""
-    settings = Zoo(folder).settings
-    if "train" not in settings:
-        raise ConfigError(f"{folder} was imported, so there is nothing to build in it.")
-    return from_dict(ZooConfig, settings | {"out": folder})
 
 
 def job_of(config: ZooConfig, zoo: Zoo, people: Sequence[Subject], group: int, keep_work: bool) -> Job:

@@ -19,8 +19,6 @@ from smidgen.tasks.diffusion.gallery import answer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BETTER = {"iou": "up", "f1": "up", "f1_1px": "up", "miou": "up", "aacc": "up", "landmarks": "down"}
-
 
 def draw_controlled(
     base: ImageBase,
