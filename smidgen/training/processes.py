@@ -1,14 +1,16 @@
 """accelerate, set up for one run, and what its processes must agree on."""
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from smidgen.errors import ConfigError, MissingExtraError
+from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
 from smidgen.training.checkpoints import CheckpointStore
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # set by accelerate launch
@@ -129,8 +131,12 @@ def _check_whole() -> None:
             )
 
 
-def open_folder(out: Path, resume: str | None, overwrite: bool, *inner: Path) -> Path:
-    """The folder of a run, with ``inner`` ones whose checkpoints go with it.
+@contextmanager
+def run_folder(
+    out: Path, resume: str | None, overwrite: bool, *inner: Path, keep: Sequence[str] = ()
+) -> Iterator[Path]:
+    """The folder of a run, with ``inner`` ones whose checkpoints go with it. When the block is refused before its first
+    checkpoint, what it wrote is taken away again, but for the names in ``keep``.
 
     Raises:
         ConfigError: an earlier run is in it, and this one is neither to resume nor to overwrite it.
@@ -145,5 +151,17 @@ def open_folder(out: Path, resume: str | None, overwrite: bool, *inner: Path) ->
             f"{out} already holds checkpoint-{store.steps()[-1]}. Go on with --resume-from-checkpoint latest, "
             "start again with --overwrite, or choose another --out."
         )
+    there = {*keep, *(path.name for path in out.iterdir())} if out.is_dir() else {*keep}
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
-    return out
+    try:
+        yield out
+    except SmidgenError:
+        if is_main() and not any(store.steps()):  # checkpoint-0 is of before any step
+            for path in out.iterdir():
+                if path.name not in there:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in made:
+                with suppress(OSError):  # what is kept, or another's
+                    folder.rmdir()
+        raise

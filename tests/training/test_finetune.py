@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import smidgen
 from smidgen.bases.packaged import debug
 from smidgen.bases.transformers import Head, load_classifier
-from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
+from smidgen.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
 from smidgen.tasks.finetune.settings import Adapter
 from smidgen.tasks.image_classification import recipe as image_classification
 from smidgen.tasks.instruction import recipe as instruction
@@ -289,6 +289,29 @@ def test_what_is_left_behind_can_be_read(tmp_path):
     assert set(saved["scores"]) == {"base", "test", "validation"} and saved["coverage"]["entries"]
     text = (tmp_path / "out" / "README.md").read_text() + (tmp_path / "out" / "adapter_config.json").read_text()
     assert str(tmp_path) not in text and "/root" not in text and report.table() in text and "## What it covers" in text
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("why", ["no such layer", "not reached"])
+def test_nothing_is_left_of_a_run_refused_before_its_first_step(tmp_path, monkeypatch, kind, why):
+    made = config(kind, tmp_path / "above" / "out")
+    made = replace(made, train=replace(made.train, eval_steps=2))  # which writes checkpoint-0
+    if why == "no such layer":
+        made = replace(made, adapter=replace(made.adapter, target_modules=("nothing",)))
+    else:
+
+        def refuse(self):
+            raise TrainingError("not reached")
+
+        monkeypatch.setattr("smidgen.training.reach.Reach.check", refuse)
+    with pytest.raises((TrainingError, TargetError)):
+        run(kind, made)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "above" / "out").mkdir(parents=True)
+    (tmp_path / "above" / "out" / "mine.txt").write_text("mine")
+    with pytest.raises((TrainingError, TargetError)):
+        run(kind, made)
+    assert [path.name for path in (tmp_path / "above" / "out").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(

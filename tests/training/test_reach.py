@@ -244,3 +244,14 @@ def test_what_another_process_calls_is_called(tmp_path, monkeypatch):
     monkeypatch.setattr(reach, "gathered", lambda accelerator, values: [values, [1.0] * len(values)])
     with pytest.raises(TrainingError, match=r"called, but the loss does not depend on the output: 'pooler'"):
         found.check()
+
+
+def test_a_bank_is_watched_too(tmp_path):
+    model = smidgen.adapt(Net(), "lora", r=2, target_modules=["0", "1", "2", "pooler"])
+    model.requires_grad_(False)
+    bank = smidgen.Bank(model, smidgen.config("lora", r=2, target_modules=["0", "1", "2", "pooler"]), ["a", "b"])
+    bank.start(["a", "b"])
+    parameters = [parameter.requires_grad_(True) for parameter in bank.parameters()]
+    groups = [{"params": parameters, "lr": 0.01}]
+    with bank.rows(["a", "a", "b", "b"]), pytest.raises(TrainingError, match=r"1 of 4 trained layers.*'pooler'"):
+        train(Rows(), model, groups, LOOP, tmp_path, progress=False)

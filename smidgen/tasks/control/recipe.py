@@ -32,7 +32,7 @@ from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
 from smidgen.training.fitting import Fitted, Rates, fit, prove
-from smidgen.training.processes import is_main, open_folder
+from smidgen.training.processes import is_main, run_folder
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, flat
 
@@ -63,12 +63,12 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     seen, held_out = pairs.split(data.num_held_out)
     made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
 
-    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
-    if is_main():
-        replace_file(out / "config.yaml", dump_yaml(config))
-        replace_file(out / hint.FILE, hint.dump_config(made))
-    identity, scenes = _identity(config, base, pairs), _scenes(config, base, held_out, resolution)
-    fitted = _fit(config, base, seen, made, rate, (scenes, held_out), identity, progress)
+    with run_folder(config.out, config.resume_from_checkpoint, config.overwrite) as out:
+        if is_main():
+            replace_file(out / "config.yaml", dump_yaml(config))
+            replace_file(out / hint.FILE, hint.dump_config(made))
+        identity, scenes = _identity(config, base, pairs), _scenes(config, base, held_out, resolution)
+        fitted = _fit(config, base, seen, made, rate, (scenes, held_out), identity, progress)
     if not is_main():
         return None
 

@@ -23,7 +23,7 @@ from smidgen.tasks.finetune.report import FinetuneReport, card
 from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
-from smidgen.training.processes import is_main, open_folder
+from smidgen.training.processes import is_main, run_folder
 from smidgen.training.settings import dump_yaml, flat
 
 logger = logging.getLogger(__name__)
@@ -73,15 +73,15 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     rate = rates(chosen, prepared.family)
     config_of_peft = _setup(config, prepared)
     identity = _identity(config, prepared, rate)
-    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite)
-    if is_main():
-        for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
-            replace_file(out / name, content)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
-    options |= {"heads": prepared.heads, "resume": config.resume_from_checkpoint}
-    fitted = fit(chosen.method, model, prepared.task, config_of_peft, rate, config.train, out, **options)
+    with run_folder(config.out, config.resume_from_checkpoint, config.overwrite) as out:
+        if is_main():
+            for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
+                replace_file(out / name, content)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
+        options |= {"heads": prepared.heads, "resume": config.resume_from_checkpoint}
+        fitted = fit(chosen.method, model, prepared.task, config_of_peft, rate, config.train, out, **options)
     if not is_main():
         return None
     _check_learnt(fitted, prepared.task.metric, config)

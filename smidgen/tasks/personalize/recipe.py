@@ -27,11 +27,13 @@ from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encod
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
 from smidgen.tasks.report import Report, card
 from smidgen.training.fitting import Fitted, fit
-from smidgen.training.processes import open_folder
+from smidgen.training.processes import run_folder
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, flat
 
 logger = logging.getLogger(__name__)
+
+CLASS_LATENTS = "class_latents.safetensors"  # a cache: what a refused run drew, the next one need not
 
 
 def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress: bool = True) -> Report:
@@ -52,14 +54,15 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     judge = judge or base.judge()
     scenes, asked = _scenes(config, base, judge, found, resolution)
 
-    out = open_folder(config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora")
-    replace_file(out / "config.yaml", dump_yaml(config))
-    task = _task(config, base, found, captions, resolution)
-    identity = _identity(config, base, found)
-    task.previewer = previewer(base, scenes) if config.train.preview_steps else None
-    base.release_encoders(keep_vae=task.previewer is not None)
+    folders = config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora"
+    with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
+        replace_file(out / "config.yaml", dump_yaml(config))
+        task = _task(config, base, found, captions, resolution)
+        identity = _identity(config, base, found)
+        task.previewer = previewer(base, scenes) if config.train.preview_steps else None
+        base.release_encoders(keep_vae=task.previewer is not None)
 
-    runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
+        runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
     if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
         again = load_base(config.base, config.train.mixed_precision, device)
         runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
@@ -116,7 +119,7 @@ def _task(
     if data.with_prior_preservation:
         about = [data.class_prompt] if data.class_prompt else found.captions
         prompts = [about[number % len(about)] for number in range(data.num_class_images)]
-        cache = config.out / "class_latents.safetensors"
+        cache = config.out / CLASS_LATENTS
         drawing = {**_sampling(config, base), "seed": config.train.seed}
         prior = encode_prior(base, prompts, resolution, cache, key=base.fingerprint(), **drawing)
     return PersonalizeTask(
