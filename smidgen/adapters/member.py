@@ -101,7 +101,7 @@ class Residual(Member):
     """D of ``W' = W T + D``: an additive update, zero at the start."""
 
     diagonal_between: ClassVar[bool] = False  # a trained diagonal between two frozen factors
-    stacks: ClassVar[bool] = False  # ``factors`` takes trained numbers with a leading axis [adapters, ...] just as well
+    stacks: ClassVar[bool] = False  # ``factors`` takes trained numbers with a leading axis too; see :meth:`stacked`
 
     def __init__(self, rows: int, cols: int) -> None:
         self.rows, self.cols = rows, cols
@@ -109,6 +109,21 @@ class Residual(Member):
     @abstractmethod
     def factors(self, tensors: Tensors) -> Factors:
         """D as a product of factors; ``tensors`` holds trained numbers, pins, constants and frozen factors by name."""
+
+    def stacked(self, factors: Factors) -> Factors:
+        """What :meth:`factors` made of trained numbers [adapters, ...]: the diagonal alone leads with the adapters, between
+        an up and a down that all share, or there is none and up and down both lead.
+
+        Raises:
+            ConfigError: anything else, which ``stacks`` does not allow.
+        """
+        axes = 3 if factors.diagonal is None else 2
+        if not factors.up.dim() == factors.down.dim() == axes:
+            raise ConfigError(
+                f"Residual {self.name!r} says that it stacks, but its up has {factors.up.dim()} axes and its down "
+                f"{factors.down.dim()}, not {axes} each {'without' if axes == 3 else 'with'} a diagonal; leave stacks out."
+            )
+        return factors
 
 
 def scale_of(alpha: float | None, rank: int, scaling: str) -> float:

@@ -8,6 +8,7 @@ import torch
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.member import Factors
 from smidgen.adapters.methods import KINDS, METHODS, known_methods, learning_rates
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
@@ -82,6 +83,13 @@ def test_frozen_matrices_are_shared_and_in_no_file(tmp_path):
     assert len(held) == 4 and len({t.data_ptr() for t in held}) == 1
     folder = smidgen.save(model, tmp_path)
     assert sum(f.stat().st_size for f in folder.iterdir()) < 4 * 4 * (200 + 16) + 3000  # A and B alone are 25 kB
+
+
+def test_a_residual_that_wrongly_says_it_stacks_is_named(monkeypatch):
+    monkeypatch.setattr(Vera, "stacks", True)
+    monkeypatch.setattr(Vera, "factors", lambda _, t: Factors(t["b"][..., None] * t["B"], t["d"], t["A"]))
+    with pytest.raises(smidgen.ConfigError, match="'vera' says that it stacks, but its up has 3 axes and its down 2"):
+        testing.check(smidgen.config("vera", r=6), ["linear"], ["bank"])
 
 
 def test_training_uses_all_of_monarch():

@@ -371,6 +371,7 @@ def test_private_names() -> None:
         (peft.mapping, "PEFT_TYPE_TO_PREFIX_MAPPING"),
         (tuners_utils, "check_adapters_to_merge"),
         (tuners_utils.BaseTuner, "_prepare_model"),
+        (tuners_utils.BaseTuner, "uses_shared_state"),
         (tuners_utils.BaseTuner, "_create_and_replace"),
         (tuners_utils.BaseTuner, "_replace_module"),
         (tuners_utils.BaseTuner, "_check_target_module_exists"),

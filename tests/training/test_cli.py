@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from smidgen import cli
+import smidgen
+from smidgen import cli, testing
 from smidgen.cli.table import COMMANDS, GROUPS, summaries
 from smidgen.tasks.personalize import recipe
 from smidgen.training.interrupts import TrainingInterrupted
@@ -105,6 +107,47 @@ def test_verify_and_inspect(trained, sd, sdxl, capsys):
         and "base lock:" in out
         and "weights adapted" in out
     )
+
+
+def test_a_pipeline_s_text_encoder_comes_back_too(sd, capsys, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd)
+    smidgen.adapt(pipe.text_encoder, "lora", r=2, target_modules=["q_proj", "v_proj"])
+    testing.perturb(pipe.text_encoder, 1, 1.0)
+    smidgen.adapt(pipe, "svfit", r=2, target_modules=["to_q"])
+    testing.perturb(pipe.unet, 1, 1.0)
+    both = smidgen.save(pipe, tmp_path / "both")
+    alone = smidgen.save(pipe.unet, tmp_path / "alone")
+    words = ("--base", sd, "--prompt", "a red house", "--steps", 2)
+    for folder in (both, alone):
+        assert call(capsys, "generate", folder, *words, "--out", tmp_path / f"{folder.name}.png")[0] == 0
+    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "alone.png").read_bytes()
+    status, out, _ = call(capsys, "verify", both, "--base", sd)
+    assert status == 0 and "denoiser: adapter is ON" in out and "text_encoder: adapter is ON" in out
+
+
+def test_peft_s_own_adapter_is_verified_and_has_a_strength(sd, capsys, tmp_path):
+    import peft
+    from diffusers import StableDiffusionPipeline
+
+    unet = StableDiffusionPipeline.from_pretrained(sd).unet
+    smidgen.adapt(unet, peft.LoraConfig(r=2, target_modules=["to_q"]))
+    words = ("--base", sd, "--prompt", "a red house", "--steps", 2)
+    status, out, _ = call(capsys, "verify", smidgen.save(unet, tmp_path / "start"), "--base", sd)
+    assert status == 2 and "adapter is OFF" in out  # B is still zero
+    with torch.no_grad():
+        for name, p in unet.named_parameters():
+            if "lora_B" in name:
+                p += torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    folder = smidgen.save(unet, tmp_path / "trained")
+    assert call(capsys, "verify", folder, "--base", sd)[0] == 0
+    for strength in (1, 0):
+        assert (
+            call(capsys, "generate", folder, *words, "--strength", strength, "--out", tmp_path / f"{strength}.png")[0]
+            == 0
+        )
+    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "0.png").read_bytes()
 
 
 def test_methods_and_config(capsys, tmp_path):

@@ -170,7 +170,7 @@ class ShiftLayer(nn.Module):
             return y.index_add(0, rows, self.kind.output_shift(factors, x[rows], self.base_layer).to(y.dtype))
         assert term.trained is not None and slot.residual is not None
         if isinstance(self.kind, LinearKind) and slot.residual.stacks:
-            up, diagonal, down = slot.factors(term.trained)
+            up, diagonal, down = slot.residual.stacked(slot.factors(term.trained))
             if diagonal is None:
                 up = rows.weighed(up)
             else:
