@@ -21,7 +21,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,7 +67,7 @@ class Block:
     heads: Mapping[nn.Module, Mapping[int, Tensors]]
     last: Call | None = None
     several: bool = False  # calls of different shapes were made in it
-    made: dict[tuple[Any, ...], Rows] = field(default_factory=dict)
+    made: dict[tuple[Any, ...], list[Rows]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -180,32 +181,39 @@ class Call:
 
     def rows(self, block: Block, layer: nn.Module, x: Tensor) -> list[Rows]:
         """The rows of a layer's input through the adapters of a block."""
-        copies, repeats, packed = self.fit(block)
-        batch = block.size * copies * repeats
-        ways = _ways(_known(layer, self.module), x, batch, packed)
-        if len(ways) != 1 and not bool(x.any()):
-            return []  # no adapter moves zeros
+        copies, repeats, packed = fit = self.fit(block)
+        key = (layer, layer is self.module, x.shape, fit)
+        if key in block.made:
+            return block.made[key]
+        batch, known = block.size * copies * repeats, _known(layer, self.module)
+        ways = _ways(known, x, batch, packed)
         if len(ways) != 1:
-            raise SmidgenError(_no_rule(block.names.get(layer, "a layer"), _known(layer, self.module), x, batch, ways))
+            if not bool(x.any()):
+                return []  # no adapter moves zeros
+            raise SmidgenError(_no_rule(block.names.get(layer, "a layer"), known, x, batch, ways))
         kind, times = ways.pop()
-        key = (copies, repeats, kind, times)
-        made = []
-        for number, lane in enumerate(block.lanes):
-            if (*key, number) not in block.made:
-                own = lane.repeated(repeats).stacked(copies)
-                own = own.stacked(times) if kind == COPIES else own.repeated(times)
-                if kind == SECOND:
-                    own = Rows(own.index, own.length, own.weight, own.whole, axis=1)
-                block.made[(*key, number)] = own
-            made.append(block.made[(*key, number)])
-        return made
+        lanes = [lane.repeated(repeats).stacked(copies) for lane in block.lanes]
+        lanes = [lane.stacked(times) if kind == COPIES else lane.repeated(times) for lane in lanes]
+        block.made[key] = [replace(lane, axis=1) for lane in lanes] if kind == SECOND else lanes
+        return block.made[key]
+
+
+def _eager(function: Any) -> Any:
+    """Left out of compiled graphs; torch's own decorator alone costs as much as a small product at every call."""
+    outside = torch.compiler.disable(function)
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
 
 
 _CALL: ContextVar[Call | None] = ContextVar("smidgen_bank_call", default=None)
 _PROBE: ContextVar[Probe | None] = ContextVar("smidgen_bank_probe", default=None)
 
 
-@torch.compiler.disable
+@_eager
 def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a module that holds adapted layers: the outermost one fixes the call."""
     probe = _PROBE.get()
@@ -225,11 +233,11 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         fit = call.fit(block)
         block.several |= block.last is not None and block.last.fit(block) != fit
         block.last = call
-        if not block.constant:
-            _learn(call, block.size * fit[0] * fit[1], fit[2])
+        if not block.constant and _learn(call, block.size * fit[0] * fit[1], fit[2]):
+            block.made.clear()
 
 
-@torch.compiler.disable
+@_eager
 def leave(module: nn.Module, args: Any, output: Any) -> None:
     """After it, errors included."""
     probe = _PROBE.get()
@@ -241,7 +249,7 @@ def leave(module: nn.Module, args: Any, output: Any) -> None:
             call.args, call.kwargs = (), {}  # type: ignore[union-attr]
 
 
-@torch.compiler.disable
+@_eager
 def terms(layer: ShiftLayer, x: Tensor) -> list[Term] | None:
     """What the open banks put on a layer: None when no block is open that knows the layer, [] for the base alone."""
     probe = _PROBE.get()
@@ -371,21 +379,22 @@ def _no_rule(name: str, known: Known, x: Tensor, batch: int, ways: set[tuple[str
     )
 
 
-def _learn(call: Call, batch: int, packed: bool) -> None:
-    """Tests the module of a call with inputs of this form, once."""
+def _learn(call: Call, batch: int, packed: bool) -> bool:
+    """Tests the module of a call with inputs of this form, once; whether it did."""
     module, main = call.module, call.main
     assert main is not None
     key = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]), *sorted(call.kwargs))
     if isinstance(module, ShiftLayer) or key in _TESTED.get(module, ()):
-        return
+        return False
     with _LOCK:
         if key in _TESTED.get(module, ()):
-            return
+            return False
         for layer, known in _test(call, batch, packed).items():
             before = _KNOWN.get(layer, Known())
             both = before.kinds & known.kinds
             _KNOWN[layer] = Known(both, before.why or known.why if not both else "")
         _TESTED.setdefault(module, set()).add(key)
+    return True
 
 
 class Probe:
