@@ -73,8 +73,10 @@ class LinearKind:
                 return LowRankShift.apply(y, x, up, down)  # type: ignore[no-any-return]
             hidden = (x @ down.mT).unflatten(0, (len(factors.diagonal), -1))  # [runs, rows, ..., k]
             diagonal = factors.diagonal.to(y.dtype).unflatten(0, (-1, *[1] * (hidden.dim() - 2)))
-            scaled = hidden * diagonal
-            return y + scaled.flatten(0, 1) @ up.mT
+            scaled = (hidden * diagonal).flatten(0, 1)
+            if not y.is_contiguous():
+                return y + scaled @ up.mT
+            return torch.addmm(y.flatten(0, -2), scaled.flatten(0, -2), up.mT).view(y.shape)
 
     @staticmethod
     def _hidden(factors: Factors, x: Tensor) -> Tensor:
