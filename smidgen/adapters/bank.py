@@ -79,6 +79,7 @@ class Bank:
         self._wrappers = {name.removeprefix(_WRAP): head for name, head in saved_modules(model).items()}
         self._heads: dict[nn.Module, dict[int, dict[str, Tensor]]] = {head: {} for head in self._wrappers.values()}
         self._named = {module: name for name, module in (*self.layers.items(), *self._wrappers.items())}
+        self._tested: set[tuple[Any, ...]] = set()
         self._locks: set[str] = set()  # base locks of files that were found to be this model's
         self._model = weakref.ref(model)
         handles = [handle for module in _around(model, self._named) for handle in _watch(module)]
@@ -286,7 +287,7 @@ class Bank:
         if not self._off.alive:
             raise SmidgenError("This bank was removed from its model.")
         scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
-        return calls.opened(calls.Block(self._on, self._named, lanes, stacks, held, scaling, heads))
+        return calls.opened(calls.Block(self._on, self._named, lanes, stacks, held, scaling, heads, self._tested))
 
     def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
         """Number of adapters that ``tensors`` hold."""

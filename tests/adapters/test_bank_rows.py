@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
 from smidgen.errors import SmidgenError
+from tests.training import tiny
 
 NAMES = ["a", None, "b"]
 MEMBERS = ["lora", "svfit", "loldu", "oft", "tlora(2,2)", "tlora_star"]
@@ -508,3 +509,44 @@ def test_a_compiled_model() -> None:
                 testing.close(found[i], wanted[name][i], f"row {i}, {name!r}")
         smidgen.set_active(model, "b")
         testing.close(compiled(frames()), wanted["b"], "outside of the block")
+
+
+# ---- diffusers' own pipelines ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    folder = tiny.sd_folder(tmp_path_factory.mktemp("sd"))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("method", ["lora", "tlora_star"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("pictures_each", [1, 2])
+def test_a_whole_pipeline(pipeline: Any, method: str, guidance: float, pictures_each: int) -> None:
+    for name in list(getattr(pipeline.unet, "peft_config", {})):
+        remove(pipeline.unet, name)
+    model, bank = banked(pipeline.unet, method, ["to_q", "to_k", "to_v", "to_out.0"])
+    prompts = ["a red house", "two dogs", "the sea at night"]
+
+    def drawn(prompts: list[str], seeds: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(
+            prompts, num_inference_steps=2, guidance_scale=guidance, num_images_per_prompt=pictures_each,
+            generator=generators, output_type="latent",
+        ).images  # fmt: skip
+
+    seeds = list(range(3 * pictures_each))
+    with bank.rows(NAMES):
+        found = drawn(prompts, seeds).split(pictures_each)
+    for i, name in enumerate(NAMES):
+        own = seeds[i * pictures_each : (i + 1) * pictures_each]
+        wanted = alone(model, name, lambda i=i, own=own: drawn(prompts[i : i + 1], own))
+        testing.close(found[i], wanted, f"picture {i}, adapter {name!r}", factor=50)
+        if name is not None:
+            testing.differs(
+                wanted, alone(model, None, lambda i=i, own=own: drawn(prompts[i : i + 1], own)), "an adapter"
+            )

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Block:
         held: target layer -> tensors in place of the bank's own.
         scaling: target layer -> weight of each adapter [adapters], where one is not 1.
         heads: head -> tensors of each adapter that brought one, by its row in the bank.
+        tested: the bank's (module, form of input) whose rows were looked at.
     """
 
     slots: Mapping[nn.Module, Slot]
@@ -65,6 +66,7 @@ class Block:
     held: Mapping[nn.Module, Tensors] | None
     scaling: Mapping[nn.Module, Tensor]
     heads: Mapping[nn.Module, Mapping[int, Tensors]]
+    tested: set[tuple[Any, ...]]
     last: Call | None = None
     several: bool = False  # calls of different shapes were made in it
     made: dict[tuple[Any, ...], list[Rows]] = field(default_factory=dict)
@@ -233,8 +235,8 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         fit = call.fit(block)
         block.several |= block.last is not None and block.last.fit(block) != fit
         block.last = call
-        if not block.constant and _learn(call, block.size * fit[0] * fit[1], fit[2]):
-            block.made.clear()
+        if not block.constant:
+            _learn(call, block, block.size * fit[0] * fit[1], fit[2])
 
 
 @_eager
@@ -343,7 +345,7 @@ class Known:
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-_TESTED: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+_TESTED: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], WeakSet[nn.Module]]] = WeakKeyDictionary()
 _LOCK = threading.RLock()
 
 
@@ -379,22 +381,23 @@ def _no_rule(name: str, known: Known, x: Tensor, batch: int, ways: set[tuple[str
     )
 
 
-def _learn(call: Call, batch: int, packed: bool) -> bool:
-    """Tests the module of a call with inputs of this form, once; whether it did."""
+def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
+    """Tests the module of a call with inputs of this form, once for the layers of a block."""
     module, main = call.module, call.main
     assert main is not None
     key = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]), *sorted(call.kwargs))
-    if isinstance(module, ShiftLayer) or key in _TESTED.get(module, ()):
-        return False
+    if (module, key) in block.tested or isinstance(module, ShiftLayer):
+        return
     with _LOCK:
-        if key in _TESTED.get(module, ()):
-            return False
-        for layer, known in _test(call, batch, packed).items():
-            before = _KNOWN.get(layer, Known())
-            both = before.kinds & known.kinds
-            _KNOWN[layer] = Known(both, before.why or known.why if not both else "")
-        _TESTED.setdefault(module, set()).add(key)
-    return True
+        seen = _TESTED.setdefault(module, {}).setdefault(key, WeakSet())
+        if not block.names.keys() <= set(seen):
+            for layer, known in _test(call, batch, packed).items():
+                before = _KNOWN.get(layer, Known())
+                both = before.kinds & known.kinds
+                _KNOWN[layer] = Known(both, before.why or known.why if not both else "")
+            seen.update(block.names)
+            block.made.clear()
+        block.tested.add((module, key))
 
 
 class Probe:
