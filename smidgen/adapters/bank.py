@@ -213,7 +213,7 @@ class Bank:
 
     @contextmanager
     def rows(
-        self, names: Sequence[Row], stacks: bool = False, weights: Sequence[float | Sequence[float]] | None = None
+        self, names: Sequence[Row], copies: bool = False, weights: Sequence[float | Sequence[float]] | None = None
     ) -> Iterator[None]:
         """Within: row i of every batch goes through adapter ``names[i]``; None is the base model.
 
@@ -223,7 +223,7 @@ class Bank:
 
         Args:
             names: of members; several at once (a tuple of names) add up.
-            stacks: a call with k times as many rows holds them in k stacked copies, as guidance stacks the batch.
+            copies: a call with k times as many rows holds them in k stacked copies, as guidance stacks the batch.
             weights: of each row's adapter, or of each adapter of each row; on top of its own strength.
         """
         many = [(name,) if isinstance(name, str) or name is None else tuple(name) for name in names]
@@ -241,7 +241,7 @@ class Bank:
             Rows.of([own[k] if k < len(own) else -1 for own in indices], [w[k] if k < len(w) else 1.0 for w in each])
             for k in range(width)
         ]
-        with self._opened(lanes, stacks, None):
+        with self._opened(lanes, copies, None):
             yield
 
     @contextmanager
@@ -249,7 +249,7 @@ class Bank:
         self,
         tensors: Mapping[str, Mapping[str, Tensor]],
         rows: Sequence[int | None] | None = None,
-        stacks: bool = False,
+        copies: bool = False,
     ) -> Iterator[None]:
         """Within: row i of every batch goes through adapter ``rows[i]`` of ``tensors`` instead of the bank's own.
 
@@ -260,7 +260,7 @@ class Bank:
             tensors: target -> name -> tensor [G, *shape], all trained tensors of all layers, G any number
                 (``Layout.unpack`` of rows [G, parameters] gives these).
             rows: of 0 .. G-1, None or -1 for the base model; each of the G once in order when left out.
-            stacks: as in :meth:`rows`.
+            copies: as in :meth:`rows`.
 
         Raises:
             SmidgenError: a target or tensor is missing, unknown or of another shape, or there is no such row.
@@ -280,14 +280,14 @@ class Bank:
                     f"There is no row {row}: the tensors hold rows 0 to {count - 1}, -1 is the base model."
                 )
         held: dict[nn.Module, Any] = {layer: tensors[target] for target, layer in self.layers.items()}
-        with self._opened([Rows.of(indices)], stacks, held):
+        with self._opened([Rows.of(indices)], copies, held):
             yield
 
-    def _opened(self, lanes: list[Rows], stacks: bool, held: Mapping[nn.Module, Any] | None) -> Any:
+    def _opened(self, lanes: list[Rows], copies: bool, held: Mapping[nn.Module, Any] | None) -> Any:
         if not self._off.alive:
             raise SmidgenError("This bank was removed from its model.")
         scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
-        return calls.opened(calls.Block(self._on, self._named, lanes, stacks, held, scaling, heads, self._tested))
+        return calls.opened(calls.Block(self._on, self._named, lanes, copies, held, scaling, heads, self._tested))
 
     def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
         """Number of adapters that ``tensors`` hold."""

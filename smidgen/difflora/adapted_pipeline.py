@@ -112,7 +112,7 @@ class AdaptedPipeline:
             tensors = layout.unpack(rows.to(self.base.device))
             for at in range(0, len(pairs), batch):
                 own, shown = zip(*pairs[at : at + batch], strict=True)
-                with bank.holding(tensors, own, stacks=True) if len(rows) else bank.rows(own):
+                with bank.holding(tensors, own, copies=True) if len(rows) else bank.rows(own):
                     seeds = [scenes.seeds[scene] for scene in shown]
                     latents = self.base.draw_latents(prompts[list(shown)], seeds, batch=batch, **options)
                 images += self.base.decode(latents, batch)

@@ -45,7 +45,7 @@ def test_a_bank_filled_from_other_models(method: str) -> None:
 def test_a_batch_of_several_halves_repeats_the_names() -> None:
     model, outputs, bank = zoo("svfit", ["a", "b"])
     x = inputs(rows=2)
-    with bank.rows(["b", "a"], stacks=True):
+    with bank.rows(["b", "a"], copies=True):
         found = model(torch.cat([x, x]))
     wanted = torch.stack([outputs["b"][0], outputs["a"][1]])
     testing.close(found, torch.cat([wanted, wanted]), "two halves")
@@ -61,7 +61,7 @@ def test_runs_of_rows_through_one_adapter(method: str, rows: list[str | None]) -
     model, _, bank = zoo(method, ["a", "b"])
     alone = {None: Net()} | {n: trained(method, seed=i, net=Net()) for i, n in enumerate(("a", "b"))}
     x = torch.randn(8, 5, 16, generator=torch.Generator().manual_seed(4), requires_grad=True)  # with an axis of tokens
-    with bank.rows(rows, stacks=True):
+    with bank.rows(rows, copies=True):
         found = model(x)
     wanted = torch.cat([alone[name](x[i : i + 1]) for i, name in enumerate(rows * (8 // len(rows)))])
     testing.close(found, wanted.detach(), "output")

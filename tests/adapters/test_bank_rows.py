@@ -45,12 +45,12 @@ def alone(model: nn.Module, name: str | None, run: Callable[[], Any]) -> Any:
 
 def check_rows(
     model: nn.Module, bank: smidgen.Bank, run: Callable[[Any], Tensor], inputs: Any, names: Sequence[str | None] = NAMES,
-    stacks: bool = False,
+    copies: bool = False,
 ) -> None:  # fmt: skip
     """``run(inputs)`` of all rows at once is that of each row alone, and adapters make a difference."""
     wanted = [alone(model, name, lambda i=i: run(_row(inputs, i))) for i, name in enumerate(names)]
     plain = alone(model, None, lambda: run(inputs))
-    with bank.rows(names, stacks=stacks), torch.no_grad():
+    with bank.rows(names, copies=copies), torch.no_grad():
         found = run(inputs)
     per = len(found) // len(names)
     for i, name in enumerate(names):
@@ -227,6 +227,30 @@ def test_models_that_fold_rows(method: str, case: str) -> None:
     make, targets, inputs = FOLDING[case]
     model, bank = banked(make(), method, targets)
     check_rows(model, bank, lambda x: getattr(out := model(x), "logits", out), inputs())
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIDEO = {"image_size": 32, "patch_size": 8, "num_frames": 4, **SMALL}
+OTHERS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 2, **SMALL}, "all-linear"),
+    "AlbertModel": ("AlbertConfig", {"embedding_size": 16, **SMALL}, ["query", "value"]),
+    "MambaForCausalLM": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, ["in_proj"]),
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}, ["c_attn", "c_proj"]),
+    "TimesformerForVideoClassification": ("TimesformerConfig", VIDEO, ["qkv", "dense"]),
+    "ViTForImageClassification": ("ViTConfig", {"image_size": 32, "patch_size": 8, **SMALL}, "all-linear"),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+@pytest.mark.parametrize("method", ["lora", "oft"])
+def test_models_of_other_makes(method: str, name: str) -> None:
+    config, options, targets = OTHERS[name]
+    texts = "Vi" not in name
+    torch.manual_seed(0)
+    model = getattr(tf, name)(getattr(tf, config)(**options, **({"vocab_size": 97} if texts else {})))
+    model, bank = banked(model, method, targets)
+    inputs = ids() if texts else pictures()[:, None].repeat(1, 4, 1, 1, 1) if "Video" in name else pictures()
+    check_rows(model, bank, lambda x: out.logits if hasattr(out := model(x), "logits") else out[0], inputs)
 
 
 class Experts(nn.Module):
@@ -444,17 +468,17 @@ def test_guidance_and_pictures_per_prompt(method: str, copies: int, repeats: int
 def test_rows_that_the_call_does_not_show_are_asked_for() -> None:
     model, bank = banked(Denoiser(), "lora", ["to_q", "to_k"])
     g = torch.Generator().manual_seed(8)
-    with bank.rows(NAMES), pytest.raises(SmidgenError, match=r"do not show which.*stacks=True"):
+    with bank.rows(NAMES), pytest.raises(SmidgenError, match=r"do not show which.*copies=True"):
         model(torch.randn(6, 16, generator=g), torch.randn(6, 8, generator=g))
     x, text = guided(torch.randn(2, 16, generator=g), torch.ones(2, 8))
-    with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"show both.*stacks=True"):
+    with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"show both.*copies=True"):
         model(x, text)  # two people with one prompt look like two pictures of each of two prompts
-    with bank.rows(["a", "b"], stacks=True), torch.no_grad():
+    with bank.rows(["a", "b"], copies=True), torch.no_grad():
         found = model(x, text)
     for place, name in enumerate("abab"):
         testing.close(found[place], alone(model, name, lambda p=place: model(x[p], text[p])), f"place {place}")
     with (
-        bank.rows(NAMES, stacks=True),
+        bank.rows(NAMES, copies=True),
         pytest.raises(SmidgenError, match="3 rows set, which do not divide a batch of 4"),
     ):
         model(x, text)

@@ -52,7 +52,7 @@ class Block:
         slots: the bank's slot on each layer.
         names: targets and heads by name, for errors.
         lanes: one choice of rows for each of the adapters that a row has at most, each of the length of the block.
-        stacks: the call holds the rows in stacked copies.
+        stacked: the call holds the rows in stacked copies.
         held: target layer -> tensors in place of the bank's own.
         scaling: target layer -> weight of each adapter [adapters], where one is not 1.
         heads: head -> tensors of each adapter that brought one, by its row in the bank.
@@ -62,7 +62,7 @@ class Block:
     slots: Mapping[nn.Module, Slot]
     names: Mapping[nn.Module, str]
     lanes: list[Rows]
-    stacks: bool
+    stacked: bool
     held: Mapping[nn.Module, Tensors] | None
     scaling: Mapping[nn.Module, Tensor]
     heads: Mapping[nn.Module, Mapping[int, Tensors]]
@@ -153,7 +153,7 @@ class Call:
             raise SmidgenError(f"The bank has {n} rows set, which do not divide a batch of {batch}.")
         if block.constant:
             return 1, batch // n, False
-        if block.stacks:
+        if block.stacked:
             return batch // n, 1, False
         if _generating():
             return 1, batch // n, False
@@ -165,7 +165,7 @@ class Call:
         raise SmidgenError(
             f"The bank has {n} rows set and the call a batch of {batch}: each row {batch // n} times in turn, or the rows in "
             f"stacked copies? {found[0].upper()}{found[1:]}. Name each of the {batch} rows, or, where guidance stacks copies of the rows, say "
-            "stacks=True."
+            "copies=True."
         )
 
     def _shows(self, copies: int, repeats: int) -> bool:
