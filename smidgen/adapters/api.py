@@ -474,7 +474,7 @@ def disabled(model: Any) -> Iterator[Any]:
 def parameter_groups(
     model: Any, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: residuals, transforms (0.3 x lr unless given, as in TLoRA's released code) and all else that trains.
+    """Optimizer groups: residuals, transforms (0.3 x lr unless given) and all else that trains.
 
     Decay is safe on every member: trained numbers are differences from the start, except LoRA's and the ring's cores.
     """

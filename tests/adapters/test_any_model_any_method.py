@@ -311,6 +311,38 @@ def test_several_adapters_of_peft_s_and_a_refusal():
         smidgen.adapt(Net(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
+@pytest.mark.parametrize("first, second", [
+    ("svfit", CONFIGS["lora"]), (CONFIGS["lora"], "svfit"), (CONFIGS["lora"], CONFIGS["loha"]),
+])  # fmt: skip
+def test_two_kinds_share_a_model_but_no_layer(first, second, tmp_path):
+    def put(model: nn.Module, method: Any, name: str, *targets: str) -> nn.Module:
+        own = smidgen.config(method) if isinstance(method, str) else method()
+        own.target_modules = set(targets)
+        return perturbed(smidgen.adapt(model, own, name)).eval()
+
+    model, x = put(Net(), first, "a", "q_proj"), inputs()
+    one, before = model(x).detach(), testing.snapshot(model)
+    with pytest.raises(smidgen.TargetError, match=r"'layers\.0\.q_proj' carries an adapter of another kind"):
+        put(model, second, "b", "q_proj", "v_proj")
+    testing.unchanged(before, model, "a refused adapter")
+    with pytest.raises(smidgen.TargetError, match="another kind"):
+        smidgen.load(model, smidgen.save(put(Net(), second, "b", "q_proj"), tmp_path / "b", "b"), "b")
+    testing.unchanged(before, model, "a refused file")
+    put(model, second, "b", "v_proj")
+    smidgen.set_active(model, ["a", "b"])
+    both = model(x).detach()
+    smidgen.set_active(model, "a")
+    torch.testing.assert_close(model(x), one)
+    for name in ("a", "b"):
+        smidgen.load(fresh := Net().eval(), smidgen.save(model, tmp_path / name, name), name)
+        smidgen.set_active(model, name)
+        torch.testing.assert_close(fresh(x), model(x))
+        assert smidgen.verify(model, tmp_path / name, (x,)).ok
+    smidgen.set_active(model, ["a", "b"])
+    torch.testing.assert_close(smidgen.merge(model)(x), both, atol=1e-5, rtol=1e-4)
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net().modules()]
+
+
 def test_another_adapter_of_the_same_kind_is_not_it(tmp_path):
     folder = smidgen.save(of_peft("lora"), tmp_path)
     model = smidgen.adapt(Net(), CONFIGS["lora"]())

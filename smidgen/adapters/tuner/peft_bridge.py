@@ -521,6 +521,7 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
 
     Raises:
         ConfigError: peft refuses its own config.
+        TargetError: a layer carries an adapter of another tuner; in files one of the two would have the wrong name.
     """
     owner = model if isinstance(model, PeftModel) else model.__dict__.get(_OWNER)
     with warnings.catch_warnings():
@@ -537,6 +538,12 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
             raise
         except ValueError as error:
             raise ConfigError(f"peft refuses its own {type(config).__name__}: {error}") from error
+    for name, layer in tuner_layers(model, adapter_name).items():
+        if name.endswith(".base_layer") or isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
+            raise TargetError(
+                f"Layer {name.removesuffix('.base_layer')!r} carries an adapter of another kind; adapters of one layer are all "
+                "smidgen's or all of one method of peft's. Choose other target_modules, or merge the other adapter first."
+            )
     if hasattr(
         model, "_hf_peft_config_loaded"
     ):  # what transformers and diffusers ask before they save or list adapters
