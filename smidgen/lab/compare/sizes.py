@@ -1,13 +1,11 @@
 """What an adapter takes on the disk, and what of it is the head's."""
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 CONFIGS = ("adapter_config.json", "config.json")
 
@@ -39,10 +37,4 @@ def _without(path: Path, heads: Sequence[str]) -> int:
         if len(kept) == len(names):
             return path.stat().st_size
         tensors, metadata = {name: file.get_tensor(name) for name in kept}, file.metadata()
-    handle, copy = tempfile.mkstemp(suffix=".safetensors")
-    os.close(handle)
-    try:
-        save_file(tensors, copy, metadata=metadata)
-        return os.path.getsize(copy)
-    finally:
-        os.unlink(copy)
+    return len(save(tensors, metadata))
