@@ -63,6 +63,17 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def decisive(config: Any, *aside: str) -> dict[str, Any]:
+    """The leaves that decide a run's numbers: without those called ``aside``, where things lie, and how a run is watched."""
+    return {name: value for name, value in flat(config).items() if name.rpartition(".")[2] not in {*_WATCHED, *aside}}
+
+
+_WATCHED = (
+    "out", "folder", "path", "overwrite", "resume_from_checkpoint", "gradient_checkpointing", "report_to", "preview_steps",
+    "checkpointing_steps", "checkpoints_total_limit",
+)  # fmt: skip
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)

@@ -14,6 +14,7 @@ import smidgen
 from smidgen.bases import families
 from smidgen.bases.schedules import DiscreteSchedule
 from smidgen.errors import CheckpointError, ConfigError, DataError, TrainingError
+from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.recipe import personalize
 from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
@@ -203,10 +204,10 @@ def test_class_pictures_are_drawn_once_and_weighted(sd, pictures, tmp_path, monk
     base = families.load_base(str(sd))
     found = read_folder(pictures)
     subject = encode_examples(base, found.pictures, found.captions, 16)
-    options = {"steps": 2, "guidance": 2.0, "seed": 0, "key": "base"}
-    prior = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
+    scenes = Scenes(("a person",) * 3, (1, 2, 3), steps=2, guidance=2.0, size=16)
+    prior = encode_prior(base, scenes, tmp_path / "class", "base")
     monkeypatch.setattr(base, "draw_latents", lambda *_, **__: pytest.fail("drawn twice"))
-    again = encode_prior(base, ["a person"] * 3, 16, tmp_path / "class", **options)
+    again = encode_prior(base, scenes, tmp_path / "class", "base")
     assert torch.equal(prior.mean, again.mean)
     task = PersonalizeTask(subject, base, batch_size=2, prior=prior, prior_batch_size=1, prior_weight=0.5)
     batch = task.batch(0)

@@ -7,8 +7,7 @@ import pytest
 
 from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.errors import ConfigError
-from smidgen.tasks.diffusion.rates import PEFT_LORA
-from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show, rates
+from smidgen.tasks.personalize.settings import PEFT_LORA, PRESETS, Adapter, Data, PersonalizeConfig, Show, rates
 from smidgen.training import settings
 from smidgen.training.loop import LoopConfig
 

@@ -9,12 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import smidgen
 from smidgen.bases.families import EMBEDDED, load_base
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.canonical import refactor
-from smidgen.difflora.weightspace.layout import Layout, layout_of
+from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.zoo.formats import Factors, Names, find, read_lora
 from smidgen.difflora.zoo.records import Record, pack_group
 from smidgen.difflora.zoo.status import Status, status
@@ -57,7 +58,7 @@ def import_zoo(
         name: {t: len(f.a) for t, f in read_lora(p, names, ignore_text_encoder).items()} for name, p in paths.items()
     }
     ranks = _common(every) if rank is None else dict.fromkeys(sorted({t for own in every.values() for t in own}), rank)
-    zoo = Zoo.create(out, _layout(loaded.model, ranks), {"imported": _digest(paths), "rank": rank})
+    zoo = Zoo.create(out, AdaptedPipeline(loaded, _config(ranks)).layout, {"imported": _digest(paths), "rank": rank})
     identities = list(paths)
     for group in range(-(-len(identities) // SHARD)):
         if zoo.has(group):
@@ -93,12 +94,10 @@ def _rank_words(rank: int | None) -> str:
     return "nothing" if rank is None else f"rank {rank}"
 
 
-def _layout(unet: nn.Module, ranks: Ranks) -> Layout:
+def _config(ranks: Ranks) -> smidgen.SmidgenConfig:
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {target: rank for target, rank in ranks.items() if rank != usual}
-    config = smidgen.config("lora", r=usual, rank_pattern=pattern, target_modules=sorted(ranks))
-    smidgen.adapt(unet, config)
-    return layout_of(unet, config)
+    return smidgen.config("lora", r=usual, rank_pattern=pattern, target_modules=sorted(ranks))
 
 
 def _row(layout: Layout, factors: dict[str, Factors], ranks: Ranks) -> tuple[Tensor, float]:

@@ -35,7 +35,6 @@ class Shape:
 
     name: str
     title: str
-    unet: str
     family: str
     pixels: int
     texts: tuple[dict[str, Any], ...]
@@ -58,19 +57,19 @@ class Shape:
 
     def build(self) -> nn.Module:
         """The UNet on the meta device."""
-        return build_architecture(self.unet)
+        return build_architecture(self.name)
 
     @property
     def parameters(self) -> int:
         """Numbers of the UNet."""
-        return architecture(self.unet).parameters
+        return architecture(self.name).parameters
 
 
 BASES = {
     shape.name: shape
     for shape in (
-        Shape("sd15", "SD 1.5", "sd15", "sd", 512, (_CLIP_L,)),
-        Shape("sdxl", "SDXL", "sdxl", "sdxl", 1024, (_CLIP_L, _BIG_G)),
+        Shape("sd15", "SD 1.5", "sd", 512, (_CLIP_L,)),
+        Shape("sdxl", "SDXL", "sdxl", 1024, (_CLIP_L, _BIG_G)),
     )
 }
 

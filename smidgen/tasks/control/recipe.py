@@ -34,15 +34,9 @@ from smidgen.tasks.finetune.settings import PROBE, setup
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, run_folder
 from smidgen.training.randomness import derive
-from smidgen.training.settings import dump_yaml, flat
+from smidgen.training.settings import decisive, dump_yaml
 
 logger = logging.getLogger(__name__)
-
-# Settings that do not decide the trained numbers.
-_ASIDE = {
-    "folder", "out", "overwrite", "resume_from_checkpoint", "gradient_checkpointing", "report_to", "preview_steps",
-    "checkpointing_steps", "checkpoints_total_limit", "inference_steps", "guidance_scale", "num_columns",
-}  # fmt: skip
 
 
 def control(config: ControlConfig, progress: bool = True) -> ControlReport | None:
@@ -168,5 +162,5 @@ def _lines(
 
 def _identity(config: ControlConfig, base: ImageBase, pairs: ControlPairs) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
+    kept = decisive(config, "inference_steps", "guidance_scale", "num_columns")
     return kept | {"pairs": pairs.digests(), "base_weights": base.fingerprint()}

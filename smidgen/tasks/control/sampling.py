@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, cat, no_grad
 
 from smidgen.bases.protocol import ImageBase, Prompts
-from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.contact_sheet import Row
 from smidgen.tasks.control import metrics
 from smidgen.tasks.control.conditions import edges, points_of
 from smidgen.tasks.control.hint import steering
-from smidgen.tasks.diffusion.gallery import answer
+from smidgen.tasks.diffusion.gallery import answer, save_preview
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,11 +63,8 @@ class Scenes:
 
     def preview(self, base: ImageBase, controls: "Sequence[Image]", step: int, folder: Path, most: int = 4) -> None:
         """Draw the first controls as ``preview-<step>.png``."""
-        was_training = base.model.training
-        base.model.eval()
-        rows = [Row("control", controls[:most]), Row(f"step {step}", self.draw(base, most=most))]
-        save_image(contact_sheet(f"after step {step}", rows), folder / f"preview-{step}.png")
-        base.model.train(was_training)
+        shown = Row("control", controls[:most])
+        save_preview(base.model, step, folder, lambda: [shown, Row(f"step {step}", self.draw(base, most=most))])
 
 
 def can_score(control: str, base: ImageBase) -> bool:

@@ -71,13 +71,19 @@ def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path
     draw = few.drawn_by(base)
 
     def preview(model: nn.Module, step: int, folder: Path) -> None:
-        was_training = model.training
-        model.eval()
-        row = Row(f"step {step}", draw())
-        save_image(contact_sheet(f"after step {step}", [row], few.prompts), folder / f"preview-{step}.png")
-        model.train(was_training)
+        save_preview(model, step, folder, lambda: [Row(f"step {step}", draw())], few.prompts)
 
     return preview
+
+
+def save_preview(
+    model: nn.Module, step: int, folder: Path, rows: Callable[[], Sequence[Row]], columns: Sequence[str] = ()
+) -> None:
+    """Draws ``rows`` with ``model`` in eval mode, as ``preview-<step>.png``."""
+    was_training = model.training
+    model.eval()
+    save_image(contact_sheet(f"after step {step}", rows(), columns), folder / f"preview-{step}.png")
+    model.train(was_training)
 
 
 def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:

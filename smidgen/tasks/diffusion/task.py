@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.data.images import Picture, load_picture, to_tensor
-from smidgen.training.randomness import derive, examples, stream
+from smidgen.tasks.diffusion.scenes import Scenes
+from smidgen.training.randomness import examples, stream
 
 
 @dataclass(frozen=True)
@@ -54,33 +55,21 @@ def encode_examples(base: ImageBase, pictures: Sequence[Picture], captions: Sequ
     return Encoded(mean, std, prompts, tuple(picture.path.name for picture in pictures))
 
 
-def encode_prior(
-    base: ImageBase,
-    prompts: Sequence[str],
-    resolution: int,
-    cache: Path,
-    *,
-    steps: int,
-    guidance: float,
-    seed: int,
-    key: str,
-) -> Encoded:
-    """Let the base draw one picture of its class for each prompt; their latents need no VAE.
+def encode_prior(base: ImageBase, scenes: Scenes, cache: Path, key: str) -> Encoded:
+    """Let the base draw ``scenes`` of its class; their latents need no VAE.
 
-    They are drawn once: ``cache`` keeps the latents, and is used again as long as ``key`` (what identifies the base)
-    and the other arguments are the same.
+    They are drawn once: ``cache`` keeps the latents, and is used again as long as the scenes and ``key`` (what identifies
+    the base) are the same.
     """
-    encoded, nothing = base.encode_prompts(prompts), base.encode_prompts([""])
-    seeds = [derive(seed, "prior", number) for number in range(len(prompts))]
-    asked = hashlib.sha256(repr((list(prompts), resolution, steps, guidance, seed, key)).encode()).hexdigest()
+    prompts, options = scenes.encoded(base)
+    asked = hashlib.sha256(repr((scenes, key)).encode()).hexdigest()
     latents = _cached(cache, asked)
     if latents is None:
-        options: dict[str, Any] = {"negative": nothing, "steps": steps, "guidance": guidance, "size": resolution}
-        latents = base.draw_latents(encoded, seeds, **options)
+        latents = base.draw_latents(prompts, scenes.seeds, **options)
         replace_file(cache, save({"latents": latents.contiguous()}, metadata={"asked": asked}))
-    sized = base.sized(encoded, [(resolution, resolution)] * len(prompts), resolution)
+    size = scenes.size or base.resolution
     names = tuple(f"class picture {number}" for number in range(len(prompts)))
-    return Encoded(latents, torch.zeros_like(latents), sized, names)
+    return Encoded(latents, torch.zeros_like(latents), base.sized(prompts, [(size, size)] * len(prompts), size), names)
 
 
 def _cached(path: Path, asked: str) -> Tensor | None:

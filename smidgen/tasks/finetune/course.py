@@ -24,20 +24,15 @@ from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
 from smidgen.training.processes import is_main, run_folder
-from smidgen.training.settings import dump_yaml, flat
+from smidgen.training.settings import decisive, dump_yaml
 
 logger = logging.getLogger(__name__)
 
 SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
 OTHERS = 2e-2
 BUDGETED = "seeded"  # the method a budget trains
-# Settings that do not decide the trained numbers: where things lie, what is shown, how much is held in memory. Data,
-# template and model are known by their content instead.
-_ASIDE = {
-    "path", "chat_template", "model", "out", "eval_batch_size", "memory_mb", "report_to", "preview_steps",
-    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "overwrite", "gradient_checkpointing",
-    "push_to_hub", "hub_private",
-}  # fmt: skip
+# Known by their content instead, or of how much is held in memory and where it goes.
+_ASIDE = ("chat_template", "model", "eval_batch_size", "memory_mb", "push_to_hub", "hub_private")
 
 
 @dataclass(frozen=True)
@@ -204,6 +199,5 @@ def _report(
 
 def _identity(config: FinetuneConfig, prepared: Prepared, rate: Rates) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = {key: value for key, value in flat(config).items() if key.rpartition(".")[2] not in _ASIDE}
-    kept |= {"rate": rate.residual, "transform_rate": rate.transform, "head_rate": rate.head}
+    kept = decisive(config, *_ASIDE) | {"rate": rate.residual, "transform_rate": rate.transform, "head_rate": rate.head}
     return kept | {"data": prepared.data_digest, "base_weights": fingerprint(prepared.model)}

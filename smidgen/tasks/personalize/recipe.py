@@ -21,15 +21,14 @@ from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot, save_image
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
-from smidgen.tasks.diffusion.rates import PEFT_LORA
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
-from smidgen.tasks.personalize.settings import Data, PersonalizeConfig, rates
+from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
 from smidgen.tasks.report import Report, card
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import run_folder
 from smidgen.training.randomness import derive
-from smidgen.training.settings import dump_yaml, flat
+from smidgen.training.settings import decisive, dump_yaml, to_dict
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +117,10 @@ def _task(
     data, prior = config.data, None
     if data.with_prior_preservation:
         about = [data.class_prompt] if data.class_prompt else found.captions
-        prompts = [about[number % len(about)] for number in range(data.num_class_images)]
-        cache = config.out / CLASS_LATENTS
-        drawing = {**_sampling(config, base), "seed": config.train.seed}
-        prior = encode_prior(base, prompts, resolution, cache, key=base.fingerprint(), **drawing)
+        prompts = tuple(about[number % len(about)] for number in range(data.num_class_images))
+        seeds = tuple(derive(config.train.seed, "prior", number) for number in range(len(prompts)))
+        scenes = Scenes(prompts, seeds, size=resolution, **_sampling(config, base))
+        prior = encode_prior(base, scenes, config.out / CLASS_LATENTS, base.fingerprint())
     return PersonalizeTask(
         encode_examples(base, found.pictures, captions, resolution),
         base,
@@ -165,11 +164,5 @@ def _subject_words(data: Data) -> str:
 
 def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    keys = {
-        key: value for key, value in flat(config).items() if key.split(".")[0] in ("data", "adapter", "train", "base")
-    }
-    for key in ("data.folder", "train.report_to", "train.preview_steps", "train.checkpoints_total_limit"):
-        del keys[key]
-    del keys["train.checkpointing_steps"]
     pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
-    return keys | {"pictures": pictures, "base_weights": base.fingerprint()}
+    return decisive(config, *to_dict(config.show)) | {"pictures": pictures, "base_weights": base.fingerprint()}

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from smidgen.adapters.methods import Rates, learning_rates, parse_method
 from smidgen.bases.families import learning_kind
-from smidgen.tasks.diffusion.rates import PEFT_LORA
 from smidgen.training.loop import LoopConfig
+
+PEFT_LORA = "peft's LoRA"  # the baseline
 
 
 @dataclass(frozen=True)
