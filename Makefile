@@ -23,11 +23,15 @@ define set-up
 	touch $@
 endef
 EXTRAS := all,dev,quantised
+DEMO_EXTRAS := diffusion,world
 VERSIONS := from importlib.metadata import version as v; \
 	print(*(f"{n} {v(n)}" for n in "torch peft transformers diffusers accelerate safetensors numpy".split()), sep="\n")
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(call set-up,$(VENV),$(EXTRAS),-c constraints.txt)
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(call set-up,$(VENV),$(DEMO_EXTRAS),-c constraints.txt)
 
 $(NEWEST)/.ready: pyproject.toml
 	$(call set-up,$(NEWEST),$(EXTRAS),--upgrade)
@@ -35,7 +39,7 @@ $(NEWEST)/.ready: pyproject.toml
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(call set-up,$(OLDEST),$(EXTRAS),-c constraints-oldest.txt)
 
-demo: $(VENV)/.ready  ## draw a person nobody trained on, learn an adapter of a few kilobytes, show what it does
+demo: $(VENV)/.demo  ## draw a person nobody trained on, learn an adapter of a few kilobytes, show what it does
 	$(ENV) $(BIN)/smidgen subject $(DEMO)/pictures --seed 7
 	$(ENV) $(BIN)/smidgen personalize $(DEMO)/pictures --method svfit --out $(DEMO)/adapter --overwrite
 	@echo; echo "Look at $(DEMO)/adapter/contact_sheet.png and $(DEMO)/adapter/loss.png"

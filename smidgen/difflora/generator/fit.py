@@ -50,11 +50,10 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
         BaseLockError: a zoo of another base.
         TrainingInterrupted: on Ctrl-C or SIGTERM; the same call goes on.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
-    replace_file(config.out / "config.yaml", dump_yaml(config))
     seen = encoders.load(config.encoders.face), encoders.load(config.encoders.image)
     adapter = adapter_config(ZooConfig(adapter=config.adapter))
     pipeline = AdaptedPipeline.load(config.base, adapter, _precision(config))
+    replace_file(config.out / "config.yaml", dump_yaml(config))
     codec: Codec | None = None
     network: Network | None = None
     if config.two_stage.zoo is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.atomic import new_files
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.control.conditions import check, dot_picture, edge_picture
 from smidgen.tasks.data import images
@@ -121,16 +121,17 @@ def write_pairs(folder: Path, control: str, num_pictures: int, seed: int) -> str
     if num_pictures < 2:
         raise ConfigError(f"num_pictures must be at least 2, not {num_pictures}.")
     rng, lines = np.random.default_rng([seed, 400]), []
-    (folder / CONTROL_FOLDER).mkdir(parents=True, exist_ok=True)
     unseen = max(1, num_pictures // 10)
-    for number in range(num_pictures):
-        portrait = pose.sample_portrait(rng, "test" if number >= num_pictures - unseen else "train")
-        name = f"{number:05d}.png"
-        portrait.picture().save(folder / name)
-        control_of(portrait, control).save(folder / CONTROL_FOLDER / name)
-        row: dict[str, Any] = {"file_name": name, images.CONTROL_COLUMN: f"{CONTROL_FOLDER}/{name}"}
-        lines.append(json.dumps(row | {"text": world.caption(portrait.scene)}))
-    replace_file(folder / images.METADATA[0], "\n".join(lines) + "\n")
+    with new_files(folder) as scratch:
+        (scratch / CONTROL_FOLDER).mkdir()
+        for number in range(num_pictures):
+            portrait = pose.sample_portrait(rng, "test" if number >= num_pictures - unseen else "train")
+            name = f"{number:05d}.png"
+            portrait.picture().save(scratch / name)
+            control_of(portrait, control).save(scratch / CONTROL_FOLDER / name)
+            row: dict[str, Any] = {"file_name": name, images.CONTROL_COLUMN: f"{CONTROL_FOLDER}/{name}"}
+            lines.append(json.dumps(row | {"text": world.caption(portrait.scene)}))
+        (scratch / images.METADATA[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (
         f"{folder}: {num_pictures} portraits with {control} controls, the last {unseen} of people the base never saw."
     )
