@@ -78,6 +78,10 @@ class _Maker:
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, device=self.device, dtype=self.dtype)
 
+    def ones(self, *shape: int) -> Tensor:
+        """A mask that leaves nothing out."""
+        return torch.ones(*shape, dtype=torch.bool, device=self.device)
+
     def whole(self, *values: int) -> Tensor:
         return torch.tensor(values, device=self.device)
 
@@ -189,7 +193,10 @@ def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any
         if "hint" in common.get("added_cond_kwargs", {}):
             channels -= 4  # the picture that is added to the latent
         yield common | {"sample": make.noise(1, channels, side, side)}, ""
-        yield common | {"sample": make.noise(1, channels, 2, side, side)}, ""  # films, in both orders of axes
+        film = common | {"sample": make.noise(1, channels, 2, side, side)}  # in both orders of axes
+        yield film, ""
+        if "encoder_hidden_states" in film:  # one for each frame
+            yield film | {"encoder_hidden_states": film["encoder_hidden_states"].repeat(2, 1, 1)}, ""
         yield common | {"sample": make.noise(1, 2, channels, side, side)}, ""
         return
     if "x" in takes:  # lists of single latents
@@ -212,9 +219,10 @@ def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any
             grid = torch.cat([grid, grid[..., :1]], dim=-1)  # and a mask
         yield common | {"hidden_states": grid, "visual_rope_pos": places, "text_rope_pos": text}, ""
     yield common | {"hidden_states": make.noise(1, channels, side, side)}, ""
-    frames = size("patch_size_t") or 1
-    yield common | {"hidden_states": make.noise(1, channels, frames, side, side)}, ""
-    yield common | {"hidden_states": make.noise(1, frames, channels, side, side)}, ""
+    step = size("patch_size_t") or 1
+    for frames in (2 * step, step):  # attention over one frame moves nothing
+        yield common | {"hidden_states": make.noise(1, channels, frames, side, side)}, ""
+        yield common | {"hidden_states": make.noise(1, frames, channels, side, side)}, ""
     if {"num_frames", "height", "width"} <= takes.keys():
         yield flat | {"num_frames": 1, "height": 4, "width": 4}, ""
     yield flat, ""
@@ -239,19 +247,27 @@ def _conditions(config: Any, make: _Maker, size: Callable[..., int], side: int) 
         "encoder_hid_dim", "joint_attention_dim", "caption_channels", "text_dim", "text_embed_dim", "cap_feat_dim",
         "in_text_dim", "context_in_dim", "cross_attention_dim", "embedding_dim",
     )  # fmt: skip
-    tokens = size("max_text_seq_length", "num_embeddings") or TOKENS
+    tokens = size("max_text_seq_length", "num_embeddings", "text_len") or TOKENS
     added = getattr(config, "addition_embed_type", None) or ""
     if width:
         out["encoder_hidden_states"] = make.noise(1, tokens, width)
         out["cap_feats"] = [make.noise(tokens, width)]
-        out["encoder_hidden_states_mask"] = torch.ones(1, tokens, dtype=torch.bool, device=make.device)
+        out["encoder_hidden_states_mask"] = make.ones(1, tokens)
         if "image" not in added:  # else its tokens are those of a picture
-            out["encoder_attention_mask"] = torch.ones(1, tokens, dtype=torch.bool, device=make.device)
+            out["encoder_attention_mask"] = make.ones(1, tokens)
     widths = {
         "pooled_projections": size("pooled_projection_dim", "in_text_dim2"),
         "proj_embedding": size("embedding_dim"),
     }
     out |= {name: make.noise(1, wide) for name, wide in widths.items() if wide}
+    if size("cross_attention_dim_t5"):  # of a second encoder
+        again = size("text_len_t5") or tokens
+        out["encoder_hidden_states_t5"] = make.noise(1, again, size("cross_attention_dim_t5"))
+        out["text_embedding_mask"], out["text_embedding_mask_t5"] = make.ones(1, tokens), make.ones(1, again)
+        out["image_meta_size"], out["style"] = make.zeros(1, 6), make.whole(0)
+    if size("clip_text_pooled_in_channels"):
+        out["clip_text_pooled"] = make.noise(1, 1, size("clip_text_pooled_in_channels"))
+        out["timestep_ratio"] = make.noise(1).sigmoid()
     for name in ("original_size", "target_size", "crop_coords"):
         out[name] = make.zeros(1, 2)
     if getattr(config, "guidance_embeds", False):

@@ -316,6 +316,49 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         out_channels=4,
         pos_embed_max_size=64,
     ),
+    "AnimateDiff": lambda: d.UNetMotionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=2,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        num_attention_heads=4,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+        motion_num_attention_heads=2,
+    ),
+    "Stable Cascade": lambda: d.StableCascadeUNet(
+        in_channels=4,
+        out_channels=4,
+        timestep_ratio_embedding_dim=8,
+        patch_size=1,
+        conditioning_dim=16,
+        block_out_channels=(16, 32),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
+        clip_text_in_channels=16,
+        clip_text_pooled_in_channels=16,
+        clip_image_in_channels=16,
+        clip_seq=2,
+        switch_level=(False,),
+    ),
+    "Hunyuan-DiT": lambda: d.HunyuanDiT2DModel(
+        **HEADS,
+        in_channels=4,
+        patch_size=2,
+        sample_size=8,
+        hidden_size=32,
+        num_layers=2,
+        cross_attention_dim=24,
+        cross_attention_dim_t5=24,
+        pooled_projection_dim=16,
+        text_len=6,
+        text_len_t5=6,
+    ),
 }
 
 
@@ -329,6 +372,20 @@ def test_proven_without_inputs(name: str, tmp_path: Path) -> None:
     smidgen.save(testing.perturb(smidgen.adapt(model, "lora", r=2, target_modules="all-linear"), size=0.3), tmp_path)
     report = smidgen.verify(model, tmp_path)
     assert report.verdict == "ON", report.reasons
+
+
+@pytest.mark.parametrize("name", ["AnimateDiff", "UNet 3D", "Stable Video"])
+def test_films_have_frames_enough_for_an_adapter_on_attention_over_time(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    over_time = [n for n, _ in model.named_modules() if "temp" in n or "motion" in n]
+    targets = [n for n in over_time if n.endswith("attn1.to_q")]
+    smidgen.save(testing.perturb(smidgen.adapt(model, "lora", r=2, target_modules=targets), size=0.5), tmp_path)
+    report = smidgen.verify(model, tmp_path)
+    assert report.verdict == "ON" and not report.not_called, report.reasons
 
 
 def test_a_model_that_asks_for_inputs(tmp_path: Path) -> None:

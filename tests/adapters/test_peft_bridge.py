@@ -396,3 +396,13 @@ def test_registering_again_changes_nothing() -> None:
     before = dict(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
     register()
     assert before == peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_is_called_with_its_input_by_name(method: str) -> None:
+    """As AnimateDiff's motion modules call theirs."""
+    net = trained(method)
+    layer, x = adapted_layers(net)["layers.0.q_proj"], inputs()
+    testing.same(layer(input=x), layer(x), "by name")
+    with smidgen.disabled(net):
+        testing.same(layer(input=x), layer(x), "by name, switched off")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import peft.mapping as peft_mapping
 import torch
@@ -87,7 +87,11 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             weight = dequantise()
         return weight
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        if x is None:
+            x = cast(Tensor, kwargs.pop("input"))  # torch's own name for it, which AnimateDiff uses
         if self.banks and not self.disable_adapters:
             terms = calls.terms(self, x)
             if terms is not None:
