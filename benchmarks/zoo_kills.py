@@ -20,10 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks._harness import write_result
-from smidgen.difflora.zoo.build import build, config_of, job_of
+from smidgen.difflora.zoo.build import build, job_of
 from smidgen.difflora.zoo.group import build_group
+from smidgen.difflora.zoo.settings import ZooConfig
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
+from smidgen.training.settings import from_dict
 
 
 def killed_build(command: list[str], kills: int, pauses: tuple[float, float], rng: random.Random) -> list[float]:
@@ -66,7 +68,8 @@ def main() -> None:
     command = [sys.executable, "-m", "smidgen.cli", "zoo", "build", "--out", str(given.out), *options]
     lived = killed_build(command, given.kills, tuple(given.pause), rng)
 
-    zoo, config = Zoo(given.out), config_of(given.out)
+    zoo = Zoo(given.out)
+    config = from_dict(ZooConfig, zoo.settings | {"out": given.out})
     people = read_subjects(given.out)
     records = zoo.records()  # raises when an adapter is there twice
     missing = sorted({person.id for person in people} - {record.id for record in records})
