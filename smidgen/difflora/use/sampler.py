@@ -104,7 +104,7 @@ class Sampler:
             self.generator = load_generator(self.folder)
             self.pipeline = AdaptedPipeline.load(output.base or self.generator.base, self.generator.layout)
             self.base = public_name(self.pipeline.base.name)
-            self.encoders = self.generator.face, self.generator.image
+            self.encoders = self.generator.face, self.generator.image  # loaded now
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -116,14 +116,10 @@ class Sampler:
         """Photos as the base and the encoders see them: square, of the base's size."""
         return [fit(photo.image, self.pipeline.base.resolution) for photo in photos]
 
-    def row(self, latent: Tensor) -> Tensor:
-        """The adapter [1, numbers] of one latent [size]; one at a time, so that its bits do not depend on others."""
-        return self.generator.rows(latent[None])
-
     def adapter(self, latent: Tensor, label: str, name: str | None = None, **info: Any) -> Adapter:
-        """The adapter of ``latent`` with its recipe."""
+        """The adapter of ``latent`` [size] with its recipe; made alone, so that its bits do not depend on others."""
         recipe = {"base": self.base, "generator": self.generator.digest, **info, "latent": latent.tolist()}
-        return Adapter(self.row(latent)[0], self.generator.layout, label, name, recipe)
+        return Adapter(self.generator.rows(latent[None])[0], self.generator.layout, label, name, recipe)
 
     def finish(
         self, scratch: Path, adapters: Sequence[Adapter], images: Sequence[Image.Image], notes: Sequence[str] = ()

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,9 +14,9 @@ from torch import Tensor
 
 import smidgen
 from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
-from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.use.folders import Photo, read_photos, read_recipe
+from smidgen.difflora.use.folders import read_photos, read_recipe
+from smidgen.difflora.use.sampler import Sampler
 from smidgen.difflora.weightspace.layout import Layout, plain_config
 from smidgen.errors import DataError
 
@@ -34,16 +34,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-class Opened(Protocol):
-    """A generator and its base, loaded."""
-
-    generator: Generator
-    pipeline: AdaptedPipeline
-
-    def fitted(self, photos: Sequence[Photo]) -> list[Image.Image]: ...
-
-
-def latent_of(opened: Opened, sources: Sequence[Path], seed: int = 0) -> Source:
+def latent_of(sampler: Sampler, sources: Sequence[Path], seed: int = 0) -> Source:
     """The latent of ``sources``: one adapter folder, or photos of one person.
 
     An adapter that this generator made has its latent in its recipe. Any other of the same family is encoded, which loses
@@ -55,13 +46,13 @@ def latent_of(opened: Opened, sources: Sequence[Path], seed: int = 0) -> Source:
     adapters = [path for path in sources if path.is_dir()]
     if not adapters:
         photos = read_photos(sources)
-        images = opened.fitted(photos)
-        latents = opened.generator.latents(opened.generator.condition(images, [str(p.path) for p in photos]), [seed])
+        images = sampler.fitted(photos)
+        latents = sampler.generator.latents(sampler.generator.condition(images, [str(p.path) for p in photos]), [seed])
         return Source(latents[0], {"photos": [photo.digest for photo in photos], "seed": seed}, images)
     if len(sources) > 1:
         raise DataError(f"Give one adapter folder, or photos of one person; got {', '.join(map(str, sources))}.")
     recipe = read_recipe(adapters[0])
-    return _encoded(opened, adapters[0]) if recipe is None else _remembered(opened.generator, adapters[0], recipe)
+    return _encoded(sampler, adapters[0]) if recipe is None else _remembered(sampler.generator, adapters[0], recipe)
 
 
 def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> Source:
@@ -80,9 +71,9 @@ def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> S
     return Source(latent, info, [], notes)
 
 
-def _encoded(opened: Opened, folder: Path) -> Source:
+def _encoded(sampler: Sampler, folder: Path) -> Source:
     """An adapter that no generator made, as the codec sees it."""
-    codec, unet, name = opened.generator.codec, opened.pipeline.model, "given"
+    codec, unet, name = sampler.generator.codec, sampler.pipeline.model, "given"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
         smidgen.load(unet, folder, name)
@@ -101,7 +92,7 @@ def _encoded(opened: Opened, folder: Path) -> Source:
             remove(unet, name)
     with torch.no_grad():
         latent = codec.encode(row).flatten()
-        lost = difference(codec.layout, row[0], opened.generator.rows(latent[None])[0])
+        lost = difference(codec.layout, row[0], sampler.generator.rows(latent[None])[0])
     note = f"{folder} has no recipe: its latent was encoded, which loses {lost:.0%} of what it does to the weights."
     return Source(latent, {"adapter": folder.name}, [], (note,))
 
