@@ -192,6 +192,8 @@ def test_hybrid_and_mixture_of_experts(experts: str, tmp_path: Path) -> None:
     }
     if experts == "shared":
         model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes, **moe, num_hidden_layers=2))
+    elif not hasattr(tf, "Qwen3NextConfig"):
+        pytest.skip(f"transformers {tf.__version__} has no Qwen3-Next")
     else:
         linear = {
             "linear_num_key_heads": 2,
@@ -203,7 +205,10 @@ def test_hybrid_and_mixture_of_experts(experts: str, tmp_path: Path) -> None:
             tf.Qwen3NextConfig(**sizes, **moe, **linear, num_hidden_layers=4, shared_expert_intermediate_size=16)
         )
     report = judged(model, tmp_path, "all-linear")
-    assert report.verdict == "ON" and not report.not_called, report.reasons
+    idle = [
+        name for name in report.not_called if ".experts." not in name
+    ]  # transformers 4 calls experts that get tokens
+    assert report.verdict == "ON" and not idle, report.reasons
 
 
 def test_a_pooler_that_nothing_uses(tmp_path: Path) -> None:

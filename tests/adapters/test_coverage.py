@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,8 @@ def test_a_hybrid_whose_defaults_reach_one_block_in_four(caplog: pytest.LogCaptu
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     }
+    if not hasattr(tf, "Qwen3NextConfig"):
+        pytest.skip(f"transformers {tf.__version__} has no Qwen3-Next")
     config = tf.Qwen3NextConfig(**SIZES, **MOE, **linear, num_hidden_layers=4, shared_expert_intermediate_size=16)
     said = warning(tf.Qwen3NextForCausalLM(config), caplog)
     assert "model.layers: 1 of 4 blocks" in said and "all-linear" in said
@@ -85,7 +88,8 @@ def test_a_vision_tower_that_defaults_reach_too(caplog: pytest.LogCaptureFixture
     )
     config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**SIZES, num_hidden_layers=2))
     said = warning(tf.LlavaForConditionalGeneration(config), caplog)
-    assert "vision_tower.encoder.layers is adapted too (2 of 2 blocks; exclude_modules leaves it out)" in said
+    layers = r"vision_tower(\.vision_model)?\.encoder\.layers"  # as transformers 5 and 4 name them
+    assert re.search(rf"{layers} is adapted too \(2 of 2 blocks; exclude_modules leaves it out\)", said)
 
 
 def test_experts_in_one_tensor(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,6 +30,11 @@ def held_out():
     return people, scenes, [world.render(p, s) for p, s in zip(people, scenes, strict=True)]
 
 
+def test_the_text_encoder_has_the_names_that_every_transformers_reads():
+    with safe_open(f"{embedded_base()}/text_encoder/model.safetensors", "pt") as file:
+        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118
+
+
 def test_the_folder_holds_stable_diffusions_classes(pipe):
     names = {name: type(part).__name__ for name, part in pipe.components.items() if part is not None}
     assert names == {

@@ -28,6 +28,8 @@ def folder(kind: str, root: Path, causal: bool = False) -> Path:
         tokenizer = word_tokenizer(CHATML if causal else None)
         if kind in ("gpt2", "llama") and not causal:
             tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"  # as the real ones come
+        if kind == "distilbert":
+            tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.save_pretrained(path)
     return path
 

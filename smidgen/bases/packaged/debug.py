@@ -152,9 +152,9 @@ def _save(kind: Any, config: Any, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind(config)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name in getattr(model, "all_tied_weights_keys", None) or ():
-        del state[name]
+    tensors = model.state_dict()
+    first = {tensor.data_ptr(): name for name, tensor in reversed(tensors.items())}  # of tied weights one is saved
+    state = {name: tensor.contiguous() for name, tensor in tensors.items() if first[tensor.data_ptr()] == name}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures = [kind.__name__]
     config.save_pretrained(folder)

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smidgen.adapters.atomic import replace_file, replace_folder
 from smidgen.lab.embedded_base import autoencoder, diffusion, text
 from smidgen.lab.embedded_base.config import Config
+
+PREFIX = (
+    "text_model."  # every transformers reads CLIP's weights by these names; without it, 4 and 5.0 read none of them
+)
 
 
 def _load_average(model: nn.Module, checkpoint: Path) -> nn.Module:
@@ -49,6 +53,9 @@ def export(config: Config, folder: Path, out: Path) -> None:
     """Write the pipeline folder `out` in fp16, replacing an older one, but for its card, when the new one is complete."""
     with replace_folder(out) as scratch:
         pipeline(config, folder).to(dtype=torch.float16).save_pretrained(scratch, safe_serialization=True)
+        words = scratch / "text_encoder" / "model.safetensors"
+        tensors = {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in load_file(words).items()}
+        save_file(tensors, words, metadata={"format": "pt"})
         settings = json.loads((scratch / "text_encoder" / "config.json").read_text())
         settings["dtype"] = "float32"  # else it alone loads in fp16
         write_json(scratch / "text_encoder" / "config.json", settings)
