@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smidgen.adapters.atomic import replace_file
 from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
 from smidgen.training.checkpoints import CheckpointStore
 
@@ -131,12 +132,15 @@ def _check_whole() -> None:
             )
 
 
+SETTINGS = (".yaml", ".json", ".jinja")  # endings of what a run writes before its first step
+
+
 @contextmanager
 def run_folder(
     out: Path, resume: str | None, overwrite: bool, *inner: Path, keep: Sequence[str] = ()
 ) -> Iterator[Path]:
     """The folder of a run, with ``inner`` ones whose checkpoints go with it. When the block is refused before its first
-    checkpoint, what it wrote is taken away again, but for the names in ``keep``.
+    checkpoint, what it wrote is taken away again, but for the names in ``keep``; the settings of an earlier run are put back.
 
     Raises:
         ConfigError: an earlier run is in it, and this one is neither to resume nor to overwrite it.
@@ -151,12 +155,16 @@ def run_folder(
             f"{out} already holds checkpoint-{store.steps()[-1]}. Go on with --resume-from-checkpoint latest, "
             "start again with --overwrite, or choose another --out."
         )
+    steps, settings = store.steps(), {path: path.read_bytes() for path in out.glob("*.*") if path.suffix in SETTINGS}
     there = {*keep, *(path.name for path in out.iterdir())} if out.is_dir() else {*keep}
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield out
     except SmidgenError:
+        if is_main() and store.steps() == steps:
+            for path, content in settings.items():
+                replace_file(path, content)
         if is_main() and not any(store.steps()):  # checkpoint-0 is of before any step
             for path in out.iterdir():
                 if path.name not in there:

@@ -55,3 +55,12 @@ def test_a_refusal_leaves_nothing(name, words, place, monkeypatch, capsys) -> No
     said = capsys.readouterr().err
     assert "\nsmidgen: " in f"\n{said}" and "Traceback" not in said
     assert sorted(place.iterdir()) == before, said
+
+
+def test_a_refused_resume_leaves_the_earlier_run_as_it_was(tmp_path, capsys) -> None:
+    words = ["train", "text-classification", "--preset", "debug", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert cli.main([*words, "--resume-from-checkpoint", "latest", "--seed", "1"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
