@@ -7,7 +7,7 @@ import torch
 from damage import rewrite
 
 from smidgen.difflora.weightspace.canonical import canonical_rows
-from smidgen.difflora.weightspace.codec import load_codec
+from smidgen.difflora.weightspace.codecs import load_codec
 from smidgen.difflora.weightspace.conv_autoencoder import ConvAutoencoder
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.learned import preserve_weights, reconstruction_loss

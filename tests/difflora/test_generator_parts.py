@@ -20,7 +20,7 @@ from smidgen.difflora.generator.settings import PRESETS, Encoders, GeneratorConf
 from smidgen.difflora.generator.tasks import LatentTask
 from smidgen.difflora.generator.transformer import DiffusionTransformer
 from smidgen.difflora.weightspace.basis import Basis
-from smidgen.difflora.weightspace.codec import load_codec
+from smidgen.difflora.weightspace.codecs import load_codec
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.weightspace.rows import TensorRows

@@ -26,7 +26,8 @@ from smidgen.difflora.generator.people import Photos, people_of, photos_of
 from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig, TwoStage
 from smidgen.difflora.generator.tasks import EndToEndTask, LatentTask, Trained
 from smidgen.difflora.weightspace.basis import Basis
-from smidgen.difflora.weightspace.codec import Codec, known_codec
+from smidgen.difflora.weightspace.codec import Codec
+from smidgen.difflora.weightspace.codecs import known_codec
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects

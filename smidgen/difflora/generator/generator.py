@@ -26,7 +26,8 @@ from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.settings import Encoders, Model
-from smidgen.difflora.weightspace.codec import Codec, load_codec
+from smidgen.difflora.weightspace.codec import Codec
+from smidgen.difflora.weightspace.codecs import load_codec
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError, DataError
 from smidgen.training.randomness import stream

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -27,11 +25,10 @@ from smidgen.difflora.weightspace.canonical import canonical_rows
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Mode, Normaliser, Statistics
 from smidgen.difflora.weightspace.rows import Rows
-from smidgen.errors import DataError, did_you_mean
+from smidgen.errors import DataError
 
 JSON, TENSORS = "codec.json", "codec.safetensors"
 FORMAT = 1
-CODECS: dict[str, type[Codec]] = {}
 
 
 class Codec(ABC):
@@ -50,11 +47,6 @@ class Codec(ABC):
         self.normaliser: Normaliser | None = None
         self.latent_mean: Tensor | None = None
         self.latent_width: Tensor | None = None
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "name" in cls.__dict__:
-            CODECS[cls.name] = cls
 
     @abstractmethod
     def _fit(self, rows: Prepared, folder: Path | None, progress: bool) -> None:
@@ -187,47 +179,3 @@ class Prepared:
     def take(self, indices):  # type: ignore[no-untyped-def]
         """As in :class:`Rows`."""
         return self.codec.prepare(self.rows.take(indices))
-
-
-def known_codec(name: str) -> type[Codec]:
-    """The codec called ``name``; DataError with the nearest names otherwise."""
-    from smidgen.difflora.weightspace import basis, conv_autoencoder, pca, token_autoencoder  # noqa: F401, they register
-
-    if name not in CODECS:
-        raise DataError(f"There is no codec {name!r}.{did_you_mean(name, CODECS)} Known: {', '.join(sorted(CODECS))}.")
-    return CODECS[name]
-
-
-def load_codec(folder: str | os.PathLike[str], layout: Layout | None = None) -> Codec:
-    """The codec in ``folder``.
-
-    Args:
-        layout: of the rows it shall read; another base, rank or target is an error.
-
-    Raises:
-        DataError: no codec, a damaged one, one of another format or layout.
-    """
-    folder = Path(folder)
-    try:
-        described = json.loads((folder / JSON).read_text())
-        content = (folder / TENSORS).read_bytes()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} holds no codec that can be read ({error}).") from error
-    if described.get("format") != FORMAT:
-        raise DataError(f"{folder / JSON} has format {described.get('format')}; this version reads format {FORMAT}.")
-    kind = known_codec(str(described.get("codec")))
-    if hashlib.sha256(content).hexdigest() != described.get("sha256"):
-        raise DataError(f"{folder / TENSORS} ({len(content):,} bytes) is not the file that {JSON} was written with.")
-    own = Layout.from_json(json.dumps(described["layout"]), f"The layout in {folder / JSON}")
-    if layout is not None:
-        layout.check_same(own, f"The rows that {folder} was fitted on")
-    try:
-        codec = kind(own, normalise=described["normalise"], **described["settings"])
-        numbers = load_tensors(content)
-        codec.reference = numbers["reference"]
-        codec.normaliser = Normaliser(numbers["shift"], numbers["width"])
-        codec.latent_mean, codec.latent_width = numbers["latent_mean"], numbers["latent_width"]
-        codec._take({name[4:]: value for name, value in numbers.items() if name.startswith("own.")})
-    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder} is damaged: {error}") from error
-    return codec
