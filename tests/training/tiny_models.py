@@ -25,11 +25,9 @@ def folder(kind: str, root: Path, causal: bool = False) -> Path:
                 parameter.mul_(5)
     model.save_pretrained(path)
     if kind not in IMAGE:
-        tokenizer = word_tokenizer(CHATML if causal else None)
+        tokenizer = word_tokenizer(CHATML if causal else None, pairs=kind != "distilbert")
         if kind in ("gpt2", "llama") and not causal:
             tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"  # as the real ones come
-        if kind == "distilbert":
-            tokenizer.model_input_names = ["input_ids", "attention_mask"]
         tokenizer.save_pretrained(path)
     return path
 

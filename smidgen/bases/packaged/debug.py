@@ -73,8 +73,9 @@ def squares() -> list[tuple[str, str, bytes]]:
     return found
 
 
-def word_tokenizer(template: str | None = None) -> Any:
-    """A tokenizer whose tokens are the words of the debug data, spaces and line ends."""
+def word_tokenizer(template: str | None = None, pairs: bool = True) -> Any:
+    """A tokenizer whose tokens are the words of the debug data, spaces and line ends; ``pairs``: it says which text of a
+    pair a token is of, as BERT takes it and most models do not."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -89,7 +90,12 @@ def word_tokenizer(template: str | None = None) -> Any:
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
         )
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+    inputs = (
+        ["input_ids", "token_type_ids", "attention_mask"]
+        if pairs and template is None
+        else ["input_ids", "attention_mask"]
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **names)
     if template is not None:
         made.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
         made.chat_template = template
