@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -44,3 +45,19 @@ def trained(method: str = "svfit", name: str = "default", seed: int = 1, net: nn
     """A net with a perturbed adapter on q_proj and v_proj."""
     options = {"target_modules": ["q_proj", "v_proj"], **options}
     return testing.perturb(smidgen.adapt(net or Net(), method, name, **options), seed, adapter_name=name)
+
+
+def unet() -> nn.Module:
+    """A UNet of diffusers with attention in two places."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()

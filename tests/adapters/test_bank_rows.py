@@ -68,24 +68,23 @@ def ids(length: int = 6) -> Tensor:
     return torch.randint(3, 97, (3, length), generator=torch.Generator().manual_seed(5))
 
 
-def llama() -> nn.Module:
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+VIDEO = {"image_size": 32, "patch_size": 8, "num_frames": 4, **SMALL}
+
+
+def made(model: str, config: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    return tf.LlamaForCausalLM(
-        tf.LlamaConfig(
-            vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=0,
-        )
-    )  # fmt: skip
+    return getattr(tf, model)(getattr(tf, config)(**options))
+
+
+def llama() -> nn.Module:
+    return made("LlamaForCausalLM", "LlamaConfig", vocab_size=97, num_key_value_heads=2, pad_token_id=0, **SMALL)
 
 
 def t5() -> nn.Module:
-    torch.manual_seed(0)
-    return tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0,
-            pad_token_id=0,
-        )
-    )  # fmt: skip
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    return made("T5ForConditionalGeneration", "T5Config", vocab_size=97, **sizes, **ends)
 
 
 # ---- text: generation --------------------------------------------------------------------------------------------------
@@ -150,32 +149,27 @@ def test_left_padding(method: str) -> None:
 
 
 def opt() -> nn.Module:
-    torch.manual_seed(0)
-    return tf.OPTForCausalLM(
-        tf.OPTConfig(
-            vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=32,
-        )
-    )  # fmt: skip
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    widths = {"word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    return made("OPTForCausalLM", "OPTConfig", vocab_size=97, **sizes, **widths)
 
 
 def swin() -> nn.Module:
-    torch.manual_seed(0)
-    return tf.SwinForImageClassification(
-        tf.SwinConfig(
-            image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5
-        )
-    )
+    sizes = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "window_size": 4,
+    }
+    return made("SwinForImageClassification", "SwinConfig", num_labels=5, **sizes)
 
 
 def mobilevit() -> nn.Module:
-    torch.manual_seed(0)
-    return tf.MobileViTForImageClassification(
-        tf.MobileViTConfig(
-            image_size=32, hidden_sizes=[16, 24, 32], neck_hidden_sizes=[8, 16, 16, 16, 24, 32, 40], num_labels=5,
-            num_attention_heads=2, initializer_range=0.3,
-        )
-    )  # fmt: skip
+    necks = [8, 16, 16, 16, 24, 32, 40]
+    sizes = {"image_size": 32, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": necks, "num_attention_heads": 2}
+    return made("MobileViTForImageClassification", "MobileViTConfig", initializer_range=0.3, num_labels=5, **sizes)
 
 
 class SequenceFirst(nn.Module):
@@ -229,8 +223,6 @@ def test_models_that_fold_rows(method: str, case: str) -> None:
     check_rows(model, bank, lambda x: getattr(out := model(x), "logits", out), inputs())
 
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-VIDEO = {"image_size": 32, "patch_size": 8, "num_frames": 4, **SMALL}
 OTHERS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 2, **SMALL}, "all-linear"),
     "AlbertModel": ("AlbertConfig", {"embedding_size": 16, **SMALL}, ["query", "value"]),
@@ -246,8 +238,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any], Any]] = {
 def test_models_of_other_makes(method: str, name: str) -> None:
     config, options, targets = OTHERS[name]
     texts = "Vi" not in name
-    torch.manual_seed(0)
-    model = getattr(tf, name)(getattr(tf, config)(**options, **({"vocab_size": 97} if texts else {})))
+    model = made(name, config, **options, **({"vocab_size": 97} if texts else {}))
     model, bank = banked(model, method, targets)
     inputs = ids() if texts else pictures()[:, None].repeat(1, 4, 1, 1, 1) if "Video" in name else pictures()
     check_rows(model, bank, lambda x: out.logits if hasattr(out := model(x), "logits") else out[0], inputs)

@@ -17,27 +17,12 @@ from smidgen.adapters.methods import METHODS
 from smidgen.adapters.tuner.peft_bridge import adapted_layers
 from smidgen.errors import SmidgenError, TargetError
 
-from .helpers import Net, inputs, trained
+from .helpers import Net, inputs, trained, unet
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 # ---- diffusers ---------------------------------------------------------------------------------------------------------
-
-
-def unet() -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
 
 
 def predict(model: nn.Module, **options: object) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 import smidgen
 from smidgen import testing
 
-from .helpers import Net, inputs, trained
+from .helpers import Net, inputs, trained, unet
 
 tf = pytest.importorskip("transformers")
 
@@ -24,21 +24,6 @@ SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 def bert() -> nn.Module:
     torch.manual_seed(0)
     return tf.BertForSequenceClassification(tf.BertConfig(**SIZES)).eval()
-
-
-def unet() -> nn.Module:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    ).eval()
 
 
 def by_smidgen(model: nn.Module, folder: Path) -> nn.Module:

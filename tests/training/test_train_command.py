@@ -12,24 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen import cli
 from smidgen.cli.table import summaries
 from smidgen.tasks.text_classification import recipe
+from tests.training.test_cli import call
 from tests.training.test_two_processes import launch
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("text-classification", "image-classification", "instruction")
 FEW = ["--preset", "debug", "--eval-steps", "0"]
-
-
-def call(capsys, *words):
-    try:
-        status = cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return status, captured.out, captured.err
 
 
 def test_overview_and_help(capsys):
