@@ -82,7 +82,8 @@ class Bank:
         self._tested: set[tuple[Any, ...]] = set()
         self._locks: set[str] = set()  # base locks of files that were found to be this model's
         self._model = weakref.ref(model)
-        handles = [handle for module in _around(model, self._named) for handle in _watch(module)]
+        self._around = frozenset(_around(model, self._named))
+        handles = [handle for module in self._around for handle in _watch(module)]
         handles += [head.register_forward_hook(calls.heads, with_kwargs=True) for head in self._wrappers.values()]
         for name, layer in self.layers.items():
             layer.banks[self.label] = self.slots[name].to(next(layer.base_layer.parameters()).device)
@@ -287,7 +288,9 @@ class Bank:
         if not self._off.alive:
             raise SmidgenError("This bank was removed from its model.")
         scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
-        return calls.opened(calls.Block(self._on, self._named, lanes, copies, held, scaling, heads, self._tested))
+        return calls.opened(
+            calls.Block(self._on, self._named, self._around, lanes, copies, held, scaling, heads, self._tested)
+        )
 
     def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
         """Number of adapters that ``tensors`` hold."""

@@ -351,6 +351,22 @@ def test_two_banks_on_one_model(method: str) -> None:
         testing.close(again[i], wanted[name][i], f"the first bank, row {i}", factor=20)
 
 
+def test_a_model_beside_knows_nothing_of_the_rows() -> None:
+    model, bank = banked(Denoiser(), "lora", ["to_q", "to_k"])
+    other, others = banked(SequenceFirst(), "lora", ["a"])
+    x, text = frames()[:, 0], frames()[:, 1, :8]
+    wanted = other(frames(5)[:2])
+    with bank.rows(NAMES), torch.no_grad():
+        testing.same(other(frames(5)[:2]), wanted.detach(), "a model of 2 rows in a block of 3")
+        with others.rows(["a", "b"]):
+            for i, name in enumerate(("a", "b")):
+                own = other(frames(5)[:2])[i]
+                testing.close(own, alone(other, name, lambda: other(frames(5)[:2]))[i], f"the other's row {i}")
+            found = model(x, text)
+    for i, name in enumerate(NAMES):
+        testing.close(found[i], alone(model, name, lambda: model(x, text))[i], f"row {i}")
+
+
 def test_two_threads_with_rows_of_their_own() -> None:
     model, bank = banked(llama(), "svfit", ["q_proj", "v_proj"])
     wanted = {name: alone(model, name, lambda: model(ids()).logits) for name in ("a", "b", None)}

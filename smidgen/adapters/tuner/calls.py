@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -51,6 +51,7 @@ class Block:
     Args:
         slots: the bank's slot on each layer.
         names: targets and heads by name, for errors.
+        around: the modules that hold them.
         lanes: one choice of rows for each of the adapters that a row has at most, each of the length of the block.
         stacked: the call holds the rows in stacked copies.
         held: target layer -> tensors in place of the bank's own.
@@ -61,6 +62,7 @@ class Block:
 
     slots: Mapping[nn.Module, Slot]
     names: Mapping[nn.Module, str]
+    around: Collection[nn.Module]
     lanes: list[Rows]
     stacked: bool
     held: Mapping[nn.Module, Tensors] | None
@@ -125,8 +127,10 @@ def _blocks() -> tuple[Block, ...]:
 class Call:
     """A call of the outermost module of a model that carries banks: its batch, and the blocks' rows in it."""
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.module, self.stack = module, [module]
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: Sequence[Block]
+    ) -> None:
+        self.module, self.stack, self.blocks = module, [module], blocks
         self.args, self.kwargs = args, kwargs
         self.main = _main_input(module, args, kwargs)
         self._fits: dict[Block, tuple[int, int, bool]] = {}
@@ -211,7 +215,7 @@ def _eager(function: Any) -> Any:
     return run
 
 
-_CALL: ContextVar[Call | None] = ContextVar("smidgen_bank_call", default=None)
+_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("smidgen_bank_calls", default=())
 _PROBE: ContextVar[Probe | None] = ContextVar("smidgen_bank_probe", default=None)
 
 
@@ -222,15 +226,18 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     if probe is not None:
         probe.stack.append(module)
         return
-    blocks = _OPEN.get()
+    blocks = [block for block in _OPEN.get() if module in block.around]
     if not blocks or _in_backward():  # a checkpointed part runs again: it belongs to the call that it ran in
         return
-    call = _CALL.get()
-    if call is not None:
-        call.stack.append(module)
+    calls = _CALLS.get()
+    for call in calls:
+        if any(block in call.blocks for block in blocks):
+            call.stack.append(module)
+    blocks = [block for block in blocks if not any(block in call.blocks for call in calls)]
+    if not blocks:
         return
-    call = Call(module, args, kwargs)
-    _CALL.set(call)
+    call = Call(module, args, kwargs, blocks)
+    _CALLS.set((*calls, call))
     for block in blocks:
         fit = call.fit(block)
         block.several |= block.last is not None and block.last.fit(block) != fit
@@ -242,13 +249,15 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 @_eager
 def leave(module: nn.Module, args: Any, output: Any) -> None:
     """After it, errors included."""
-    probe = _PROBE.get()
-    stack = probe.stack if probe is not None else call.stack if (call := _CALL.get()) is not None else []
-    if stack and stack[-1] is module:
-        stack.pop()
-        if not stack and probe is None:
-            _CALL.set(None)
-            call.args, call.kwargs = (), {}  # type: ignore[union-attr]
+    probe, calls = _PROBE.get(), _CALLS.get()
+    for stack in [probe.stack] if probe is not None else [call.stack for call in calls]:
+        if stack and stack[-1] is module:
+            stack.pop()
+    if probe is None and not all(call.stack for call in calls):
+        for call in calls:
+            if not call.stack:
+                call.args, call.kwargs = (), {}
+        _CALLS.set(tuple(call for call in calls if call.stack))
 
 
 @_eager
@@ -280,7 +289,7 @@ def terms(layer: ShiftLayer, x: Tensor) -> list[Term] | None:
 
 
 def _call_of(block: Block, layer: nn.Module, x: Tensor) -> Call:
-    call = _CALL.get()
+    call = next((call for call in _CALLS.get() if block in call.blocks), None)
     if call is None and _in_backward():
         call = block.last
         if block.several:
@@ -288,7 +297,7 @@ def _call_of(block: Block, layer: nn.Module, x: Tensor) -> Call:
                 "A checkpointed layer runs again after calls with different batches in one block of a bank's rows, and "
                 "whose it is cannot be told; open a block for each call, with its backward pass inside."
             )
-    return call or Call(layer, (x,), {})
+    return call or Call(layer, (x,), {}, [block])
 
 
 def heads(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
