@@ -205,7 +205,7 @@ def frames(length: int = 6) -> Tensor:
 FOLDING: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Tensor]]] = {
     "opt": (opt, ["fc1", "fc2", "q_proj"], ids),
     "opt, as many tokens as rows": (opt, ["fc1", "fc2"], lambda: ids(3)),
-    "swin": (swin, ["q_proj", "v_proj"], pictures),
+    "swin": (swin, r".*\.(q_proj|query|v_proj|value)", pictures),
     "mobilevit": (mobilevit, ["query", "value"], pictures),
     "sequence first": (SequenceFirst, ["a", "b"], frames),
     "sequence first, square": (SequenceFirst, ["a", "b"], lambda: frames(3)),
@@ -224,7 +224,11 @@ def test_models_that_fold_rows(method: str, case: str) -> None:
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4, "num_key_value_heads": 2, **SMALL}, "all-linear"),
+    "MixtralForCausalLM": (
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_key_value_heads": 2, **SMALL},
+        ["q_proj", "o_proj"],
+    ),
     "AlbertModel": ("AlbertConfig", {"embedding_size": 16, **SMALL}, ["query", "value"]),
     "MambaForCausalLM": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, ["in_proj"]),
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}, ["c_attn", "c_proj"]),

@@ -22,14 +22,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_with_path
+from torch.utils._pytree import tree_leaves, tree_map
 
 from smidgen.adapters.member import Tensors
 from smidgen.adapters.tuner.layer import ShiftLayer, Term
@@ -543,11 +543,9 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
     """Inputs with some rows changed, as far as they have rows; caches are copied, so that a test leaves none behind."""
     generator = torch.Generator().manual_seed(0)
 
-    def change(path: Any, leaf: Any) -> Any:
+    def change(leaf: Any, about: bool = False) -> Any:
         if not isinstance(leaf, Tensor):
             return copy.deepcopy(leaf) if any(c.__name__.endswith("Cache") for c in type(leaf).__mro__) else leaf
-        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        about = any(word in name for name in names for word in ("mask", "position", "label", "past_"))
         axis = 1 if packed and leaf.dim() > 1 else 0
         if rows is None or about or leaf.dtype == torch.bool or leaf.dim() <= axis or leaf.shape[axis] != batch:
             return leaf
@@ -560,7 +558,11 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
             part.copy_(torch.where(part > 0, part - 1, torch.where(part == 0, 1, part)))
         return new
 
-    return tree_map_with_path(change, inputs)
+    args, kwargs = inputs
+    about = {name: any(word in name for word in ("mask", "position", "label", "past_", "cache")) for name in kwargs}
+    return tree_map(change, args), {
+        name: tree_map(partial(change, about=about[name]), value) for name, value in kwargs.items()
+    }
 
 
 def _devices(module: nn.Module) -> list[int]:
