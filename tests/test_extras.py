@@ -47,7 +47,9 @@ import json, sys
 from importlib.machinery import PathFinder
 missing, calls = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *where: None if name.partition(".")[0] in missing else find(name, *where)
+PathFinder.find_spec = staticmethod(
+    lambda name, *where: None if name.partition(".")[0] in missing else find(name, *where)
+)
 import contextlib, io, smidgen
 from smidgen.cli import main
 model = __import__("torch").nn.Sequential(__import__("torch").nn.Linear(4, 4))
