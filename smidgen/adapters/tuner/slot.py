@@ -87,7 +87,7 @@ class Slot(nn.Module):
 
     def trained(self) -> dict[str, Tensor]:
         """Trained tensors by full name."""
-        return dict(self.named_parameters())
+        return {name: value for name, value in self._parameters.items() if value is not None}
 
     def stored(self) -> dict[str, Tensor]:
         """What a file must hold: trained tensors and pins, by full name."""
