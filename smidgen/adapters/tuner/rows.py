@@ -111,6 +111,8 @@ class LowRankShift(torch.autograd.Function):
     def forward(ctx, y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         hidden = torch.bmm(down, _runs(x, down).mT)  # [runs, k, n]
         ctx.save_for_backward(x, up, down, hidden)
+        if hidden.shape[2] == 1:  # one token a run, a decoding step
+            return y + torch.bmm(up, hidden).mT.reshape(y.shape)
         sums = torch.addcmul if hidden.shape[1] == 1 else torch.baddbmm
         return sums(_runs(y, up), hidden.mT, up.mT).reshape(y.shape)
 
