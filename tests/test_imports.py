@@ -32,6 +32,12 @@ def test_python_m_smidgen_is_the_command() -> None:
     assert python("-m", "smidgen", "--help").startswith("usage: smidgen COMMAND")
 
 
+def test_a_command_prints_no_words_of_other_libraries() -> None:
+    words = ["-m", "smidgen", "count", "svfit", "--architecture", "roberta-base"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
 KNOWS = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as table; assert 'SMIDGEN' in table"
 
 
