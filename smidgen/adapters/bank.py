@@ -12,23 +12,21 @@ import os
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.adapters import api
-from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.tuner import calls
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
     adapted_layers,
-    check_base,
     make_slot,
     members_of,
     saved_modules,
-    slot_layout,
     stored_tensors,
 )
 from smidgen.adapters.tuner.rows import Rows
@@ -343,18 +341,18 @@ class Bank:
             if reason := _unlike(self.slots[target], transform, residual):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         lock = json.dumps(own.base_lock, sort_keys=True)
-        if own.base_lock and lock not in self._locks:
-            check_base(own, {n: layer.get_base_layer() for n, layer in self.layers.items()}, self._base())
-            self._locks.add(lock)
+        checked = replace(own, base_lock=None) if lock in self._locks else own
+        tensors, stored = api._fit(self._base(), checked, packed, str(path))
+        self._locks.add(lock)
+        if tensors.keys() != self.layers.keys():
+            return {}, {}, {}, f" at {min(tensors.keys() ^ self.layers.keys())!r}: only one of the two is there"
         heads: dict[str, dict[str, Tensor]] = {}
-        where, rest = str(path), dict(packed)
-        for name, head in self._wrappers.items():
-            for key, like in head.original_module.state_dict().items():
-                if (full := f"{_WRAP}{name}.{key}") in rest:
-                    packing.check_tensor(full, rest[full], tuple(like.shape), like.dtype, where)
-                    heads.setdefault(name, {})[key] = rest.pop(full)
-        layout = {target: slot_layout(own, layer.get_base_layer(), target) for target, layer in self.layers.items()}
-        tensors: dict[str, dict[str, Tensor]] = packing.unpack(rest, layout, where)
+        for name, value in stored.items():
+            head, _, key = name.removeprefix(_WRAP).rpartition(".")
+            for known in self._wrappers:
+                if name.startswith(f"{_WRAP}{known}."):
+                    head, key = known, name.removeprefix(f"{_WRAP}{known}.")
+            heads.setdefault(head, {})[key] = value
         for target, slot in self.slots.items():
             given: dict[str, Tensor] = dict(tensors[target])
             for prefix, member in slot.members():

@@ -15,11 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("smidgen").setLevel(logging.INFO)
-    for name in (
-        "torchao",
-        "bitsandbytes",
-        "torch.utils._pytree",
-    ):  # peft imports them: kernels that nothing here calls
+    # peft imports these where they are installed, and they warn about kernels that nothing here calls
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return _dispatch(words)

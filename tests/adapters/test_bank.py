@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import smidgen
@@ -290,6 +292,26 @@ def test_files_that_do_not_fit_a_bank_leave_it_as_it_was(tmp_path: Path) -> None
     assert bank.names == ["a"]
     with bank.rows(["a"]):
         testing.close(model(inputs()), outputs["a"], "the member that was there")
+
+
+def test_a_file_of_other_layers_or_half_a_head_is_refused(tmp_path: Path) -> None:
+    class Equal(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    smidgen.save(smidgen.adapt(Equal(), "lora", target_modules=["q", "k"]), tmp_path / "qk")
+    config = tmp_path / "qk" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_lock": None, "canary": None}))
+    model = smidgen.adapt(Equal(), "lora", target_modules=["q", "v"])
+    with pytest.raises(SmidgenError, match="does not fit the bank at 'k'"):
+        smidgen.Bank(model, model.peft_config["default"]).put("a", tmp_path / "qk")
+    model = headed(1)
+    weights = smidgen.save(model, tmp_path / "head") / "adapter_model.safetensors"
+    tensors = {name: value for name, value in load_file(weights).items() if not name.endswith("bias")}
+    save_file(tensors, weights)
+    with pytest.raises(SmidgenError, match=r"missing \['base_model.model.head.bias'\]"):
+        smidgen.Bank(model, model.peft_config["default"]).put("a", tmp_path / "head")
 
 
 def test_a_name_that_was_never_put_is_an_error() -> None:
