@@ -1,6 +1,5 @@
 """Contact sheets: rows of pictures under labelled columns, and the loss plot. Pillow alone, so no fonts to install."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from smidgen.adapters.atomic import replace_file
+from smidgen.tasks.png import write_figure
 
 GAP, LABEL = 6, 118  # pixels between pictures; width of the row labels
 INK, FAINT, PAPER = "#222222", "#777777", "#ffffff"
@@ -47,17 +46,8 @@ def contact_sheet(title: str, rows: Sequence[Row], columns: Sequence[str] = (), 
     return sheet
 
 
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write a PNG in one step."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    replace_file(path, buffer.getvalue())
-    return path
-
-
 def loss_plot(curves: dict[str, Sequence[float]], path: Path, window: int = 25) -> Path:
     """Plot loss against step for each named run: every step faintly, the mean of ``window`` steps over it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.6), layout="constrained")
@@ -69,10 +59,7 @@ def loss_plot(curves: dict[str, Sequence[float]], path: Path, window: int = 25) 
     axes.set(xlabel="step", ylabel="loss", title=f"training loss (bold: mean of {window} steps)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    replace_file(path, buffer.getvalue())
-    return path
+    return write_figure(figure, path)
 
 
 def _draw_row(sheet: Image.Image, pen: ImageDraw.ImageDraw, row: Row, top: int, side: int) -> None:

@@ -15,12 +15,12 @@ from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks import cards
-from smidgen.tasks.contact_sheet import save_image
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import UNREADABLE, load_picture
+from smidgen.tasks.png import write_png
 from smidgen.training import engine
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,12 @@ def generate(
         controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
         images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
     if single:
-        return [save_image(images[0], out)]
+        return [write_png(images[0], out)]
     names = [
         f"{number // num_images:02d}-{_slug(text)}-{s}.png"
         for number, (text, s) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    return [save_image(image, out / name) for name, image in zip(names, images, strict=True)]
+    return [write_png(image, out / name) for name, image in zip(names, images, strict=True)]
 
 
 def verify(adapter: Path, base: str) -> tuple[bool, str]:

@@ -22,9 +22,10 @@ from smidgen.difflora.use.folders import Photo, write_folder
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
 from smidgen.tasks.cards import public_name
-from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.data.images import fit
 from smidgen.tasks.diffusion.scenes import Scenes
+from smidgen.tasks.png import write_png
 from smidgen.training.randomness import derive
 
 
@@ -139,7 +140,7 @@ class Sampler:
                 (folder / folders.CARD).write_text(card, encoding="utf-8")
                 sizes[out / one.name] = size
             if sheet is not None:
-                save_image(sheet, scratch / folders.SHEET)
+                write_png(sheet, scratch / folders.SHEET)
         return Result(sizes, out / folders.SHEET if shown else None, self.seconds, tuple(notes))
 
     def _sheet(self, adapters: Sequence[Adapter], images: Sequence[Image.Image]) -> Image.Image:

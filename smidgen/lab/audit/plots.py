@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from smidgen.adapters.atomic import replace_file
+from smidgen.tasks.png import write_figure
 
 if TYPE_CHECKING:
     from smidgen.lab.audit.memorisation import Memorised
@@ -29,7 +28,7 @@ def distance_plot(found: Memorised, path: Path) -> Path:
         )
         axes.set_title(f"distance to the nearest, {space}", fontsize=8)
         axes.tick_params(labelsize=7)
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) -> Path:
@@ -42,19 +41,10 @@ def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) 
     axes.set_xlabel(f"{len(row)} entries of the deltas, chosen at random", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return _write(figure, path)
+    return write_figure(figure, path)
 
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def _write(figure: Any, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    replace_file(path, buffer.getvalue())
-    return path

@@ -15,7 +15,8 @@ from smidgen.lab.audit.settings import EvaluateConfig
 from smidgen.lab.audit.statistics import bootstrap, paired, ratio
 from smidgen.lab.statistics import Interval
 from smidgen.tasks import cards
-from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.contact_sheet import Row, contact_sheet
+from smidgen.tasks.png import write_png
 from smidgen.training.settings import to_dict
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def write_report(report: Report, out: Path) -> Report:
     """Writes ``report.json``, ``report.md`` and ``contact_sheet.png`` into ``out``, each in one step; returns the report."""
     replace_file(out / "report.json", json.dumps(as_json(report), indent=1))
     replace_file(out / "report.md", as_markdown(report))
-    save_image(sheet(report), out / "contact_sheet.png")
+    write_png(sheet(report), out / "contact_sheet.png")
     return report
 
 

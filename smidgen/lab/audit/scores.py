@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.zoo.tables import read_parquet, to_parquet
 from smidgen.errors import DataError
-from smidgen.tasks.contact_sheet import save_image
+from smidgen.tasks.png import write_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +67,7 @@ class Scores:
 
     def add(self, lines: Sequence[Score], pictures: Sequence[Image]) -> None:
         """Writes a contender's lines, and one picture of each of the first sitters."""
-        save_image(beside_each_other(pictures[:SHOWN]), self.picture(lines[0].key))
+        write_png(beside_each_other(pictures[:SHOWN]), self.picture(lines[0].key))
         self.lines[lines[0].key] = list(lines)
         everything = [line for own in self.lines.values() for line in own]
         replace_file(self.folder / TABLE, to_parquet(everything))

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smidgen.adapters.atomic import new_file
 from smidgen.errors import MissingExtraError
 from smidgen.lab.compare.table import Results, Row
 from smidgen.lab.statistics import Point, front
+from smidgen.tasks.png import write_figure
 
 COLOURS = {"ours": "#c2410c", "peft": "#1d4ed8"}
 NAMES = {"ours": "smidgen", "peft": "peft"}
@@ -16,7 +16,6 @@ NAMES = {"ours": "smidgen", "peft": "peft"}
 def draw_plot(results: Results, path: Path) -> None:
     """Write the plot as PNG. Full fine-tuning and the linear probe are lines: the ceiling and the floor of the task."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("The plot needs matplotlib: pip install 'smidgen[tasks]'") from error
@@ -39,8 +38,7 @@ def draw_plot(results: Results, path: Path) -> None:
     _frame(axes, results)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=9, loc="best")
-    with new_file(path) as beside, beside.open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
+    write_figure(figure, path)
 
 
 def _frame(axes: Any, results: Results) -> None:

@@ -21,7 +21,7 @@ from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError
 from smidgen.tasks.cards import public_name, write_report
-from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot, save_image
+from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs
 from smidgen.tasks.control.report import ControlReport, Line, card
@@ -31,6 +31,7 @@ from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
+from smidgen.tasks.png import write_png
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, run_folder
 from smidgen.training.randomness import derive
@@ -79,7 +80,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     few = slice(config.show.num_columns)
     rows = [Row("control", held_out.controls[few]), *(Row(name, found[few]) for name, found in drawn.items())]
     title = f"{data.control} with {fitted.name} on {public_name(config.base)}: pictures kept from training"
-    save_image(contact_sheet(title, rows), out / "contact_sheet.png")
+    write_png(contact_sheet(title, rows), out / "contact_sheet.png")
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
     lines = _lines(config, base, held_out, drawn, fitted)
     told = (pairs.warnings, notes, identity, fitted.coverage)

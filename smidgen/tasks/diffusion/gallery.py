@@ -16,8 +16,9 @@ from smidgen.bases.judging import Judge
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import AdapterFileError
 from smidgen.tasks.cards import public_name
-from smidgen.tasks.contact_sheet import Row, contact_sheet, save_image
+from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.diffusion.scenes import Scenes
+from smidgen.tasks.png import write_png
 from smidgen.tasks.report import Entry
 from smidgen.training.fitting import Fitted, prove
 
@@ -82,7 +83,7 @@ def save_preview(
     """Draws ``rows`` with ``model`` in eval mode, as ``preview-<step>.png``."""
     was_training = model.training
     model.eval()
-    save_image(contact_sheet(f"after step {step}", rows(), columns), folder / f"preview-{step}.png")
+    write_png(contact_sheet(f"after step {step}", rows(), columns), folder / f"preview-{step}.png")
     model.train(was_training)
 
 
