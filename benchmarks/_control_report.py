@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks import control as bench
 from benchmarks._harness import write_result
+from smidgen.tasks.png import write_png
 
 SHEET = ("segmentation", "canny", "landmarks")
 WORDS = {
@@ -43,7 +44,7 @@ def report(command: str) -> None:
     write_result("control", figures, command)
     folder = bench.ROOT / "docs" / "results"
     (folder / "control.md").write_text(page(figures, found))
-    sheet(found).save(folder / "control_sheet.png", optimize=True)
+    write_png(sheet(found), folder / "control_sheet.png")
 
 
 def cells(control: str) -> dict[str, list[dict[str, Any]]]:

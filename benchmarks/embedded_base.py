@@ -24,6 +24,7 @@ from PIL import Image
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import embedded_base, world
 from smidgen.bases.embedded.judge import load_judge
+from smidgen.tasks.png import write_png
 
 RESULTS = Path(__file__).parent / "results" / "embedded_base.json"
 TARGETS = {"background": 0.95, "clothes_color": 0.9, "glasses": 0.9, "mouth": 0.75, "eyes": 0.75}
@@ -106,7 +107,7 @@ def sheet(images: list, columns: int, path: Path, zoom: int = 2) -> None:
     page = Image.new("RGB", (columns * side, -(-len(images) // columns) * side))
     for i, image in enumerate(images):
         page.paste(image.resize((side, side), Image.Resampling.NEAREST), (i % columns * side, i // columns * side))
-    page.save(path)
+    write_png(page, path)
 
 
 def measure(pictures: int, seed: int, steps: int, guidance: float, sheet_path: Path | None = None) -> dict:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.tasks.png import write_figure
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "work" / "personalize_bench"
@@ -267,7 +268,6 @@ def _reading(figures: dict[str, Any]) -> str:
 
 
 def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -285,7 +285,7 @@ def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
         axes.set(xscale="log", xlabel="bytes on disk", ylabel=score)
         axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
-    FigureCanvasAgg(figure).print_png(path)
+    write_figure(figure, path)
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from smidgen.adapters.atomic import new_file, replace_file
 from smidgen.adapters.transforms.tensor_ring import TensorRingTransform
+from smidgen.tasks.png import write_figure
 
 ROOT = Path(__file__).parents[1]
 CELLS = ROOT / "work" / "ring_init_bench"
@@ -296,7 +297,6 @@ def named(*parts: str) -> str:
 
 def plot(layers: dict, tasks: dict, figures: dict[str, Any], path: Path) -> None:
     """Error and bond rank of the layer over the steps, accuracy of the task."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.4 * (len(layers) + bool(tasks)), 6.4), layout="constrained")
@@ -318,7 +318,7 @@ def plot(layers: dict, tasks: dict, figures: dict[str, Any], path: Path) -> None
     for one in axes.flat:
         one.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    write_figure(figure, path)
 
 
 def plot_task(tasks: dict, figures: dict[str, Any], axes: Any, looks: dict) -> None:

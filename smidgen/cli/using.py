@@ -65,10 +65,11 @@ def verify(adapter: Path, /, base: str = "embedded") -> None:
 
 
 def inspect(adapter: Path, /) -> None:
-    """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, and each layer's norms.
+    """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, and each layer's norms. Of a picture
+    that Smidgen drew, say how: prompt, seed, adapter, base and versions.
 
     Args:
-        adapter: the adapter's folder.
+        adapter: the adapter's folder, or a PNG.
     """
     from smidgen.tasks.drawing import inspect as run
 

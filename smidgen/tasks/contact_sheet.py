@@ -59,7 +59,7 @@ def loss_plot(curves: dict[str, Sequence[float]], path: Path, window: int = 25) 
     axes.set(xlabel="step", ylabel="loss", title=f"training loss (bold: mean of {window} steps)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return write_figure(figure, path)
+    return write_figure(figure, path, {"shows": "training loss", "runs": list(curves)})
 
 
 def _draw_row(sheet: Image.Image, pen: ImageDraw.ImageDraw, row: Row, top: int, side: int) -> None:

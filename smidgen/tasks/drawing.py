@@ -20,7 +20,7 @@ from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import UNREADABLE, load_picture
-from smidgen.tasks.png import write_png
+from smidgen.tasks.png import about_adapter, read_facts, write_png
 from smidgen.training import engine
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,23 @@ def generate(
     else:
         controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
         images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
-    if single:
-        return [write_png(images[0], out)]
     names = [
         f"{number // num_images:02d}-{_slug(text)}-{s}.png"
         for number, (text, s) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    return [write_png(image, out / name) for name, image in zip(names, images, strict=True)]
+    facts = {
+        "negative_prompt": negative_prompt,
+        **loaded.sampling.chosen(steps, guidance),
+        "base": cards.public_name(base),
+        "adapter": about_adapter(adapter),
+        "strength": strength,
+        **({"control": {"kind": made.control, "scale": control_scale}} if made is not None else {}),
+        "precision": mixed_precision,
+    }
+    return [
+        write_png(image, out if single else out / name, {"prompt": text, "seed": number} | facts)
+        for name, image, text, number in zip(names, images, prompts, seeds, strict=True)
+    ]
 
 
 def verify(adapter: Path, base: str) -> tuple[bool, str]:
@@ -90,7 +100,11 @@ def verify(adapter: Path, base: str) -> tuple[bool, str]:
 
 
 def inspect(adapter: Path) -> str:
-    """A page of text about an adapter folder; nothing is executed and no base is needed."""
+    """A page of text about an adapter folder, or about a picture of ours; nothing is executed and no base is needed."""
+    if adapter.is_file():
+        facts = read_facts(adapter)
+        told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
+        return "\n".join([f"{adapter}: a picture of Smidgen's", *told])
     config, tensors = read_config(adapter), read_tensors(adapter)
     sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
     lock = config.pop("base_lock", None)

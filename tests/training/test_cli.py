@@ -1,14 +1,18 @@
 """The command line: help, one clear line for user errors, and whole commands on a tiny pipeline."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import smidgen
 from smidgen import cli, testing
 from smidgen.cli.table import COMMANDS, GROUPS, summaries
 from smidgen.tasks.personalize import recipe
+from smidgen.tasks.png import read_facts
 from smidgen.training.interrupts import TrainingInterrupted
 
 
@@ -20,6 +24,11 @@ def call(capsys, *words):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, captured.out, captured.err
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return image.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +94,28 @@ def test_generate_is_seeded_and_strength_nought_is_the_base(trained, sd, tmp_pat
     status, out, _ = call(capsys, *words, "--out", tmp_path / "a", "--num-images", 2)
     files = sorted((tmp_path / "a").iterdir())
     assert status == 0 and [str(file) for file in files] == out.split()
-    assert files[0].read_bytes() != files[1].read_bytes()
+    assert pixels(files[0]) != pixels(files[1])
     call(capsys, *words, "--out", tmp_path / "again.png")
-    assert (tmp_path / "again.png").read_bytes() == files[0].read_bytes()
+    assert pixels(tmp_path / "again.png") == pixels(files[0])
     call(capsys, *words, "--out", tmp_path / "off.png", "--strength", 0)
-    assert (tmp_path / "off.png").read_bytes() != files[0].read_bytes()
+    assert pixels(tmp_path / "off.png") != pixels(files[0])
     status, _, err = call(capsys, *words, "--out", tmp_path / "two.png", "--num-images", 2)
     assert status == 2 and "one picture" in err
+
+
+def test_pictures_carry_how_they_were_drawn_and_inspect_shows_it(trained, sd, tmp_path, capsys):
+    words = ["--base", sd, "--steps", 2, "--prompt", "a person", "a café", "--seed", 3, "--strength", 0.5]
+    status, out, _ = call(capsys, "generate", trained, *words, "--out", tmp_path)
+    facts = [read_facts(Path(line)) for line in out.splitlines()]
+    assert status == 0 and [(one["prompt"], one["seed"]) for one in facts] == [("a person", 3), ("a café", 3)]
+    weights = hashlib.sha256((trained / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert facts[0]["adapter"] == {"name": "out", "method": "svfit", "fingerprint": weights[:12]}
+    assert (facts[0]["base"], facts[0]["steps"], facts[0]["strength"]) == ("sd", 2, 0.5)
+    status, out, _ = call(capsys, "inspect", tmp_path / out.splitlines()[0])
+    assert status == 0 and '"a person"' in out and weights[:12] in out
+    sheet = read_facts(trained / "contact_sheet.png")
+    assert sheet["adapters"][0]["fingerprint"] == weights[:12] and sheet["prompts"] and sheet["seeds"]
+    assert read_facts(trained / "loss.png")["runs"]
 
 
 def test_verify_and_inspect(trained, sd, sdxl, capsys):
@@ -122,7 +146,7 @@ def test_a_pipeline_s_text_encoder_comes_back_too(sd, capsys, tmp_path):
     words = ("--base", sd, "--prompt", "a red house", "--steps", 2)
     for folder in (both, alone):
         assert call(capsys, "generate", folder, *words, "--out", tmp_path / f"{folder.name}.png")[0] == 0
-    assert (tmp_path / "both.png").read_bytes() != (tmp_path / "alone.png").read_bytes()
+    assert pixels(tmp_path / "both.png") != pixels(tmp_path / "alone.png")
     status, out, _ = call(capsys, "verify", both, "--base", sd)
     assert status == 0 and "denoiser: adapter is ON" in out and "text_encoder: adapter is ON" in out
 
@@ -147,7 +171,7 @@ def test_peft_s_own_adapter_is_verified_and_has_a_strength(sd, capsys, tmp_path)
             call(capsys, "generate", folder, *words, "--strength", strength, "--out", tmp_path / f"{strength}.png")[0]
             == 0
         )
-    assert (tmp_path / "1.png").read_bytes() != (tmp_path / "0.png").read_bytes()
+    assert pixels(tmp_path / "1.png") != pixels(tmp_path / "0.png")
 
 
 def test_methods_and_config(capsys, tmp_path):

@@ -25,7 +25,7 @@ from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.data.images import fit
 from smidgen.tasks.diffusion.scenes import Scenes
-from smidgen.tasks.png import write_png
+from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.randomness import derive
 
 
@@ -140,8 +140,15 @@ class Sampler:
                 (folder / folders.CARD).write_text(card, encoding="utf-8")
                 sizes[out / one.name] = size
             if sheet is not None:
-                write_png(sheet, scratch / folders.SHEET)
+                write_png(sheet, scratch / folders.SHEET, self._facts(adapters, scratch))
         return Result(sizes, out / folders.SHEET if shown else None, self.seconds, tuple(notes))
+
+    def _facts(self, adapters: Sequence[Adapter], scratch: Path) -> dict[str, Any]:
+        """What the sheet says of itself."""
+        written = [one for one in adapters if one.name is not None]
+        told = [about_adapter(scratch / str(one.name)) | {"name": one.name or self.output.out.name} for one in written]
+        shown = {"shows": "the base and each adapter", "base": self.base, "generator": self.generator.digest}
+        return shown | {"adapters": told} | self.output.sheet.scenes(self.pipeline.base).facts
 
     def _sheet(self, adapters: Sequence[Adapter], images: Sequence[Image.Image]) -> Image.Image:
         """What it was made from, then the base and each adapter on the same scenes from the same noise."""

@@ -28,7 +28,7 @@ def distance_plot(found: Memorised, path: Path) -> Path:
         )
         axes.set_title(f"distance to the nearest, {space}", fontsize=8)
         axes.tick_params(labelsize=7)
-    return write_figure(figure, path)
+    return write_figure(figure, path, {"shows": "distances to the nearest training adapter"})
 
 
 def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) -> Path:
@@ -41,7 +41,7 @@ def weights_plot(row: Tensor, others: Tensor, names: Sequence[str], path: Path) 
     axes.set_xlabel(f"{len(row)} entries of the deltas, chosen at random", fontsize=8)
     axes.tick_params(labelsize=7)
     axes.legend(frameon=False, fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return write_figure(figure, path)
+    return write_figure(figure, path, {"shows": "entries of a generated adapter and of the nearest"})
 
 
 def _figure(width: float, height: float) -> Any:

@@ -101,7 +101,8 @@ def write_report(report: Report, out: Path) -> Report:
     """Writes ``report.json``, ``report.md`` and ``contact_sheet.png`` into ``out``, each in one step; returns the report."""
     replace_file(out / "report.json", json.dumps(as_json(report), indent=1))
     replace_file(out / "report.md", as_markdown(report))
-    write_png(sheet(report), out / "contact_sheet.png")
+    facts = {"shows": "the same scene with every contender", "generator": report.first, "zoo": report.zoo.name}
+    write_png(sheet(report), out / "contact_sheet.png", facts)
     return report
 
 

@@ -67,7 +67,7 @@ class Scores:
 
     def add(self, lines: Sequence[Score], pictures: Sequence[Image]) -> None:
         """Writes a contender's lines, and one picture of each of the first sitters."""
-        write_png(beside_each_other(pictures[:SHOWN]), self.picture(lines[0].key))
+        write_png(beside_each_other(pictures[:SHOWN]), self.picture(lines[0].key), {"shows": "what a contender drew"})
         self.lines[lines[0].key] = list(lines)
         everything = [line for own in self.lines.values() for line in own]
         replace_file(self.folder / TABLE, to_parquet(everything))

@@ -38,7 +38,7 @@ def draw_plot(results: Results, path: Path) -> None:
     _frame(axes, results)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=9, loc="best")
-    write_figure(figure, path)
+    write_figure(figure, path, {"shows": "score against bytes", "experiment": results.experiment.name})
 
 
 def _frame(axes: Any, results: Results) -> None:

@@ -31,7 +31,7 @@ from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
-from smidgen.tasks.png import write_png
+from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, run_folder
 from smidgen.training.randomness import derive
@@ -80,7 +80,9 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     few = slice(config.show.num_columns)
     rows = [Row("control", held_out.controls[few]), *(Row(name, found[few]) for name, found in drawn.items())]
     title = f"{data.control} with {fitted.name} on {public_name(config.base)}: pictures kept from training"
-    write_png(contact_sheet(title, rows), out / "contact_sheet.png")
+    facts = {"shows": title, "adapters": [about_adapter(out, fitted.name)], "base": public_name(config.base)}
+    facts |= {"control": data.control, "prompts": [picture.caption for picture in held_out.pictures[few]]}
+    write_png(contact_sheet(title, rows), out / "contact_sheet.png", facts | {"seeds": list(scenes.seeds[few])})
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
     lines = _lines(config, base, held_out, drawn, fitted)
     told = (pairs.warnings, notes, identity, fitted.coverage)

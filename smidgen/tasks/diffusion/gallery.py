@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -72,18 +73,24 @@ def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path
     draw = few.drawn_by(base)
 
     def preview(model: nn.Module, step: int, folder: Path) -> None:
-        save_preview(model, step, folder, lambda: [Row(f"step {step}", draw())], few.prompts)
+        save_preview(model, step, folder, lambda: [Row(f"step {step}", draw())], few.prompts, **few.facts)
 
     return preview
 
 
 def save_preview(
-    model: nn.Module, step: int, folder: Path, rows: Callable[[], Sequence[Row]], columns: Sequence[str] = ()
+    model: nn.Module,
+    step: int,
+    folder: Path,
+    rows: Callable[[], Sequence[Row]],
+    columns: Sequence[str] = (),
+    **facts: Any,
 ) -> None:
-    """Draws ``rows`` with ``model`` in eval mode, as ``preview-<step>.png``."""
+    """Draws ``rows`` with ``model`` in eval mode, as ``preview-<step>.png`` with ``facts``."""
     was_training = model.training
     model.eval()
-    write_png(contact_sheet(f"after step {step}", rows(), columns), folder / f"preview-{step}.png")
+    facts = {"shows": f"the adapter after step {step}"} | facts
+    write_png(contact_sheet(f"after step {step}", rows(), columns), folder / f"preview-{step}.png", facts)
     model.train(was_training)
 
 

@@ -21,6 +21,17 @@ class Scenes:
     guidance: float
     size: int | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a sheet of them says of itself."""
+        told = {
+            "prompts": list(self.prompts),
+            "seeds": list(self.seeds),
+            "steps": self.steps,
+            "guidance": self.guidance,
+        }
+        return told | ({"drawn_size": self.size} if self.size else {})
+
     def encoded(self, base: ImageBase) -> tuple[Prompts, dict[str, Any]]:
         """The prompts, and the options of ``base.draw`` besides prompts and seeds."""
         options = {"steps": self.steps, "guidance": self.guidance, "size": self.size}

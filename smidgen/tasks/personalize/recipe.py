@@ -17,14 +17,14 @@ from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import DataError
-from smidgen.tasks.cards import write_report
+from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
-from smidgen.tasks.png import write_png
+from smidgen.tasks.png import about_adapter, write_png
 from smidgen.tasks.report import Report, card
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import run_folder
@@ -69,7 +69,9 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
 
     subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
     shown = gallery(config.base, config.train.mixed_precision, device, runs, scenes, asked, subject, judge)
-    write_png(shown.sheet, out / "contact_sheet.png")
+    facts: dict[str, Any] = {"shows": "the subject, the base, each adapter", "base": public_name(config.base)}
+    facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
+    write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
     notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
     told = (shown.entries, found.warnings, notes, bool(shown.proof), identity, runs[0].coverage)
