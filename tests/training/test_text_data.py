@@ -177,7 +177,7 @@ def test_a_label_that_train_does_not_know(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("a.csv", b"text,label\nx,y,z\n", "row 1 .line 2. has more fields than the 2 columns"),
     ("a.csv", b'text,label\n"x,y\n', "line .* is not CSV"),
-    ("a.csv", b"text,label\n\xff\xfe,y\n", "is not UTF-8 text"),
+    ("a.csv", bytes(range(128, 256)) * 3, "is not UTF-8 text"),
     ("a.jsonl", b'{"text": "x"}\n{"text"\n', "line 2 is not JSON"),
     ("a.jsonl", b"[1]\n", r"line 1 must be an object with named values, not \[1\]"),
     ("a.json", b'{"text": "x"}', "must hold a list of objects"),

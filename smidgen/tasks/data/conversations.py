@@ -49,7 +49,7 @@ def read_conversations(path: Path, held_out: float, most: int | None = None) -> 
     examples are kept. Raises DataError for rows of none of the layouts, and when nothing is left.
     """
     warnings: list[str] = []
-    found = {split: _usable(rows, split, warnings) for split, rows in read_splits(path).items()}
+    found = {split: _usable(rows, split, warnings) for split, rows in read_splits(path, warnings).items()}
     complete = splits.complete(found, lambda example: example.key, held_out, most)
     warnings += splits.leaks(complete, lambda example: example.key, lambda example: example.where)
     return Conversations(complete, tuple(warnings))

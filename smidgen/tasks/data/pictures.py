@@ -113,7 +113,7 @@ def _from_class_folders(folder: Path, warnings: list[str]) -> list[tuple[Path, s
 
 
 def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> list[tuple[Path, str]]:
-    rows = read_rows(metadata)
+    rows = read_rows(metadata, warnings)
     if not rows:
         raise DataError(f"{metadata} is empty.")
     column(rows, "file_name", "data with file_name")

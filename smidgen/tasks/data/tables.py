@@ -4,15 +4,21 @@ Nothing is interpreted on the way: a CSV's ``NA`` or ``null`` is a word like any
 the file has types. Every row knows where it came from.
 """
 
-import csv
+import ast
+import io
 import json
 import re
+import tokenize
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError, MissingExtraError, did_you_mean
+from smidgen.tasks.data.decoding import mended, read_text
+from smidgen.tasks.data.objects import read_objects
+from smidgen.tasks.data.separated import check_once, read_separated
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -28,15 +34,15 @@ class Row:
     where: str
 
 
-def read_splits(path: Path) -> dict[str, list[Row]]:
+def read_splits(path: Path, warnings: list[str] | None = None) -> dict[str, list[Row]]:
     """Rows by split (``train``, ``validation``, ``test``, as far as there are) of a file or a folder.
 
     A folder's files belong to the split their names begin with (``train.csv``, ``dev.jsonl``,
-    ``test-00000-of-00002.parquet``); a single file, or a folder of one, is all ``train``. Raises DataError for what is
-    missing, empty or cannot be read.
+    ``test-00000-of-00002.parquet``); a single file, or a folder of one, is all ``train``. What was guessed or mended is
+    appended to ``warnings``. Raises DataError for what is missing, empty or cannot be read.
     """
     if path.is_file():
-        return {"train": _some(read_rows(path), path)}
+        return {"train": _some(read_rows(path, warnings), path)}
     if not path.is_dir():
         raise DataError(f"There is no data at {path}.{_near(path)}")
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
@@ -52,7 +58,10 @@ def read_splits(path: Path) -> dict[str, list[Row]]:
     if "train" not in named:
         names = ", ".join(file.name for file in files[:SHOWN])
         raise DataError(f"{path} has no file whose name begins with train; it holds {names}. Name one file instead.")
-    return {split: [row for file in found for row in _some(read_rows(file), file)] for split, found in named.items()}
+    return {
+        split: [row for file in found for row in _some(read_rows(file, warnings), file)]
+        for split, found in named.items()
+    }
 
 
 def split_of(stem: str) -> str:
@@ -67,18 +76,42 @@ def split_of(stem: str) -> str:
     return SPLITS.get(re.split(r"[-_.]", stem.lower(), maxsplit=1)[0], "")
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of one table. DataError names the file, and the line where it can."""
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+def read_rows(path: Path, warnings: list[str] | None = None) -> list[Row]:
+    """The rows of one table; what was guessed, mended or left empty is appended to ``warnings``.
+
+    DataError names the file, and the row, line and column where it can.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.csv"
+        >>> path.write_text("file_name;text\\np0.png;a portrait, smiling\\n")
+        42
+        >>> warnings = []
+        >>> read_rows(path, warnings)[0].values, warnings[0]
+        ({'file_name': 'p0.png', 'text': 'a portrait, smiling'}, 'a.csv is read with a semicolon between its fields.')
+    """
+    readers = {".csv": _separated, ".tsv": _separated, ".jsonl": read_objects, ".json": read_objects}
+    readers[".parquet"] = _parquet
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path.name} is no table; known endings are {', '.join(SUFFIXES)}.")
+    warnings = [] if warnings is None else warnings
     try:
-        return reader(path)
+        found = reader(path, warnings)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    rows, damaged = [], []
+    for number, values in enumerate(found, 1):
+        where = f"{path.name} row {number}"
+        whole, broken = mended(values)
+        if broken:
+            damaged += [f"{where} column {name!r}" for name, value in values.items() if mended({name: value})[1]]
+        rows.append(Row(whole, where))
+    if damaged:
+        warnings.append(counted("cell", damaged, "with half a character, a broken byte or a NUL, read as U+FFFD"))
+    return rows
 
 
 def column(rows: Sequence[Row], name: str, flag: str) -> str:
@@ -104,66 +137,47 @@ def counted(noun: str, names: Iterable[str], what: str) -> str:
     return f"{len(found):,} {noun}{'s' if len(found) != 1 else ''} {what}: {', '.join(found[:SHOWN])}{more}."
 
 
-def _csv(path: Path) -> list[Row]:
-    tabs = path.suffix.lower() == ".tsv"
-    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    rows = []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=not tabs, **options)
-        try:
-            for number, values in enumerate(reader, 1):
-                if None in values:
-                    raise DataError(
-                        f"{path} row {number} (line {reader.line_num}) has more fields than the {len(values) - 1} "
-                        "columns of its first line. Put quotes around text that holds the separator."
-                    )
-                rows.append(Row(values, f"{path.name} row {number}"))
-        except csv.Error as error:
-            raise DataError(f"{path} line {reader.line_num} is not CSV: {error}.") from error
-    return rows
+def structured(value: Any) -> Any:
+    """A list or an object that a cell holds as text, as JSON or as Python writes it; anything else as it is.
 
+    Nothing is run: literals alone are read. Texts side by side, as NumPy writes a list of them, stay text: Python would
+    join them.
 
-def _jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON: {error}") from error
-        rows.append(Row(_object(values, f"{path} line {number}"), f"{path.name} row {number}"))
-    return rows
-
-
-def _json(path: Path) -> list[Row]:
+    Example:
+        >>> structured('["x", "y"]'), structured("['x', None]"), structured("['x' 'y']"), structured("[sic]")
+        (['x', 'y'], ['x', None], "['x' 'y']", '[sic]')
+    """
+    if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
+        return value
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, list):
-        raise DataError(f"{path} must hold a list of objects, not a {type(values).__name__}.")
-    named = [(f"{path.name} row {number}", value) for number, value in enumerate(values, 1)]
-    return [Row(_object(value, where), where) for where, value in named]
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        words = [token.type for token in tokenize.generate_tokens(io.StringIO(value.strip()).readline)]
+        if any(pair == (tokenize.STRING, tokenize.STRING) for pair in pairwise(words)):
+            return value
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError):
+        return value
 
 
-def _parquet(path: Path) -> list[Row]:
+def _separated(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    return read_separated(path, read_text(path, warnings), warnings)
+
+
+def _parquet(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise MissingExtraError("Reading Parquet needs pyarrow: pip install 'smidgen[tasks]'") from error
     try:
-        found = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_once(file.schema_arrow.names, f"{path} has")
+            return file.read().to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
-    return [Row(values, f"{path.name} row {number}") for number, values in enumerate(found, 1)]
-
-
-def _object(values: Any, where: str) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise DataError(f"{where} must be an object with named values, not {json.dumps(values)[:60]}.")
-    return values
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:

@@ -58,8 +58,8 @@ def read_texts(path: Path, columns: Columns, held_out: float, most: int | None =
     ``held_out`` is the share cut from the train split for each of validation and test that has no file of its own,
     ``most`` how many train examples are kept. Raises DataError when there is nothing sensible to learn.
     """
-    tables = read_splits(path)
     warnings: list[str] = []
+    tables = read_splits(path, warnings)
     usable = {split: _usable(rows, columns, split, warnings) for split, rows in tables.items()}
     usable = {split: rows for split, rows in usable.items() if rows}
     if columns.regression:
