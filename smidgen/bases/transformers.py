@@ -32,18 +32,19 @@ _DROPOUTS = ("dropout", "drop", "pdrop", "dropout_prob", "dropout_rate")
 
 @dataclass(frozen=True)
 class Head:
-    """What a classifier's head must offer: the classes' names in order, or one number for a regression."""
+    """What a classifier's head must offer: the classes' names in order, of which one holds or several may, or one number
+    for a regression."""
 
     labels: tuple[str, ...]
-    regression: bool = False
+    problem_type: str = "single_label_classification"  # transformers' terms
 
     @property
     def options(self) -> dict[str, Any]:
-        if self.regression:
-            return {"num_labels": 1, "problem_type": "regression"}
+        if self.problem_type == "regression":
+            return {"num_labels": 1, "problem_type": self.problem_type}
         names = dict(enumerate(self.labels))
         numbers = {label: at for at, label in names.items()}
-        return {"num_labels": len(names), "id2label": names, "label2id": numbers}
+        return {"num_labels": len(names), "id2label": names, "label2id": numbers, "problem_type": self.problem_type}
 
 
 @dataclass(frozen=True)

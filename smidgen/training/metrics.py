@@ -1,4 +1,4 @@
-"""Metrics by name. Each takes predictions and targets [example] and is better when greater."""
+"""Metrics by name. Each takes predictions and targets, [example] or [example, class] of 0 and 1, and is better when greater."""
 
 from collections.abc import Callable
 
@@ -39,22 +39,39 @@ def spearman(predicted: np.ndarray, target: np.ndarray) -> float:
     return _correlation("spearmanr", predicted, target)
 
 
+def f1_micro(predicted: np.ndarray, target: np.ndarray) -> float:
+    """F1 over all decisions, each counting alike."""
+    return float(_sklearn().f1_score(target, predicted, average="micro", zero_division=0))
+
+
+def subset_accuracy(predicted: np.ndarray, target: np.ndarray) -> float:
+    """Share of examples all of whose classes [example, class] are right."""
+    return float((predicted == target).all(-1).mean())
+
+
+REGRESSION, SINGLE, MULTI = (
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+)  # transformers' terms
 CLASSES: dict[str, Metric] = {"accuracy": accuracy, "f1": f1, "f1_macro": f1_macro, "matthews": matthews}
 NUMBERS: dict[str, Metric] = {"pearson": pearson, "spearman": spearman}
+SETS: dict[str, Metric] = {"f1_micro": f1_micro, "f1_macro": f1_macro, "subset_accuracy": subset_accuracy}
+_KNOWN = {REGRESSION: ("numbers", NUMBERS), SINGLE: ("classes", CLASSES), MULTI: ("sets of classes", SETS)}
+DEFAULTS = {REGRESSION: "pearson", SINGLE: "accuracy", MULTI: "f1_micro"}
 
 
-def metric(name: str, regression: bool, classes: int = 0) -> Metric:
-    """The metric called ``name``.
+def metric(name: str, problem: str, classes: int = 0) -> Metric:
+    """The metric called ``name`` for a problem (REGRESSION, SINGLE or MULTI).
 
     Raises:
         ConfigError: no such metric, or one that means nothing for these labels.
     """
-    known = NUMBERS if regression else CLASSES
+    kind, known = _KNOWN[problem]
     if name not in known:
-        other = CLASSES if regression else NUMBERS
-        kind = "numbers" if regression else "classes"
-        why = f"Metric {name!r} is for {'classes' if regression else 'numbers'}, these labels are {kind}."
-        text = why if name in other else f"There is no metric {name!r}.{did_you_mean(name, known)}"
+        of = next((kind for kind, metrics in _KNOWN.values() if name in metrics), None)
+        why = f"Metric {name!r} is for {of}, these labels are {kind}."
+        text = why if of else f"There is no metric {name!r}.{did_you_mean(name, known)}"
         raise ConfigError(f"{text} For {kind} there are: {', '.join(known)}.")
     if name == "f1" and classes > 2:
         raise ConfigError(f"Metric 'f1' is for two classes, the data has {classes}; use f1_macro.")

@@ -171,6 +171,61 @@ def test_numbers_are_predicted(tmp_path):
     assert report.metric == "pearson" and -1 <= report.scores["test"]["pearson"] <= 1 and report.labels == ()
 
 
+def several(tmp_path):
+    """Texts, each with none, one or both of two labels."""
+    rows = [
+        {"text": f"the {thing} was {n}", "label": ["warm"] * (n % 2) + ["wet"] * (n % 3 == 0)}
+        for n, thing in enumerate(debug.THINGS * 3)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return TextData(str(tmp_path / "data.jsonl"), max_length=16)
+
+
+@pytest.mark.parametrize("method", ["svfit", "full"])
+def test_several_labels_are_predicted_reported_and_reloaded(tmp_path, method):
+    made = config("text", tmp_path / "out", method, data=several(tmp_path))
+    report = run("text", made)
+    assert report.metric == "f1_micro" and report.problem == "multi_label_classification"
+    assert {"f1_micro", "f1_macro", "subset_accuracy", "loss"} == set(report.scores["test"])
+    assert "always the commonest" in report.table() and "subset_accuracy" in report.table()
+    prepared = text_classification.prepare(made)
+    assert prepared.model.config.problem_type == "multi_label_classification"
+    batch = prepared.task.batch(0)
+    logits = prepared.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    by_hand = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), batch["labels"])
+    torch.testing.assert_close(prepared.task.loss(prepared.model, batch), by_hand)
+    if method == "svfit":
+        _comes_back(prepared, tmp_path / "out", report)
+    else:
+        stored = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert stored["problem_type"] == "multi_label_classification" and stored["id2label"] == {
+            "0": "warm",
+            "1": "wet",
+        }
+
+
+def test_balanced_classes_change_what_is_learnt_but_not_the_scores_meaning(tmp_path):
+    made = config("text", tmp_path / "out")
+    plain, balanced = (
+        text_classification.prepare(replace(made, data=replace(made.data, class_weights=how)))
+        for how in ("none", "balanced")
+    )
+    batch = balanced.task.batch(0)
+    counts = torch.bincount(balanced.task.splits["train"].labels)
+    torch.testing.assert_close(balanced.task.weights, counts.sum() / (len(counts) * counts))
+    assert batch["weight"] == pytest.approx(float(balanced.task.weights[batch["labels"]].sum()))
+    assert plain.task.weights is None and plain.task.batch(0)["weight"] == float(len(batch["labels"]))
+    scores = plain.task.evaluate_split(plain.model, "test")
+    assert balanced.task.evaluate_split(balanced.model, "test") == pytest.approx(scores)
+
+
+def test_the_commonest_answer_stands_beside_the_scores(tmp_path):
+    report = run("text", config("text", tmp_path / "out"))
+    told = [note for note in report.notes if "the commonest of train, would score accuracy" in note]
+    assert len(told) == 1 and told[0] in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["scores"]["majority"] == report.scores["majority"]
+
+
 def test_glue_names_set_columns_and_metric():
     resolved = text_classification.resolved(TextData(glue_task="mrpc"))
     assert (resolved.text_column, resolved.text_pair_column, resolved.metric) == ("sentence1", "sentence2", "f1")
@@ -286,7 +341,7 @@ def test_what_is_left_behind_can_be_read(tmp_path):
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["verified"] and saved["labels"] == ["bad", "good"] and saved["counts"]["test"] == {"bad": 6, "good": 6}
     assert [entry["step"] for entry in saved["evaluations"]] == [0, 2, 4] and saved["best_step"] in (0, 2, 4)
-    assert set(saved["scores"]) == {"base", "test", "validation"} and saved["coverage"]["entries"]
+    assert set(saved["scores"]) == {"base", "majority", "test", "validation"} and saved["coverage"]["entries"]
     text = (tmp_path / "out" / "README.md").read_text() + (tmp_path / "out" / "adapter_config.json").read_text()
     assert str(tmp_path) not in text and "/root" not in text and report.table() in text and "## What it covers" in text
 
@@ -330,6 +385,16 @@ def test_the_cards_code_runs(tmp_path, capsys, kind, method):
     assert not found["model"].training
     if kind == "text":
         assert capsys.readouterr().out.strip() in ("good", "bad")
+
+
+def test_the_cards_code_runs_for_several_labels(tmp_path, capsys):
+    run("text", config("text", tmp_path / "out", data=several(tmp_path)))
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/of/this/folder", str(tmp_path / "out"))
+    found = {}
+    exec(code.replace("'debug-text'", repr(str(debug.model_folder("debug-text")))), found)
+    assert capsys.readouterr().out.strip() in ("[]", "['warm']", "['wet']", "['warm', 'wet']")
+    assert found["model"].config.problem_type == "multi_label_classification"
 
 
 def test_an_adapter_that_is_best_untrained_is_refused(tmp_path, monkeypatch):

@@ -119,7 +119,8 @@ def test_held_out_rows_that_are_trained_on_are_counted(tmp_path):
     table(tmp_path / "train.csv")
     table(tmp_path / "validation.csv", [*ROWS[:2], ("new", "bad")])
     table(tmp_path / "test.csv", [("newer", "good")])
-    (warning,) = read(tmp_path).warnings
+    warning, other = read(tmp_path).warnings
+    assert other == "1 class without any example in test, its scores say nothing about it: bad."
     assert "2 validation examples also in the train split; its scores flatter: validation.csv row 1" in warning
 
 

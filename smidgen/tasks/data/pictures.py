@@ -36,6 +36,7 @@ class Pictures:
     labels: tuple[str, ...]
     warnings: tuple[str, ...]
     pixels: Callable[[LabelledPicture], Tensor]
+    several: bool = False  # whether more than one class may hold for a picture
 
 
 def read_pictures(

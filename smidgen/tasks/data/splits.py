@@ -1,15 +1,18 @@
-"""Which examples are held out, decided by what they say: a cut that neither order nor row numbers can move."""
+"""Which examples are held out, decided by what they say: a cut that neither order nor row numbers can move, with
+its share of every class."""
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.data.tables import counted
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 NAMES = ("train", "validation", "test")
 
 
@@ -20,12 +23,17 @@ def digest(*parts: str | bytes) -> str:
 
 
 def complete(
-    found: Mapping[str, Sequence[T]], key: Callable[[T], str], share: float, most: int | None = None
+    found: Mapping[str, Sequence[T]],
+    key: Callable[[T], str],
+    share: float,
+    most: int | None = None,
+    classes: Callable[[T], tuple[int, ...]] = lambda example: (),
 ) -> dict[str, list[T]]:
     """Train, validation and test examples, those splits that ``found`` lacks cut from its train split.
 
-    The examples whose ``key`` digests are lowest are held out, ``share`` of all for each missing split; equal keys stay
-    together. ``most`` then keeps that many train examples, chosen the same way. Raises DataError when too few are left.
+    The examples whose ``key`` digests are lowest are held out, ``share`` of all for each missing split and about as much
+    of each of the ``classes``; equal keys stay together. ``most`` then keeps that many train examples, chosen the same
+    way. Raises DataError when too few are left.
     """
     if not 0 < share < 0.5:
         raise ConfigError(f"held_out_share must lie between 0 and 0.5, not {share}.")
@@ -33,17 +41,21 @@ def complete(
     for name in ("test", "validation"):
         if not splits[name]:
             wanted = math.ceil(share * len(found["train"]))
-            held = set(_lowest(splits["train"], key, wanted, name))
-            splits[name] = [example for example in splits["train"] if key(example) in held]
-            splits["train"] = [example for example in splits["train"] if key(example) not in held]
+            train = splits["train"]
+            keys = [key(example) for example in train]
+            held = _lowest(keys, [classes(example) for example in train], wanted, partial(_rank, salt=name))
+            splits[name] = [example for example, k in zip(train, keys, strict=True) if k in held]
+            splits["train"] = [example for example, k in zip(train, keys, strict=True) if k not in held]
     if not splits["train"]:
         total = len(found["train"])
         raise DataError(f"Nothing is left to train on: {total} example(s) are too few to hold some out. Add more.")
     if most is not None and most < len(splits["train"]):
         if most < 1:
             raise ConfigError(f"max_train_examples must be at least 1, not {most}.")
-        ranked = sorted(range(len(splits["train"])), key=lambda at: (_rank(key(splits["train"][at]), "some"), at))
-        splits["train"] = [splits["train"][at] for at in sorted(ranked[:most])]
+        train = splits["train"]
+        places = range(len(train))
+        kept = _lowest(places, [classes(one) for one in train], most, lambda at: (_rank(key(train[at]), "some"), at))
+        splits["train"] = [train[at] for at in sorted(kept)]
     return splits
 
 
@@ -58,15 +70,43 @@ def leaks(splits: Mapping[str, Sequence[T]], key: Callable[[T], str], name: Call
     return warnings
 
 
-def _lowest(examples: Sequence[T], key: Callable[[T], str], wanted: int, salt: str) -> list[str]:
-    """The lowest-ranked keys that hold at least ``wanted`` examples together."""
-    sizes = Counter(key(example) for example in examples)
-    chosen, held = [], 0
-    for found in sorted(sizes, key=lambda k: _rank(k, salt)):
+def _lowest(keys: Sequence[K], classes: Sequence[tuple[int, ...]], wanted: int, rank: Callable[[K], Any]) -> set[K]:
+    """The lowest-ranked keys that hold at least ``wanted`` examples together, each class about its share of them.
+
+    The rarest class chooses first, as in iterative stratification (Sechidis et al. 2011); a class of four or more gets
+    one at least, as long as there is room.
+    """
+    groups: dict[K, list[int]] = {}
+    for at, key in enumerate(keys):
+        groups.setdefault(key, []).append(at)
+    of_class: dict[int, list[K]] = {}
+    order = sorted(groups, key=rank)
+    for key in order:
+        for label in dict.fromkeys(label for at in groups[key] for label in classes[at]):
+            of_class.setdefault(label, []).append(key)
+    sizes = Counter(label for some in classes for label in some)
+    held_of: Counter[int] = Counter()
+    chosen: set[K] = set()
+    held = 0
+
+    def take(key: K) -> None:
+        nonlocal held
+        chosen.add(key)
+        held += len(groups[key])
+        held_of.update(label for at in groups[key] for label in classes[at])
+
+    for label in sorted(sizes, key=lambda label: (sizes[label], label)):
+        seats = max(math.floor(wanted * sizes[label] / len(keys) + 0.5), int(sizes[label] >= 4))
+        for key in of_class[label]:
+            if held >= wanted or held_of[label] >= seats:
+                break
+            if key not in chosen:
+                take(key)
+    for key in order:
         if held >= wanted:
             break
-        chosen.append(found)
-        held += sizes[found]
+        if key not in chosen:
+            take(key)
     return chosen
 
 

@@ -49,6 +49,8 @@ class Prepared:
     family: Kind
     fresh: Callable[[], Any] = field(repr=False)
     labels: tuple[str, ...] = ()
+    problem: str = ""  # of a classifier, in transformers' terms
+    majority: tuple[str, Mapping[str, float]] = ("", {})  # the commonest answer, and what it scores on the test split
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     data_digest: str = ""
@@ -161,6 +163,14 @@ def _proved(config: FinetuneConfig, prepared: Prepared, out: Path) -> tuple[dict
         )
     notes.append(f"The saved file's test outputs differ from the trained model's by {error:.1e}.")
     found = {"base": task.scores(base, "test"), "test": task.scores(again, "test"), "validation": validation}
+    usual, scored = prepared.majority
+    if scored:
+        found["majority"] = dict(scored)
+        better = found["test"][task.metric] > scored[task.metric]
+        notes.append(
+            f"Always answering {usual!r}, the commonest of train, would score {task.metric} {scored[task.metric]:.4f} on the test "
+            f"split; the adapter {'scores' if better else 'is no better:'} {found['test'][task.metric]:.4f}."
+        )
     return found, notes
 
 
@@ -189,6 +199,7 @@ def _report(
         evaluations=tuple(fitted.evaluations),
         best_step=fitted.best_step,
         labels=prepared.labels,
+        problem=prepared.problem,
         counts=prepared.counts,
         warnings=prepared.warnings,
         notes=tuple(notes),

@@ -1,7 +1,7 @@
 """What the tasks' evaluations share: their course, a model at rest, its precision, and the scores of a classifier's outputs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen.errors import ConfigError
-from smidgen.training.metrics import accuracy, metric
+from smidgen.training.metrics import MULTI, REGRESSION, SETS, SINGLE, Metric, accuracy, metric
 
 
 class Measured(ABC):
@@ -60,23 +60,83 @@ def mixed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def label_loss(logits: Tensor, labels: Tensor, regression: bool) -> Tensor:
-    """Mean cross-entropy of logits [example, class], or mean squared error of values [example, 1]."""
-    if regression:
+def label_tensor(labels: Sequence[Any], problem: str, classes: int) -> Tensor:
+    """Labels as the loss takes them: values or class numbers [example], or 0 and 1 [example, class]."""
+    if problem == MULTI:
+        hot = torch.zeros(len(labels), classes)
+        for row, held in enumerate(labels):
+            hot[row, list(held)] = 1.0
+        return hot
+    return torch.tensor(labels, dtype=torch.float32 if problem == REGRESSION else torch.long)
+
+
+def label_loss(logits: Tensor, labels: Tensor, problem: str, weights: Tensor | None = None) -> Tensor:
+    """Of logits [example, class] the mean cross-entropy, for several classes at once the mean binary one, or of values
+    [example, 1] the mean squared error. ``weights`` [class] as :func:`class_weights` gives them."""
+    weights = weights.to(logits.device) if weights is not None else None
+    if problem == REGRESSION:
         return F.mse_loss(logits.float().squeeze(-1), labels.float())
-    return F.cross_entropy(logits.float(), labels.long())
+    if problem == MULTI:
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), pos_weight=weights)
+    return F.cross_entropy(logits.float(), labels.long(), weight=weights)
 
 
-def label_scores(name: str, logits: Tensor, labels: Tensor, regression: bool) -> dict[str, float]:
-    """The metric called ``name``, the loss, and for classes the accuracy, of logits [example, class]."""
-    found = {"loss": float(label_loss(logits, labels, regression))}
-    measure = metric(name, regression, classes=logits.shape[-1])
-    target = labels.cpu().numpy()
-    predicted = (logits.squeeze(-1) if regression else logits.argmax(-1)).float().cpu().numpy()
-    if not regression:
-        predicted, target = predicted.astype(int), target.astype(int)
-        found["accuracy"] = accuracy(predicted, target)
-    return {name: measure(predicted, target)} | found
+def class_weights(how: str, labels: Tensor, problem: str, classes: int) -> Tensor | None:
+    """Weights [class] that make each class of ``labels`` count alike ("balanced"), or None ("none").
+
+    One class an example: examples / (classes * examples of the class), as scikit-learn has it. Several: the weight of a
+    class that holds, examples without it / examples with it. A class without examples weighs 1.
+    """
+    if how == "none":
+        return None
+    if problem == REGRESSION:
+        raise ConfigError("class_weights 'balanced' needs classes, these labels are numbers; leave it out.")
+    if problem == MULTI:
+        held = labels.sum(0)
+        return torch.where(held > 0, (len(labels) - held) / held.clamp(min=1), 1.0)
+    counts = torch.bincount(labels, minlength=classes).float()
+    return torch.where(counts > 0, len(labels) / (classes * counts.clamp(min=1)), 1.0)
+
+
+def batch_weight(labels: Tensor, problem: str, weights: Tensor | None) -> float:
+    """What a batch counts beside others, so that small ones add up to a large one: its examples, weighted as the loss is."""
+    return float(weights[labels].sum()) if weights is not None and problem == SINGLE else float(len(labels))
+
+
+def label_scores(name: str, logits: Tensor, labels: Tensor, problem: str) -> dict[str, float]:
+    """The metric called ``name``, the loss, and the accuracy for classes or every metric for sets of them, of logits
+    [example, class]."""
+    found = {"loss": float(label_loss(logits, labels, problem))}
+    return measured(name, predicted_labels(logits, problem), labels, problem, logits.shape[-1]) | found
+
+
+def predicted_labels(logits: Tensor, problem: str) -> Tensor:
+    """Values or class numbers [example], or 0 and 1 [example, class]: a class holds when its probability is above 1/2."""
+    if problem == REGRESSION:
+        return logits.squeeze(-1).float()
+    return (logits > 0).long() if problem == MULTI else logits.argmax(-1)
+
+
+def measured(name: str, predicted: Tensor, labels: Tensor, problem: str, classes: int) -> dict[str, float]:
+    """The metrics of predictions, as :func:`label_scores` names them."""
+    others: dict[str, dict[str, Metric]] = {SINGLE: {"accuracy": accuracy}, MULTI: SETS}
+    measures = {name: metric(name, problem, classes)} | others.get(problem, {})
+    target = labels.cpu().numpy() if problem == REGRESSION else labels.cpu().long().numpy()
+    return {key: measure(predicted.cpu().numpy(), target) for key, measure in measures.items()}
+
+
+def majority(
+    name: str, train: Tensor, test: Tensor, problem: str, labels: Sequence[str]
+) -> tuple[str, dict[str, float]]:
+    """What always giving the commonest answer of ``train`` would score on ``test``, and which answer that is."""
+    if problem == REGRESSION:
+        return "", {}
+    if problem == MULTI:
+        usual = (train.mean(0) > 0.5).long()
+        said = " and ".join(label for label, holds in zip(labels, usual, strict=True) if holds) or "none"
+        return said, measured(name, usual.expand(len(test), -1), test, problem, len(labels))
+    common = torch.bincount(train, minlength=len(labels)).argmax()
+    return labels[int(common)], measured(name, common.expand(len(test)), test, problem, len(labels))
 
 
 def check_length(max_length: int, tokenizer: Any, config: Any) -> None:

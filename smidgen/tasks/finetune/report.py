@@ -8,6 +8,7 @@ from typing import Any
 from smidgen.adapters.tuner.coverage import Coverage
 from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, public_name, table
 from smidgen.tasks.finetune.settings import FULL, PROBE
+from smidgen.training.metrics import MULTI
 
 PIPELINES = {"instruction": "text-generation"}  # the hub's name of a task where it is not the recipe's
 AUTO = {
@@ -22,7 +23,8 @@ class FinetuneReport:
     """The result of one fine-tuning in the folder ``adapter``.
 
     ``scores`` are ``base`` (untouched, its head fresh, on the test split), ``test`` (the saved file, on the test split)
-    and ``validation``. Numbers and bytes of the head are counted apart from the adapter's.
+    and ``validation``; of classifiers ``majority`` too (always the commonest answer of train, on the test split).
+    ``problem`` is a classifier's kind in transformers' terms. Numbers and bytes of the head are counted apart from the adapter's.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class FinetuneReport:
     evaluations: tuple[Mapping[str, float], ...] = ()
     best_step: int | None = None
     labels: tuple[str, ...] = ()
+    problem: str = ""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -62,8 +65,12 @@ class FinetuneReport:
         rows = [["base, fresh head" if self.head_numbers else "base", "0", "0", "0", "0", "-"]]
         counted = (self.trained_numbers, self.head_numbers, self.bytes_on_disk, self.head_bytes)
         rows.append([self.method, *(f"{value:,}" for value in counted), f"{self.seconds:.0f}"])
-        for row, name in zip(rows, ("base", "test"), strict=True):
-            row += [f"{self.scores[name][score]:.4f}" for score in shown]
+        names = ["base", "test"]
+        if "majority" in self.scores:
+            rows.insert(0, ["always the commonest", *["-"] * 5])
+            names.insert(0, "majority")
+        for row, name in zip(rows, names, strict=True):
+            row += [f"{self.scores[name][score]:.4f}" if score in self.scores[name] else "-" for score in shown]
         return table(head, rows)
 
 
@@ -100,6 +107,7 @@ def loading_code(report: FinetuneReport) -> str:
         where = f"model_folder({base!r})"
     names = dict(enumerate(report.labels))
     labels = f", id2label={names}" if names else ", num_labels=1" if report.kind == "text-classification" else ""
+    labels += f", problem_type={MULTI!r}" if report.problem == MULTI else ""
     load = [f"model = {auto}.from_pretrained(base{labels})"]
     if report.method == FULL:
         load = [f"model = {auto}.from_pretrained({folder})"]
@@ -131,6 +139,8 @@ def _asking(report: FinetuneReport) -> list[str]:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         ]
     answer = "model.config.id2label[int(logits.argmax())]" if report.labels else "float(logits)"
+    if report.problem == MULTI:
+        answer = "[model.config.id2label[at] for at, p in enumerate(logits[0].sigmoid()) if p > 0.5]"
     asked = 'logits = model(**tokenizer("Some text.", return_tensors="pt")).logits'
     return [tokenizer, asked, f"print({answer})"]
 

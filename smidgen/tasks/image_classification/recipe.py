@@ -15,6 +15,7 @@ from smidgen.bases.transformers import (
 )
 from smidgen.tasks.data.pictures import count_labels, read_pictures
 from smidgen.tasks.finetune.course import Prepared, finetune
+from smidgen.tasks.finetune.measuring import class_weights, majority
 from smidgen.tasks.finetune.report import FinetuneReport
 from smidgen.tasks.finetune.settings import Adapter
 from smidgen.tasks.image_classification.settings import ImageClassificationConfig, PictureData
@@ -25,7 +26,7 @@ from smidgen.tasks.image_classification.task import (
     needs_interpolation,
 )
 from smidgen.training.loop import LoopConfig
-from smidgen.training.metrics import metric
+from smidgen.training.metrics import DEFAULTS, MULTI, SINGLE, metric
 
 PRESETS = {
     "default": ImageClassificationConfig(train=LoopConfig(max_train_steps=500, lr_warmup_steps=25, eval_steps=100)),
@@ -56,11 +57,12 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
     resolution = choose_resolution(data.resolution, load_config(config.model))
     options: dict[str, Any] = {"most": data.max_train_examples, "memory": data.memory_mb << 20}
     pictures = read_pictures(locate_data(data.path), data.label_column, resolution, data.held_out_share, **options)
-    name = data.metric or "accuracy"
-    metric(name, False, len(pictures.labels))
+    problem = MULTI if pictures.several else SINGLE
+    name = data.metric or DEFAULTS[problem]
+    metric(name, problem, len(pictures.labels))
 
     def load() -> TransformersBase:
-        precision, head = config.train.mixed_precision, Head(pictures.labels)
+        precision, head = config.train.mixed_precision, Head(pictures.labels, problem)
         auto = "AutoModelForImageClassification"
         return load_classifier(auto, config.model, head, config.train.seed, precision, config.dropout)
 
@@ -78,7 +80,11 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
         random_crop=data.random_crop,
         random_flip=data.random_flip,
         interpolate=needs_interpolation(base.model, resolution),
+        problem=problem,
+        classes=len(pictures.labels),
     )
+    task.weights = class_weights(data.class_weights, task.labels("train"), problem, len(pictures.labels))
+    usual = majority(name, task.labels("train"), task.labels("test"), problem, pictures.labels)
     return Prepared(
         model=base.model,
         task=task,
@@ -86,6 +92,8 @@ def prepare(config: ImageClassificationConfig) -> Prepared:
         family=base.kind,
         fresh=lambda: load().model,
         labels=pictures.labels,
+        problem=problem,
+        majority=usual,
         counts={split: dict(count_labels(part, pictures.labels)) for split, part in pictures.splits.items()},
         warnings=pictures.warnings,
         data_digest=content_digest(pictures.splits),

@@ -1,6 +1,7 @@
 """The settings of an image classification."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from smidgen.tasks.finetune.settings import FinetuneConfig
 
@@ -11,7 +12,8 @@ class PictureData:
 
     path: str | None = None  # packaged name or folder
     label_column: str = "label"  # of metadata.csv or metadata.jsonl, beside file_name
-    metric: str | None = None  # accuracy, f1, f1_macro, matthews. None: accuracy
+    metric: str | None = None  # accuracy, f1, f1_macro, matthews; several labels: f1_micro, f1_macro, subset_accuracy
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts alike in the loss
     resolution: int | None = None  # pixels; None: the model's own
     random_crop: bool = False  # shift by up to an eighth
     random_flip: bool = False  # mirror half of them

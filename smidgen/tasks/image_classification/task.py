@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from smidgen.errors import ConfigError
 from smidgen.tasks.data.pictures import LabelledPicture
-from smidgen.tasks.finetune.measuring import Measured, at_rest, label_loss, label_scores, mixed
+from smidgen.tasks.finetune.measuring import (
+    Measured,
+    at_rest,
+    batch_weight,
+    label_loss,
+    label_scores,
+    label_tensor,
+    mixed,
+)
+from smidgen.training.metrics import SINGLE
 from smidgen.training.randomness import examples, stream
 
 CROP = 8  # a random crop moves the picture by at most an eighth of its side
@@ -40,23 +49,30 @@ class ImageClassificationTask(Measured):
     random_crop: bool = False
     random_flip: bool = False
     interpolate: bool = False
+    problem: str = SINGLE  # or MULTI
+    classes: int = 0  # how many, where several may hold
+    weights: Tensor | None = None  # [class]
     greater_is_better: bool = True
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
         picks = [train[pick] for pick in examples(self.seed, index, self.batch_size, len(train))]
         pixels = self._augmented(torch.stack([self.pixels(picture) for picture in picks]), index)
-        labels = torch.tensor([picture.label for picture in picks])
+        labels = label_tensor([picture.label for picture in picks], self.problem, self.classes)
         names = [picture.where for picture in picks]
-        return {"pixel_values": self._scaled(pixels), "labels": labels, "weight": float(len(picks)), "names": names}
+        weight = batch_weight(labels, self.problem, self.weights)
+        return {"pixel_values": self._scaled(pixels), "labels": labels, "weight": weight, "names": names}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return label_loss(self._logits(model, batch["pixel_values"]), batch["labels"], regression=False)
+        return label_loss(self._logits(model, batch["pixel_values"]), batch["labels"], self.problem, self.weights)
 
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The metric, the loss and the accuracy."""
-        labels = torch.tensor([picture.label for picture in self.splits[split]])
-        return label_scores(self.metric, predicted, labels, regression=False)
+        """The metric, the loss, and the accuracy or all metrics of sets."""
+        return label_scores(self.metric, predicted, self.labels(split), self.problem)
+
+    def labels(self, split: str) -> Tensor:
+        """A split's labels, [picture] or [picture, class]."""
+        return label_tensor([picture.label for picture in self.splits[split]], self.problem, self.classes)
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
         """Logits [picture, class] of a split, on the CPU."""

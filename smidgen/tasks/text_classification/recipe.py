@@ -11,13 +11,13 @@ from smidgen.errors import ConfigError
 from smidgen.tasks.data.glue import GLUE
 from smidgen.tasks.data.text import Columns, count_labels, read_texts
 from smidgen.tasks.finetune.course import Prepared, finetune
-from smidgen.tasks.finetune.measuring import check_length
+from smidgen.tasks.finetune.measuring import check_length, class_weights, majority
 from smidgen.tasks.finetune.report import FinetuneReport
 from smidgen.tasks.finetune.settings import Adapter
 from smidgen.tasks.text_classification.settings import TextClassificationConfig, TextData
 from smidgen.tasks.text_classification.task import TextClassificationTask, content_digest, encode_texts
 from smidgen.training.loop import LoopConfig
-from smidgen.training.metrics import metric
+from smidgen.training.metrics import DEFAULTS, MULTI, REGRESSION, SINGLE, metric
 
 PRESETS = {
     "default": TextClassificationConfig(train=LoopConfig(max_train_steps=500, lr_warmup_steps=25, eval_steps=100)),
@@ -48,11 +48,12 @@ def prepare(config: TextClassificationConfig) -> Prepared:
     tokenizer = load_tokenizer(config.model)
     columns = Columns(data.text_column, data.text_pair_column, data.label_column, data.regression)
     texts = read_texts(locate_data(data.path), columns, data.held_out_share, data.max_train_examples)
-    name = data.metric or ("pearson" if data.regression else "accuracy")
-    metric(name, data.regression, len(texts.labels))
+    problem = REGRESSION if data.regression else MULTI if texts.several else SINGLE
+    name = data.metric or DEFAULTS[problem]
+    metric(name, problem, len(texts.labels))
 
     def load() -> TransformersBase:
-        head = Head(texts.labels, data.regression)
+        head = Head(texts.labels, problem)
         auto = "AutoModelForSequenceClassification"
         loaded = load_classifier(
             auto, config.model, head, config.train.seed, config.train.mixed_precision, config.dropout
@@ -62,7 +63,7 @@ def prepare(config: TextClassificationConfig) -> Prepared:
 
     base = load()
     check_length(data.max_length, tokenizer, base.model.config)
-    encoded, warnings = encode_texts(tokenizer, texts.splits, data.max_length, data.regression)
+    encoded, warnings = encode_texts(tokenizer, texts.splits, data.max_length, problem, len(texts.labels))
     task = TextClassificationTask(
         encoded,
         tokenizer,
@@ -70,8 +71,10 @@ def prepare(config: TextClassificationConfig) -> Prepared:
         batch_size=data.train_batch_size,
         eval_batch_size=data.eval_batch_size,
         seed=config.train.seed,
-        regression=data.regression,
+        problem=problem,
+        weights=class_weights(data.class_weights, encoded["train"].labels, problem, len(texts.labels)),
     )
+    usual = majority(name, encoded["train"].labels, encoded["test"].labels, problem, texts.labels)
     return Prepared(
         model=base.model,
         task=task,
@@ -79,6 +82,8 @@ def prepare(config: TextClassificationConfig) -> Prepared:
         family=base.kind,
         fresh=lambda: load().model,
         labels=texts.labels,
+        problem=problem,
+        majority=usual,
         counts={split: count_labels(part, texts.labels) for split, part in texts.splits.items()},
         warnings=(*texts.warnings, *warnings),
         data_digest=content_digest(encoded),

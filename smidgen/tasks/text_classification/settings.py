@@ -18,7 +18,10 @@ class TextData:
         None  # its columns
     )
     regression: bool = False  # labels are numbers
-    metric: str | None = None  # accuracy, f1, f1_macro, matthews; pearson, spearman. None: accuracy or pearson
+    metric: str | None = (
+        None  # accuracy, f1, f1_macro, matthews; pearson, spearman; several labels: f1_micro, f1_macro, subset_accuracy
+    )
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts alike in the loss
     max_length: int = 128  # tokens
     held_out_share: float = 0.1  # cut from train for each of validation and test that has no file
     max_train_examples: int | None = None  # None: all

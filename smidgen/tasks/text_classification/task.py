@@ -1,4 +1,5 @@
-"""The task of classifying texts, or pairs of texts; with numbers as labels, of predicting a value.
+"""The task of classifying texts, or pairs of texts, into one class or several; with numbers as labels, of predicting a
+value.
 
 Texts are tokenised once. A batch is padded to its longest text; evaluation goes from long to short, so that little of
 it is padding.
@@ -14,13 +15,23 @@ from torch import Tensor, nn
 
 from smidgen.tasks.data.tables import counted
 from smidgen.tasks.data.text import Text
-from smidgen.tasks.finetune.measuring import Measured, at_rest, label_loss, label_scores, mixed
+from smidgen.tasks.finetune.measuring import (
+    Measured,
+    at_rest,
+    batch_weight,
+    label_loss,
+    label_scores,
+    label_tensor,
+    mixed,
+)
+from smidgen.training.metrics import SINGLE
 from smidgen.training.randomness import examples
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised texts: the tokenizer's rows (``input_ids`` and the like), labels [example], and where each stands."""
+    """Tokenised texts: the tokenizer's rows (``input_ids`` and the like), labels [example] or [example, class], and
+    where each stands."""
 
     rows: list[dict[str, list[int]]]
     labels: Tensor
@@ -40,23 +51,23 @@ class TextClassificationTask(Measured):
     batch_size: int = 16
     eval_batch_size: int = 64
     seed: int = 0
-    regression: bool = False
+    problem: str = SINGLE  # or REGRESSION, MULTI
+    weights: Tensor | None = None  # [class]
     greater_is_better: bool = True
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
         picks = examples(self.seed, index, self.batch_size, len(train))
-        return self._padded(train, picks) | {
-            "weight": float(len(picks)),
-            "names": [train.names[pick] for pick in picks],
-        }
+        padded = self._padded(train, picks)
+        weight = batch_weight(padded["labels"], self.problem, self.weights)
+        return padded | {"weight": weight, "names": [train.names[pick] for pick in picks]}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return label_loss(self._logits(model, batch), batch["labels"], self.regression)
+        return label_loss(self._logits(model, batch), batch["labels"], self.problem, self.weights)
 
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
-        """The metric, the loss and the accuracy."""
-        return label_scores(self.metric, predicted, self.splits[split].labels, self.regression)
+        """The metric, the loss, and the accuracy or all metrics of sets."""
+        return label_scores(self.metric, predicted, self.splits[split].labels, self.problem)
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
         """Logits [example, class] of a split, on the CPU."""
@@ -80,7 +91,7 @@ class TextClassificationTask(Measured):
 
 
 def encode_texts(
-    tokenizer: Any, splits: Mapping[str, Sequence[Text]], max_length: int, regression: bool
+    tokenizer: Any, splits: Mapping[str, Sequence[Text]], max_length: int, problem: str, classes: int = 0
 ) -> tuple[dict[str, Encoded], list[str]]:
     """Tokenise every split, cut to ``max_length`` tokens; returns them and warnings that count what was cut."""
     warnings: list[str] = []
@@ -95,7 +106,7 @@ def encode_texts(
             share = f"of {len(texts):,} longer than {max_length} tokens and cut there"
             warnings.append(counted(f"{split} text", long, share))
         rows = [{key: values[at] for key, values in cut.items()} for at in range(len(texts))]
-        labels = torch.tensor([text.label for text in texts], dtype=torch.float32 if regression else torch.long)
+        labels = label_tensor([text.label for text in texts], problem, classes)
         found[split] = Encoded(rows, labels, [text.where for text in texts])
     return found, warnings
 
