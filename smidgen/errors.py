@@ -52,11 +52,12 @@ class MissingExtraError(SmidgenError):
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """``" Did you mean 'q_proj'?"`` for the nearest known names, or ``""`` when nothing is near.
+    """``" Did you mean 'q_proj'?"`` for the nearest known names, or ``""`` when nothing is near. Never ``name`` itself.
 
     Example:
         >>> did_you_mean("q_porj", ["q_proj", "v_proj"])
         " Did you mean 'q_proj' or 'v_proj'?"
     """
-    near = get_close_matches(name, list(known), n=most, cutoff=0.5)
+    folded = {other.casefold(): other for other in sorted(set(known) - {name}, reverse=True)}
+    near = [folded[other] for other in get_close_matches(name.casefold(), folded, n=most, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

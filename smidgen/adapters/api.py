@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
+from smidgen.adapters.tuner import sharing
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
 from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
@@ -30,6 +31,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     adapter_parameters,
     base_heads,
     check_base,
+    check_mergeable,
     file_tensors,
     head_tensors,
     inject,
@@ -146,7 +148,8 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for layer, names in active:
             layer._active_adapter = names
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:  # one without a shape cannot be told
+                parameter.requires_grad_(flag)
         raise
 
 
@@ -496,8 +499,15 @@ def parameter_groups(
 
 
 def merge(model: Any, adapter_names: list[str] | None = None) -> Any:
-    """Merges adapters into the base weights and takes the adapted layers away, in place; refuses when rounding to the
-    weights' dtype would lose more than half of an update, before anything is changed."""
+    """Merges adapters into the base weights and takes the adapted layers away, in place.
+
+    A weight that an adapted layer shares with others (tied embeddings, an encoder and its decoder) is theirs alone
+    afterwards: the adapted layer gets one of its own, and a warning says so.
+
+    Raises:
+        SmidgenError: before anything is changed: rounding to the weights' dtype would lose more than half of an update, the
+            weight is quantised, or it is made anew for each call (weight_norm, pruning).
+    """
     _check_carried(model, adapter_names or ())
     for part in parts(model).values():
         _check_merge(part, adapter_names)
@@ -507,6 +517,7 @@ def merge(model: Any, adapter_names: list[str] | None = None) -> Any:
 
 
 def _check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    check_mergeable(model, adapter_names)
     for name, layer in tuner_layers(model).items():
         if not isinstance(layer, AdaptedLayer):
             if not all(bool(torch.isfinite(p).all()) for p in adapter_parameters(layer)):
@@ -514,7 +525,6 @@ def _check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             continue
         wanted = [n for n in (adapter_names or layer.active_adapters) if n in layer.smidgen_slots]
         if wanted:
-            layer.check_mergeable()
             merged, error = layer.merged_weight(wanted)
             if error > MERGE_REFUSE or not bool(torch.isfinite(merged).all()):
                 raise SmidgenError(
@@ -528,13 +538,15 @@ def _merge(model: nn.Module, adapter_names: list[str] | None) -> None:
         merged_heads = [n for n in adapter_names or head.active_adapters if n in head.modules_to_save]
         trained = head.modules_to_save[merged_heads[0]] if merged_heads else head.original_module
         setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], trained)
+    sharing.untie(model, {n: layer for n, layer in tuner_layers(model).items() if not isinstance(layer, AdaptedLayer)})
     for layer in tuner_layers(model).values():
         layer.merge(adapter_names=adapter_names)
         layer.merged_adapters = []
         if isinstance(layer, AdaptedLayer):
-            layer._kept = None
+            layer.forget_kept()
     for adapter_name in names(model):
         remove(model, adapter_name)
+    sharing.settle(model)
 
 
 __all__ = [

@@ -54,6 +54,61 @@ def law_identity(config: SmidgenConfig, kind: str) -> None:
         same(model(strided), wanted[1], f"output at the start for a strided input in {dtype}")
 
 
+def _forms(x: Tensor) -> dict[str, Tensor]:
+    """A layer's input in the other forms that torch's layers take."""
+    if x.dim() == 4:  # pictures
+        return {
+            "one picture": x[0],
+            "no pictures": x[:0],
+            "channels last": x.to(memory_format=torch.channels_last),
+            "one picture, channels last": x.movedim(-3, -1).contiguous().movedim(-1, -3)[0],
+            "a slice": torch.cat([x, x], -1)[..., : x.shape[-1]],
+        }
+    rows = x.flatten(0, -2)
+    return {
+        "one vector": rows[0],
+        "rows": rows,
+        "no rows": x[:0],
+        "rows of no tokens": rows[None, :0].expand(3, 0, -1),
+        "three axes": rows[None],
+        "four axes": rows[None, None],
+        "one row repeated": rows[:1].expand(3, -1),
+        "columns of a wider one": torch.cat([x, x], -1)[..., : x.shape[-1]],
+    }
+
+
+def law_inputs(config: SmidgenConfig, kind: str) -> None:
+    """Whatever form of input the base layer takes, one vector or picture, an empty batch, more axes, channels last, the
+    adapted layer takes: the base's bits at the start, the layer of weight W + delta afterwards, in the base's own layout."""
+    start, x = base(kind)
+    smidgen.adapt(start, targeted(config))
+    model, wide = adapted(config, kind, torch.float64)
+    smidgen.adapt(model, smidgen.config("tlora(2,1)", target_modules=["layer"]), adapter_name="other")
+    perturb(model, 5, adapter_name="other")
+    model = model.double()
+    layer, forms = _layer(model), _forms(x)
+    for names in (["default"], ["other", "default"]):
+        smidgen.set_active(model, names)
+        smidgen.set_strength(model, {"default": 0.7 if len(names) > 1 else 1.0})
+        bare = copy.deepcopy(layer.base_layer)
+        with torch.no_grad():
+            bare.weight += sum(layer.delta_weight(name) for name in names)
+        for form, given in _forms(wide).items():
+            try:
+                plain = start.layer.base_layer(forms[form])
+            except (RuntimeError, ValueError):
+                continue  # a form that the base layer does not take
+            found = start.layer(forms[form])
+            same(found, plain, f"{form}: output at the start")
+            assert found.stride() == plain.stride(), f"{form}: strides {found.stride()}, of the base {plain.stride()}"
+            found = layer(given.detach().requires_grad_())
+            close(found, bare(given), f"{form}: output with {' and '.join(names)}")
+            assert found.stride() == plain.stride(), f"{form}: strides {found.stride()}, of the base {plain.stride()}"
+            found.square().sum().backward()
+    grads = [p.grad for p in layer.smidgen_slots.parameters()]
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in grads), "a form of input trains nothing"
+
+
 def law_frozen_base(config: SmidgenConfig, kind: str) -> None:
     """Only adapter tensors require gradients, and each gets one, not zero, once perturbed."""
     model, x = adapted(config, kind)
@@ -407,6 +462,7 @@ def law_gradient(config: SmidgenConfig, kind: str) -> None:
 
 LAWS: dict[str, Law] = {
     "identity": law_identity,
+    "inputs": law_inputs,
     "frozen base": law_frozen_base,
     "shift = matrix": law_shift_is_matrix,
     "merge": law_merge,

@@ -6,6 +6,8 @@ import pytest
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.residuals import RESIDUALS
+from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.errors import ConfigError
 
 CONFIGS = dict(testing.configs())
@@ -15,7 +17,10 @@ ONLY_ON = {
     "compile": ("linear", "conv2d"),
     "file damage": ("linear", "rough", "conv1d", "conv2d_groups", "depthwise"),
 }
-ONLY_FOR = {"compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"]}
+ONLY_FOR = {
+    "inputs": [*TRANSFORMS, *RESIDUALS, "tensor_ring+low_rank", "nonneg svfit", "full loldu"],
+    "compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"],
+}
 CELLS = [
     (label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS if not testing.refused(CONFIGS[label], kind)
 ]

@@ -76,7 +76,7 @@ def unmerge_subtracts_instead_of_restoring(patch: pytest.MonkeyPatch) -> None:
         with torch.no_grad():
             for name in self.merged_adapters:
                 self.base_layer.weight -= self.delta_weight(name)
-        self._kept = None
+        self._kept = ()
         self.merged_adapters.clear()
 
     patch.setattr(AdaptedLayer, "unmerge", unmerge)
@@ -84,6 +84,15 @@ def unmerge_subtracts_instead_of_restoring(patch: pytest.MonkeyPatch) -> None:
 
 def conv_weights_read_transposed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LinearKind, "unmatrix", lambda self, matrix, layer: matrix.flip(0))
+
+
+def activations_read_as_if_contiguous(patch: pytest.MonkeyPatch) -> None:
+    right = LinearKind._hidden
+
+    def hidden(factors, x):  # type: ignore[no-untyped-def]
+        return right(factors, torch.as_strided(x, x.shape, torch.empty(x.shape).stride()))
+
+    patch.setattr(LinearKind, "_hidden", staticmethod(hidden))
 
 
 MUTANTS: list[tuple[Patch, str, str]] = [
@@ -96,6 +105,7 @@ MUTANTS: list[tuple[Patch, str, str]] = [
     (start_is_not_the_identity, "identity", "lora+2"),
     (unmerge_subtracts_instead_of_restoring, "merge", "lora"),
     (conv_weights_read_transposed, "shift = matrix", "svfit"),
+    (activations_read_as_if_contiguous, "inputs", "svfit"),
 ]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from smidgen.adapters.member import Factors
 from smidgen.adapters.tuner.rows import LowRankShift
@@ -177,6 +178,43 @@ def kind_of(layer: nn.Module) -> Kind | None:
         if quantised or shape == (layer.out_features, layer.in_features):
             return _LINEAR
     return None
+
+
+def class_name(layer: nn.Module) -> str:
+    """The name of a layer's class as its author wrote it, not of the one that torch makes for a parametrised layer."""
+    kind = type(layer)
+    return (kind.__mro__[1] if parametrize.is_parametrized(layer) else kind).__name__
+
+
+def computed(layer: nn.Module) -> str | None:
+    """What makes a layer's weight anew for each call, such as "WeightNorm", so that nothing can be merged into it; None for
+    a weight that is a tensor of the layer's own."""
+    if parametrize.is_parametrized(layer, "weight"):
+        steps: Any = layer.parametrizations["weight"]  # type: ignore[index]
+        return " and ".join(type(step).__name__.lstrip("_") for step in steps)
+    if "weight" in layer._parameters or "weight" in layer._buffers or not hasattr(layer, "weight"):
+        return None
+    makers = [type(hook).__name__ for hook in layer._forward_pre_hooks.values() if _makes_weight(hook)]
+    return " and ".join(makers) or f"the class {class_name(layer)}"
+
+
+@torch.no_grad()
+def refresh(layer: nn.Module) -> None:
+    """Makes a weight anew that torch's older norms or pruning made before the tensors it comes from were loaded."""
+    if "weight" in layer._parameters or "weight" in layer._buffers:
+        return
+    training, layer.training = layer.training, False  # a spectral norm moves on at each call in training
+    for hook in layer._forward_pre_hooks.values():
+        if _makes_weight(hook):
+            hook(layer, ())
+    layer.training = training
+
+
+def _makes_weight(hook: Any) -> bool:
+    """Whether a hook of torch's older weight_norm, spectral_norm or pruning sets the weight."""
+    return type(hook).__module__.startswith("torch.nn.utils.") and (
+        getattr(hook, "name", None) == "weight" or getattr(hook, "_tensor_name", None) == "weight"
+    )
 
 
 KIND_NAMES = ("nn.Linear", "transformers Conv1D", "nn.Conv2d and their subclasses and quantised forms")

@@ -56,20 +56,20 @@ class ShiftLayer(nn.Module):
         base_layer: the frozen layer.
         kind: how its weight and activations read.
         read_weight: gives the (dequantised) base weight.
-        write_weight: puts a merged weight in place.
+        swap_weight: puts a tensor in the place of the base weight's own and gives that back.
     """
 
     base_layer: nn.Module
 
-    def setup(self, kind: Kind, read_weight: Callable[[], Tensor], write_weight: Callable[[Tensor], None]) -> None:
+    def setup(self, kind: Kind, read_weight: Callable[[], Tensor], swap_weight: Callable[[Tensor], Tensor]) -> None:
         """Completes construction once ``base_layer`` is set."""
         self.kind = kind
-        self._read_weight, self._write_weight = read_weight, write_weight
+        self._read_weight, self._swap_weight = read_weight, swap_weight
         self.smidgen_slots = nn.ModuleDict({})
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
         self.banks = nn.ModuleDict({})  # label -> a bank's slot here; which rows are meant is not the layer's to know
-        self._kept: Tensor | None = None
+        self._kept: tuple[Tensor, ...] = ()  # the base's own weight while merged; a module would register a bare one
 
     # ---- slots -------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,9 @@ class ShiftLayer(nn.Module):
         return self.kind.matrix(self._original(), self.base_layer)
 
     def _original(self) -> Tensor:
-        return self._read_weight() if self._kept is None else self._kept
+        """The base weight without what is merged, where and in the number format in which the base is now."""
+        now = self._read_weight()
+        return _following(self._kept[0].detach(), now) if self._kept else now
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -129,12 +131,12 @@ class ShiftLayer(nn.Module):
 
     def _base(self, x: Tensor, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
         """The base layer, with its own weight when adapters are merged into it."""
-        if self._kept is None:
+        if not self._kept:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         name, layer = "weight", self.base_layer
         while hasattr(layer, "base_layer"):
             name, layer = f"base_layer.{name}", layer.base_layer  # type: ignore[assignment]
-        return functional_call(self.base_layer, {name: self._kept.to(x.device)}, (x, *args), kwargs)  # type: ignore[no-any-return]
+        return functional_call(self.base_layer, {name: self._original().to(x.device)}, (x, *args), kwargs)  # type: ignore[no-any-return]
 
     def _input(self, x: Tensor, terms: Sequence[Term]) -> Tensor:
         terms = [term for term in terms if term.slot.transform is not None]
@@ -189,7 +191,7 @@ class ShiftLayer(nn.Module):
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
-        if term.at is not None or self._kept is not None:
+        if term.at is not None or self._kept:
             return False
         if not diagonal or weight.requires_grad or autocasting(x.device.type):
             return False
@@ -241,16 +243,29 @@ class ShiftLayer(nn.Module):
         error = float((merged.to(delta) - exact).norm() / size) if size > 0 else 0.0
         return merged.contiguous(), error
 
-    def keep(self) -> None:
-        """Keeps the base weight's bits for :meth:`restore`."""
-        if self._kept is None:
-            self._kept = self._read_weight().detach().clone()
+    def put_merged(self, weight: Tensor) -> None:
+        """Puts a merged weight in the base weight's place, as a tensor of its own: a layer that shares the base weight
+        keeps it. What was there is kept for :meth:`restore`."""
+        before = self._swap_weight(weight)
+        self._kept = self._kept or (before,)
 
     def restore(self) -> None:
-        """Puts the kept bits back."""
-        if self._kept is not None:
-            self._write_weight(self._kept)
-            self._kept = None
+        """Puts the kept weight back: the same bits, cast or moved as the model was in the meantime."""
+        if self._kept:
+            kept, now = self._kept[0], self._swap_weight(self._kept[0])
+            moved = _following(kept.detach(), now)
+            if (moved.dtype, moved.device) != (kept.dtype, kept.device):
+                self._swap_weight(moved)
+            self._kept = ()
+
+    def forget_kept(self) -> None:
+        """Makes what is merged the base weight for good."""
+        self._kept = ()
+
+
+def _following(kept: Tensor, now: Tensor) -> Tensor:
+    """A kept weight in the number format and on the device of the one in its place; meta holds nothing to follow."""
+    return kept.to(device=kept.device if now.is_meta else now.device, dtype=now.dtype)
 
 
 def _each(function: Callable[[Tensor], Tensor], x: Tensor, rows: Rows) -> Tensor:

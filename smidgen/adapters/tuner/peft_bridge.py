@@ -7,6 +7,7 @@ work through get_peft_model, PeftModel, transformers' add_adapter and diffusers'
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
@@ -32,9 +33,9 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
-from smidgen.adapters.tuner import bypass, calls, targets
+from smidgen.adapters.tuner import bypass, calls, sharing, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
-from smidgen.adapters.tuner.kinds import kind_of
+from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.slot import Slot, Spec, layout_of
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError
@@ -70,10 +71,11 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.kwargs: dict[str, Any] = {}
-        self.setup(kind, self._read, self.set_base_weight)
+        self.setup(kind, self._read, self._swap)
 
     def _read(self) -> Tensor:
         """The base weight, fetched if accelerate has offloaded it, dequantised if it is quantised."""
+        refresh(self.get_base_layer())
         weight = self.get_base_weight()
         offloaded = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "weights_map", None)
         if weight.is_meta and offloaded is not None:
@@ -86,6 +88,14 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
                 raise SmidgenError(f"Cannot read the {weight.dtype} weight of a {type(self.base_layer).__name__}.")
             weight = dequantise()
         return weight
+
+    def _swap(self, weight: Tensor) -> Tensor:
+        layer = self.get_base_layer()
+        before = cast(Tensor, layer.weight)
+        if isinstance(before, nn.Parameter) and not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=before.requires_grad)
+        layer.weight = weight
+        return before
 
     def forward(
         self, x: Tensor | None = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -141,22 +151,28 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             if safe_merge and error > MERGE_REFUSE:
                 raise SmidgenError(text)
             logger.warning(text)
-        self.keep()
-        self.set_base_weight(merged)
+        self.put_merged(merged)
         self.merged_adapters.extend(names)
 
-    def check_mergeable(self) -> None:
-        """Refuses a quantised weight, whose rounding swallows small updates.
+    def check_mergeable(self, name: str = "") -> None:
+        """Refuses a quantised weight, whose rounding swallows small updates, and one that is made anew for each call.
 
         Raises:
             SmidgenError: before anything is changed.
         """
-        weight = getattr(self.get_base_layer(), "weight", None)
+        layer = self.get_base_layer()
+        weight, where = getattr(layer, "weight", None), f" at {name!r}" if name else ""
         if not _plain(weight):
             raise SmidgenError(
-                f"Merging into a quantised weight ({type(weight).__name__}, {getattr(weight, 'dtype', None)}, of a {type(self.get_base_layer()).__name__}) "
-                "would lose most of a small update to rounding; keep the adapter unmerged, or merge it into the base in "
-                "16 or 32 bits."
+                f"Merging into a quantised weight{where} ({type(weight).__name__}, {getattr(weight, 'dtype', None)}, of a "
+                f"{type(layer).__name__}) would lose most of a small update to rounding; keep the adapter unmerged, or merge it "
+                "into the base in 16 or 32 bits."
+            )
+        if maker := computed(layer):
+            raise SmidgenError(
+                f"The weight of the {class_name(layer)}{where} is made anew for each call by {maker}, so nothing can be merged "
+                "into it; take that off first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
+                "prune.remove), or keep the adapter unmerged."
             )
 
     def unmerge(self) -> None:
@@ -215,12 +231,25 @@ class SmidgenModel(BaseTuner):
         if _all_linear(peft_config):
             peft_config.target_modules = set(chosen)
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """What makes a parametrised weight is no layer, whatever its name."""
+        return ".parametrizations." not in key and BaseTuner._check_target_module_exists(peft_config, key)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        sharing.follow(model)
         bypass.follow(model)
 
+    def _check_merge_allowed(self) -> None:
+        """What peft warns of, tied embeddings, is no matter here: merging unties."""
+        check_mergeable(self.model)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = [m for m in self.model.modules() if isinstance(m, AdaptedLayer)]
         base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        sharing.put_back(base, {id(layer): layer.get_base_layer() for layer in layers})
+        sharing.settle(base)
         bypass.follow(base)
         return base
 
@@ -294,18 +323,38 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
     """
     if config.target_modules is None:
         raise TargetError("The config names no target_modules; smidgen.adapt and peft fill them in for known models.")
-    modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
-    inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
-    modules = {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}
+    modules = _outside_adapters(model)
+    targets.check_shapes(modules)
     if _all_linear(config):
         heads = [*(config.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else ())]
         left_out = tuple(f".{head}" for head in heads)
-        chosen = {n: m for n, m in modules.items() if _is_linear_target(m, model) and not f".{n}".endswith(left_out)}
-        chosen = _called(chosen, model)
+        found = {n: m for n, m in modules.items() if _is_linear_target(m, model) and not f".{n}".endswith(left_out)}
+        wanted: Any = set(_called(found, model))
     else:
-        chosen = {n: m for n, m in modules.items() if BaseTuner._check_target_module_exists(config, n)}
-    targets.check_names(config.target_modules, list(modules), list(chosen))
+        wanted = config.target_modules
+    adaptable = _matches(
+        config, modules, target_modules=wanted, **dict.fromkeys(("exclude_modules", "layers_to_transform"))
+    )
+    chosen = _matches(config, modules, target_modules=wanted)
+    targets.check_names(config.target_modules, list(modules), list(adaptable), sharing.aliases(model))
+    if config.base_lock is None:  # what a file lists was checked when it was made, and is held against its tensors
+        targets.check_lists(config, list(modules), list(adaptable), list(chosen))
+    targets.check_any(config.target_modules, list(chosen))
     return {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in chosen.items()}
+
+
+def _outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model by name, adapted ones as they are, without what is inside them."""
+    modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
+    inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
+    return {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}
+
+
+def _matches(config: Any, modules: dict[str, nn.Module], **changes: Any) -> dict[str, nn.Module]:
+    """The modules that a config's targets and what restricts them match."""
+    own = copy.copy(config)
+    own.__dict__.update(changes)
+    return {n: m for n, m in modules.items() if SmidgenModel._check_target_module_exists(own, n)}
 
 
 def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Module) -> None:
@@ -406,6 +455,22 @@ def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None
     share = targets.parse_energy(config.r, config.residual)
     for name, matrix in base_matrices({n: m for n, m in chosen.items() if n not in config.rank_pattern}).items():
         config.rank_pattern[name] = energy_rank(torch.linalg.svdvals(matrix.float()), share)
+
+
+def check_mergeable(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
+    """Whether adapters of ours, the active ones unless named, can be merged wherever they are; says what that unties.
+
+    Raises:
+        SmidgenError: before anything is changed.
+    """
+    layers = {
+        name: layer
+        for name, layer in adapted_layers(model).items()
+        if any(n in layer.smidgen_slots for n in adapter_names or layer.active_adapters)
+    }
+    for name, layer in layers.items():
+        layer.check_mergeable(name)
+    sharing.say_untied(model, layers)
 
 
 def base_matrices(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
@@ -527,6 +592,8 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         ConfigError: peft refuses its own config.
         TargetError: a layer carries an adapter of another tuner; in files one of the two would have the wrong name.
     """
+    if not isinstance(config, SmidgenConfig) and not config.inference_mode:
+        _check_lists_of_peft(model, config)
     owner = model if isinstance(model, PeftModel) else model.__dict__.get(_OWNER)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
@@ -540,7 +607,7 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
                 inject_adapter_in_model(config, model, adapter_name)
         except SmidgenError:
             raise
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"peft refuses its own {type(config).__name__}: {error}") from error
     for name, layer in tuner_layers(model, adapter_name).items():
         if name.endswith(".base_layer") or isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):
@@ -553,6 +620,22 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
     ):  # what transformers and diffusers ask before they save or list adapters
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
         config.base_model_name_or_path = model.__dict__.get("name_or_path")
+
+
+def _check_lists_of_peft(model: nn.Module, config: Any) -> None:
+    """The lists of one of peft's own configs, which passes over a name that matches nothing when another does."""
+    own = getattr(config, "target_modules", None)
+    if (
+        own is None
+        or (isinstance(own, str) and own.lower() == "all-linear")
+        or getattr(config, "target_parameters", None)
+    ):
+        return
+    modules = {n: m for n, m in _outside_adapters(model).items() if not n.endswith(".base_layer")}
+    names, nothing = list(modules), dict.fromkeys(("exclude_modules", "layers_to_transform"))
+    adaptable = list(_matches(config, modules, **nothing))
+    targets.check_names(own, names, adaptable, sharing.aliases(model))
+    targets.check_lists(config, names, adaptable, list(_matches(config, modules)))
 
 
 def _shares(config: PeftConfig) -> bool:
@@ -599,6 +682,7 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], head.original_module)
         else:
             head.delete_adapter(adapter_name, new_active_adapters=None)
+    emptied: dict[int, nn.Module] = {}
     for name in model_keys(model, adapter_name).values():
         layer: Any = model.get_submodule(name)
         if layer.merged:
@@ -607,6 +691,8 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         if not _carried(layer):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], layer.base_layer)
+            emptied[id(layer)] = layer.base_layer
+    sharing.put_back(model, emptied)
     bypass.follow(model)
     for module in list(model.modules()):
         configs = module.__dict__.get("peft_config")

@@ -71,7 +71,7 @@ class Slot(nn.Module):
         for name, (shape, dtype) in self._pinned().items():
             self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
         self.pinned = False
-        self.awaits_file = False
+        self.awaits_file = self.emptied = False
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """(prefix, member) of the members that are there."""
@@ -106,9 +106,36 @@ class Slot(nn.Module):
         """The numbers are in a file that is about to be read: until they arrive the adapter refuses to run."""
         self.awaits_file, self.ready = True, False
 
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """As any module's, but numbers that get storage without values (``to_empty``, or back from the meta device) are
+        known to be missing."""
+        super()._apply(fn, recurse)
+        if self._on_meta() or "to_empty" in getattr(fn, "__qualname__", ""):
+            self.emptied, self.ready = True, False
+            self._fill_constants()
+        return self
+
+    def _on_meta(self) -> bool:
+        return any(t.is_meta for t in self._parameters.values() if t is not None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Puts the trained numbers at their start, as torch's own layers do it after ``to_empty``."""
+        for name, value in self.starts().items():
+            getattr(self, name).copy_(value)
+        self.emptied = self.pinned = False
+        self.ready = self.residual is None or not self.residual.decomposes
+
+    def _fill_constants(self) -> None:
+        """Constants follow from the seed alone."""
+        some = next(iter(self.parameters()))
+        for prefix, member in self.members():
+            for name, value in member.constants(f"{self.seed}/{prefix}").items():
+                setattr(self, f"{prefix}_{name}", value.to(some.device))
+
     def mark_loaded(self) -> None:
         """Numbers came from a file: factors are rebuilt, from its pins, when next needed."""
-        self.awaits_file, self.ready = False, True
+        self.awaits_file, self.emptied, self.ready = False, False, True
         if self.residual is not None and self.residual.decomposes:
             self.pinned = True
             self.ready = self.store_factors
@@ -143,11 +170,16 @@ class Slot(nn.Module):
                 "peft.PeftModel.from_pretrained. For a fresh adapter set config.base_lock = None."
             )
         weight = weight_matrix()
-        assert self.residual is not None
         if weight.is_meta:  # shapes only; factors are made once the weight is there
-            for name, shape in self.residual.factor_shapes().items():
+            for name, shape in self.residual.factor_shapes().items() if self.residual is not None else ():
                 self.register_buffer(f"residual_{name}", torch.empty(shape, device="meta"), persistent=False)
             return
+        if self.emptied:
+            raise AdapterFileError(
+                "The numbers of this adapter are gone: the model went through to_empty or the meta device and nothing was "
+                "loaded since. Load its state dict, or call reset_parameters() on each of its modules for a fresh adapter."
+            )
+        assert self.residual is not None
         pins = {n: getattr(self, f"residual_{n}") for n in self.residual.pins()} if self.pinned else None
         factors, found = self.residual.decompose(weight.detach().float().contiguous(), pins)
         device = next(self.parameters()).device
@@ -162,7 +194,9 @@ class Slot(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, *args)
         pins = any(f"{prefix}residual_{name}" in state_dict for name in self._pinned())
-        if pins or (self.awaits_file and any(f"{prefix}{name}" in state_dict for name in self.trained())):
+        waits = self.awaits_file or self.emptied
+        if pins or (waits and all(f"{prefix}{name}" in state_dict for name in self.trained())):
+            self._fill_constants()
             self.mark_loaded()
 
     # ---- maths over given tensors (the engine passes its own, or rows of a bank) -----------------------------------
