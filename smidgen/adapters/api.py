@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smidgen.adapters.atomic import new_files
-from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint import checksum, packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from smidgen.adapters.tuner import sharing
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
@@ -220,6 +220,8 @@ def _write(model: nn.Module, adapter_name: str, folder: Path) -> None:
         tensors, metadata = peft_tensors(model, adapter_name), {"format": "pt"}
     stored = copy.copy(own)
     stored.inference_mode = True
+    if isinstance(stored, SmidgenConfig):
+        stored.seal(tensors)
     base = own.base_model_name_or_path
     if base and (Path(base).is_absolute() or Path(base).is_dir()):  # where it lay on this machine is nobody's business
         stored.base_model_name_or_path = Path(base).name
@@ -327,7 +329,10 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str,
     Raises:
         AdapterFileError: a missing, truncated or hostile file, or another kind of adapter.
     """
-    return read_smidgen_config(path), packing.plain_keys(read_tensors(path))
+    own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
+    if own.checksum:
+        checksum.check_tensors(own.checksum["tensors"], tensors, str(path))
+    return replace(own, checksum=None), tensors
 
 
 def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
@@ -350,7 +355,7 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
     fields = {k: v for k, v in data.items() if k not in ("peft_type", "auto_mapping")}
     try:
         return SmidgenConfig(**fields)
-    except ConfigError as error:
+    except (ConfigError, AdapterFileError) as error:
         raise AdapterFileError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError) as error:
         raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error

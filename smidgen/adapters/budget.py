@@ -144,11 +144,12 @@ def _bytes(
         for tensor, (shape, dtype) in slot_layout(own, layer, name).items():
             sizes[tensor] = sizes.get(tensor, 0) + torch.Size(shape).numel()
             dtypes[tensor] = packing.STORED[own.store_dtype] if dtype.is_floating_point else dtype
-    weights = save({tensor: torch.zeros(n, dtype=dtypes[tensor]) for tensor, n in sizes.items()})
+    tensors = {tensor: torch.zeros(n, dtype=dtypes[tensor]) for tensor, n in sizes.items()}
     lock = base_lock.blank_lock({name: matrices[name] for name in chosen})
     where = own.base_model_name_or_path or model.__dict__.get("name_or_path")
     saved = replace(own, base_lock=lock, canary=_CANARY, inference_mode=True, base_model_name_or_path=where)
-    return len(weights) + len(saved.text().encode())
+    saved.seal(tensors)
+    return len(save(tensors)) + len(saved.text().encode())
 
 
 # ---- which matrices come first ---------------------------------------------------------------------------------------

@@ -44,6 +44,13 @@ CANARY_SAME, CANARY_CAST = 2e-3, 0.15
 OUTPUT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
+_SEALED = {
+    True: "right",
+    False: "none stored: saved before there were checksums, so damage that keeps shapes cannot be told",
+    None: "-",
+}
+
+
 @dataclass
 class VerifyReport:
     """What :func:`verify` found.
@@ -53,6 +60,7 @@ class VerifyReport:
         refuted: something is wrong; proven: a forward pass showed the adapter at work.
         adapter_name: the name it goes by in the model (None when it was loaded for the check only).
         layers, targets: adapted layers found, and those the file lists.
+        sealed: whether the file's config holds a checksum, which then was found right; None for adapters of peft's methods.
         base: "same", "cast", "other" or "unlocked"; base_difference: estimated |W - W'| / |W|.
         canary_error: relative difference of the rebuilt deltas from the stored ones, None without a canary.
         output_error: largest relative difference of a layer's output shift from x @ delta^T.
@@ -69,6 +77,7 @@ class VerifyReport:
     adapter_name: str | None = None
     layers: int = 0
     targets: int = 0
+    sealed: bool | None = None
     base: str = "unlocked"
     base_difference: float = 0.0
     canary_error: float | None = None
@@ -105,6 +114,7 @@ class VerifyReport:
         lines = [
             f"adapter is {self.verdict}",
             f"  layers        {self.layers} of {self.targets}",
+            f"  checksum      {_SEALED[self.sealed]}",
             f"  base          {self.base} (weights differ by {self.base_difference:.1e})",
             f"  canary        {canary}",
             f"  output shift  {self.output_error:.1e}",
@@ -171,6 +181,7 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
     try:
         own = _stored_config(path)
         tensors = read_tensors(path) if own is None else api.read_adapter(path)[1]
+        report.sealed = None if own is None else own.checksum is not None
     except SmidgenError as error:
         report.fail(str(error))
         return report

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import smidgen
+from smidgen.adapters.api import read_adapter
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
@@ -106,14 +108,17 @@ def inspect(adapter: Path) -> str:
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         return "\n".join([f"{adapter}: a picture of Smidgen's", *told])
     config, tensors = read_config(adapter), read_tensors(adapter)
+    if config.get("peft_type") == PEFT_TYPE_NAME:
+        tensors = read_adapter(adapter)[1]  # which holds them against the checksum
     sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
     lock = config.pop("base_lock", None)
-    canary = config.pop("canary", None)
+    canary, checksum = config.pop("canary", None), config.pop("checksum", None)
     facts = {key: value for key, value in config.items() if value not in (None, [], {}, False, "")}
     numbers = sum(tensor.numel() for tensor in tensors.values())
     lines = [f"{adapter}: {config.get('method') or config.get('peft_type')}, {numbers:,} stored numbers"]
     lines += [f"  {file}: {size:,} bytes" for file, size in sizes.items()]
-    lines += [f"  base lock: {_lock_words(lock)}", f"  canary: {'yes' if canary else 'no'}", ""]
+    lines += [f"  base lock: {_lock_words(lock)}", f"  canary: {'yes' if canary else 'no'}"]
+    lines += [f"  checksum: {'right' if checksum else 'none, so damage that keeps shapes cannot be told'}", ""]
     lines += [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
     rows = []
     for name, tensor in sorted(tensors.items()):

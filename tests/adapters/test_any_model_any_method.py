@@ -129,7 +129,7 @@ def test_a_part_that_does_not_fit_leaves_the_whole_pipeline_as_it_was(pipe, fold
         smidgen.load(pipe, out)
     file.unlink()
     save_file({k: v * float("nan") for k, v in good.items()}, file)
-    with pytest.raises(AdapterFileError, match="NaN"):
+    with pytest.raises(AdapterFileError, match=r"text_encoder.*SHA-256"):
         smidgen.load(pipe, out)
     report = smidgen.verify(pipe, out)
     assert report.verdict == "OFF" and report.reasons[0].startswith("text_encoder: ")

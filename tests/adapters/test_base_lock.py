@@ -149,10 +149,10 @@ UNET = {
 @pytest.mark.parametrize(
     ("shapes", "ends", "most"),
     [
-        (encoder(6, {k: v for k, v in ALL.items() if "query" in k or "value" in k}), ["query", "value"], 760),
-        (encoder(6, ALL), ["query", "key", "value", "dense"], 960),
-        (encoder(12, ALL), ["query", "key", "value", "dense"], 1180),
-        (UNET, ["to_q", "to_k", "to_v", "to_out.0"], 1600),
+        (encoder(6, {k: v for k, v in ALL.items() if "query" in k or "value" in k}), ["query", "value"], 860),
+        (encoder(6, ALL), ["query", "key", "value", "dense"], 1060),
+        (encoder(12, ALL), ["query", "key", "value", "dense"], 1280),
+        (UNET, ["to_q", "to_k", "to_v", "to_out.0"], 1700),
     ],
     ids=["minilm q,v", "minilm all", "vit all", "sd15"],
 )

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from torch import Tensor
 
 from smidgen import errors
 from smidgen.adapters import methods
+from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.checkpoint import checksum as checksums
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME
 
 PEFT_TYPE_NAME = "SMIDGEN"
+_SEAL = "_tensors_sum"
 
 
 @dataclass
@@ -37,6 +41,8 @@ class SmidgenConfig(PeftConfig):
         store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
         base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
         canary: fingerprint of the adapter's effect, written at save; re-checked by :func:`smidgen.verify`.
+        checksum: SHA-256 of the tensors and options, written at save; see ``checkpoint/checksum.py``. A config that was
+            read holds that of the tensors until they are there.
     """
 
     method: str | None = None
@@ -56,6 +62,7 @@ class SmidgenConfig(PeftConfig):
     store_dtype: str = "float32"
     base_lock: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
+    checksum: dict[str, str] | None = None
     bias: str = "none"
 
     def __post_init__(self) -> None:
@@ -81,6 +88,7 @@ class SmidgenConfig(PeftConfig):
             raise errors.ConfigError(
                 f"bias must be 'none', got {self.bias!r}; list a module in modules_to_save instead."
             )
+        self._check_options()
 
     def _check_forms(self) -> None:
         for name, (fits, form) in _FORMS.items():
@@ -94,14 +102,32 @@ class SmidgenConfig(PeftConfig):
                 except re.error as error:
                     raise errors.ConfigError(f"{name}: {pattern!r} is no regular expression ({error}).") from error
 
+    def _check_options(self) -> None:
+        """Holds the options against the checksum of a file, which then is that of the tensors alone."""
+        if self.checksum is None:
+            return
+        wanted = self.checksum.get("options")
+        if wanted is not None and wanted != self._options_sum():
+            raise errors.AdapterFileError(
+                "adapter_config.json is not as it was saved (the SHA-256 of its options differs): it was damaged or changed. "
+                f'Copy it again from its source; if you changed an option on purpose, take "{checksums.KEY}" out of it.'
+            )
+        self.checksum = {"tensors": self.checksum["tensors"]}
+
+    def _options_sum(self) -> str:
+        return checksums.of_options(self.to_dict(), _defaults(type(self)))
+
+    def seal(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remembers the checksum of the tensors that this config is about to be saved with."""
+        self.__dict__[_SEAL] = checksums.of_tensors(tensors)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes ``adapter_config.json`` without white space and without the fields that have their default value.
 
         peft's own form costs a kilobyte for nothing; what is left out comes back as its default at load.
         """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.text(kwargs.pop("auto_mapping_dict", None)), encoding="utf-8")
+        replace_file(Path(save_directory) / CONFIG_NAME, self.text(kwargs.pop("auto_mapping_dict", None)))
+        self.__dict__.pop(_SEAL, None)  # tensors trained further are others
 
     def text(self, auto_mapping: dict[str, Any] | None = None) -> str:
         """What ``adapter_config.json`` holds."""
@@ -109,6 +135,8 @@ class SmidgenConfig(PeftConfig):
         base = data["base_model_name_or_path"] or ""
         if os.path.isabs(base):  # where it lay on this machine is nobody else's business
             data["base_model_name_or_path"] = os.path.basename(os.path.normpath(base))
+        tensors = self.__dict__.get(_SEAL) or (self.checksum or {}).get("tensors")
+        data[checksums.KEY] = {"options": self._options_sum(), "tensors": tensors} if tensors else None
         defaults = _defaults(type(self))
         kept = {n: value for n, value in data.items() if n == "peft_type" or value != defaults.get(n, MISSING)}
         return json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
@@ -162,6 +190,10 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "store_dtype": (lambda v: v in packing.STORED, f"one of {', '.join(packing.STORED)}"),
     "base_lock": _RECORD,
     "canary": _RECORD,
+    "checksum": (
+        lambda v: v is None or (_all(v, dict, _text) and "tensors" in v and _all(v.values(), object, _text)),
+        "what smidgen.save wrote",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import peft.mapping as peft_mapping
@@ -30,7 +30,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from smidgen.adapters import methods
-from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint import base_lock, checksum, packing
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
 from smidgen.adapters.tuner import bypass, calls, sharing, targets
@@ -286,7 +286,12 @@ class SmidgenModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         layers = adapted_layers(model, adapter_name)
         stamp(config, layers, adapter_name)
-        return file_tensors(config, layers, adapter_name)
+
+        def seal(tensors: dict[str, Tensor]) -> None:
+            if not any(value.is_meta for value in tensors.values()):
+                config.seal({cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in tensors.items()})
+
+        return _Sealed(file_tensors(config, layers, adapter_name), seal)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -299,10 +304,18 @@ class SmidgenModel(BaseTuner):
         rest = {k: v for k, v in state_dict.items() if k not in packed}
         layers = adapted_layers(model, adapter_name)
         layout = {name: slot_layout(config, layer.get_base_layer(), name) for name, layer in layers.items()}
-        heads = {name for name in rest if config.modules_to_save or name in set(model.state_dict())}
+        known = {key.removeprefix(_WRAP): value for key, value in model.state_dict().items()}
+        own = {name: known[name.removeprefix(_WRAP)] for name in rest if name.removeprefix(_WRAP) in known}
         try:
-            packing.check_names(rest.keys() - heads, (), "the adapter file")
+            packing.check_names(rest.keys() - own.keys(), (), "the adapter file")
+            for name, wanted in own.items():
+                packing.check_tensor(name, rest[name], tuple(wanted.shape), wanted.dtype, "the adapter file")
             unpacked = packing.unpack(packed, layout)
+            if config.checksum:
+                checksum.check_tensors(
+                    config.checksum["tensors"], as_in_file(model, adapter_name, state_dict), "the adapter file"
+                )
+                config.checksum = None
         except AdapterFileError:
             remove(model, adapter_name)
             raise
@@ -310,6 +323,19 @@ class SmidgenModel(BaseTuner):
         for name, key in model_keys(model, adapter_name).items():
             out |= {f"{key}.smidgen_slots.{adapter_name}.{tensor}": value for tensor, value in unpacked[name].items()}
         return out
+
+
+class _Sealed(dict[str, Tensor]):
+    """Tensors that peft is about to write, to which it adds heads and embeddings: when it reads them all, ``seal`` is given
+    them all, so that the config that it writes next has their checksum."""
+
+    def __init__(self, tensors: dict[str, Tensor], seal: Callable[[dict[str, Tensor]], None]) -> None:
+        super().__init__(tensors)
+        self._seal = seal
+
+    def items(self):  # type: ignore[no-untyped-def,override]
+        self._seal(dict(super().items()))
+        return super().items()
 
 
 # ---- what other rooms of the engine call ---------------------------------------------------------------------------
@@ -516,6 +542,16 @@ def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         for name, head in saved_modules(model, adapter_name).items()
         for key, value in head.modules_to_save[adapter_name].state_dict().items()
     }
+
+
+def as_in_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that peft is about to put into a model, by the names that they have in its file."""
+    held = {
+        f"{name}.{inside}": f"{name}.{key}"
+        for name, head in saved_modules(model, adapter_name).items()
+        for key, inside in head.adapter_state_dict_load_map(adapter_name).items()
+    }
+    return {held.get(name, name): value for name, value in tensors.items()}
 
 
 def base_heads(model: nn.Module, config: SmidgenConfig) -> dict[str, Tensor]:
