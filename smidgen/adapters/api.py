@@ -24,6 +24,7 @@ from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_co
 from smidgen.adapters.tuner import sharing
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
 from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
+from smidgen.adapters.tuner.defaults import default_targets
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
 from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
@@ -44,7 +45,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     stamp,
     tuner_layers,
 )
-from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, did_you_mean
 
 logger = logging.getLogger("smidgen")
 
@@ -151,27 +152,6 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
             if parameter.requires_grad != flag:  # one without a shape cannot be told
                 parameter.requires_grad_(flag)
         raise
-
-
-def default_targets(model: nn.Module) -> set[str]:
-    """The attention projections of the architectures the papers use, as far as the model has them.
-
-    Raises:
-        TargetError: none is there.
-    """
-    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    attention = {"to_q", "to_k", "to_v", "to_out.0"}
-    pairs = (("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"))
-    candidates = [*map(set, pairs), {"c_attn"}, {"query_key_value"}]
-    if {"to_q", "to_k", "to_v"} <= ends:
-        return attention
-    for wanted in candidates:
-        if wanted <= ends:
-            return set(wanted)
-    raise TargetError(
-        f"No known attention projections in a {type(model).__name__}; name target_modules. Modules end in: "
-        f"{', '.join(sorted(e for e in ends if e and not e.isdigit())[:20])}."
-    )
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:

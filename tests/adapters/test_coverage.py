@@ -7,16 +7,20 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import smidgen
-from smidgen.adapters.tuner.coverage import coverage, entry_of
+from benchmarks import tiny_models
+from smidgen.adapters.tuner.coverage import coverage, entry_of, gaps
 
 from .helpers import Net, trained
 
-SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-MOE = {"moe_intermediate_size": 16, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 8, "num_experts_per_tok": 2}
+
+def tiny(name: str) -> nn.Module:
+    try:
+        return tiny_models.build(name)
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"this release has no {name}: {error}")
 
 
 def test_entries_and_shares() -> None:
@@ -66,35 +70,25 @@ def warning(model: nn.Module, caplog: pytest.LogCaptureFixture, **options: objec
     return caplog.text
 
 
-def test_a_hybrid_whose_defaults_reach_one_block_in_four(caplog: pytest.LogCaptureFixture) -> None:
-    tf = pytest.importorskip("transformers")
-    linear = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    if not hasattr(tf, "Qwen3NextConfig"):
-        pytest.skip(f"transformers {tf.__version__} has no Qwen3-Next")
-    config = tf.Qwen3NextConfig(**SIZES, **MOE, **linear, num_hidden_layers=4, shared_expert_intermediate_size=16)
-    said = warning(tf.Qwen3NextForCausalLM(config), caplog)
-    assert "model.layers: 1 of 4 blocks" in said and "all-linear" in said
+def test_a_hybrid_of_which_attention_is_one_block_in_four(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("Qwen3-Next")
+    assert "fused weights" in warning(model, caplog) and "blocks hold" not in caplog.text
+    smidgen.adapt(model, "lora", "attention", r=2, target_modules=["q_proj", "v_proj"])
+    assert gaps(coverage(model, "attention")) == ["model.layers: 1 of 4 blocks hold an adapted layer"]
 
 
-def test_a_vision_tower_that_defaults_reach_too(caplog: pytest.LogCaptureFixture) -> None:
-    tf = pytest.importorskip("transformers")
-    vision = tf.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
-    )
-    config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**SIZES, num_hidden_layers=2))
-    said = warning(tf.LlavaForConditionalGeneration(config), caplog)
+def test_a_vision_tower_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("LLaVA")
+    said = warning(model, caplog)
     layers = r"vision_tower(\.vision_model)?\.encoder\.layers"  # as transformers 5 and 4 name them
-    assert re.search(rf"{layers} is adapted too \(2 of 2 blocks; exclude_modules leaves it out\)", said)
+    assert re.search(rf"{layers} \(25% of the parameters\) is left out", said)
+    smidgen.adapt(model, "lora", "both", r=2, target_modules=["q_proj", "v_proj"])
+    (too,) = gaps(coverage(model, "both"))
+    assert re.search(rf"{layers} is adapted too \(2 of 2 blocks; exclude_modules leaves it out\)", too)
 
 
 def test_experts_in_one_tensor(caplog: pytest.LogCaptureFixture) -> None:
-    tf = pytest.importorskip("transformers")
-    model = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**SIZES, **MOE, num_hidden_layers=2))
+    model = tiny("Qwen3-MoE")
     experts = sum(p.numel() for n, p in model.named_parameters() if "experts" in n)
     if not any(p.dim() == 3 for p in model.parameters()):
         pytest.skip("experts are layers in this transformers")
@@ -104,20 +98,10 @@ def test_experts_in_one_tensor(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_single_blocks_that_defaults_do_not_know(caplog: pytest.LogCaptureFixture) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    if not hasattr(diffusers, "Flux2Transformer2DModel"):
-        pytest.skip("a diffusers without FLUX.2")
-    model = diffusers.Flux2Transformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=8, num_layers=1, num_single_layers=4,
-        joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), timestep_guidance_channels=16,
-    )  # fmt: skip
-    assert "single_transformer_blocks: 0 of 4 blocks" in warning(model, caplog)
+@pytest.mark.parametrize("name", ["BERT", "Llama", "wav2vec2", "Stable Diffusion", "FLUX.2"])
+def test_nothing_is_said_where_defaults_reach_the_model(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert warning(tiny(name), caplog) == ""
 
 
-def test_nothing_is_said_where_defaults_reach_the_model(caplog: pytest.LogCaptureFixture) -> None:
-    tf = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    assert warning(tf.BertModel(tf.BertConfig(**SIZES, num_hidden_layers=2)), caplog) == ""
-    assert warning(tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, num_hidden_layers=2)), caplog) == ""
-    assert warning(Net(layers=4), caplog, target_modules=["layers.0.q_proj"]) == ""  # named, so meant
+def test_nothing_is_said_of_targets_that_were_named(caplog: pytest.LogCaptureFixture) -> None:
+    assert warning(Net(layers=4), caplog, target_modules=["layers.0.q_proj"]) == ""

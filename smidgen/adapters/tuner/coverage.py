@@ -12,7 +12,7 @@ from smidgen.adapters.tuner.kinds import kind_of
 
 _WRAP = "base_model.model."
 SMALL = 0.05  # a stack with a smaller share of the model's parameters is no main part of it
-_TOWERS = ("vision", "visual", "audio")
+_TOWERS = ("vision", "visual", "audio", "image_tower", "speech")
 
 
 @dataclass
@@ -27,12 +27,14 @@ class Entry:
 
 @dataclass
 class Stack:
-    """A list of blocks in a model: how many hold an adapted layer, of how many, and its share of the parameters."""
+    """A list of blocks in a model: how many hold an adapted layer, of how many that hold any, its share of the parameters,
+    and whether most of what could be adapted in it are convolutions."""
 
     name: str
     touched: int
     blocks: int
     share: float
+    convolves: bool = False
 
 
 @dataclass
@@ -69,21 +71,20 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
     """How much of a model's layers, blocks and parameters an adapter is on, smidgen's or peft's."""
     adapted = {
         name
-        for name, module in _modules(model)
+        for name, module in base_modules(model)
         if isinstance(module, BaseTunerLayer) and adapter_name in module._get_available_adapters()
     }
     found, entries = Coverage(), dict[str, Entry]()
     total, sizes, owned, seen = 0, dict[str, int](), dict[str, int](), set[int]()
-    for name, module in _modules(model):
+    for name, module in base_modules(model):
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         own = 0
         for parameter in inner.parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 own += parameter.numel()
-                fused = (
-                    parameter.dim() > 2 and parameter.shape[0] > 1 and not isinstance(inner, nn.modules.conv._ConvNd)
-                )
+                layered = isinstance(inner, nn.modules.conv._ConvNd) or ".parametrizations." in f".{name}."
+                fused = parameter.dim() > 2 and parameter.shape[0] > 1 and not layered
                 found.fused += parameter.numel() if fused else 0
         kind = kind_of(inner)
         if kind is not None:
@@ -105,11 +106,11 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
     found.share = sum(entry.share for entry in found.entries)
     found.left = sum(size for name, size in sizes.items() if name not in adapted) / total
     found.fused /= total
-    found.stacks = _stacks(model, adapted, owned, total)
+    found.stacks = _stacks(model, adapted, sizes, owned, total)
     return found
 
 
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name without peft's wrapping, module) of the base model: nothing that an adapter brought."""
     out, inside = [], "\0"
     for name, module in model.named_modules():  # what is inside a layer follows it at once
@@ -130,35 +131,68 @@ def entry_of(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def _stacks(model: nn.Module, adapted: set[str], owned: dict[str, int], total: int) -> list[Stack]:
-    lists = [name for name, m in _modules(model) if isinstance(m, nn.ModuleList) and len(m) > 1]
-    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    out = []
-    for stack in outermost:
-        start, inside = f"{stack}.", {n: size for n, size in owned.items() if n.startswith(f"{stack}.")}
-        blocks = {n[len(start) :].partition(".")[0] for n in inside}
+def blocks_of(model: nn.Module) -> dict[str, list[str]]:
+    """The outermost lists of blocks of a model: start of their names -> names of the blocks in it.
+
+    A list is a ``ModuleList``, or a ``Sequential`` of several modules of one class; a block is a module of it that holds
+    layers.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in base_modules(model):
+        start = f"{name}." if name else ""
+        if not any(start.startswith(outer) for outer in found) and (blocks := _blocks(module)):
+            found[start] = blocks
+    return found
+
+
+def _blocks(module: nn.Module) -> list[str]:
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return []
+    blocks = {name: m for name, m in module.named_children() if any(True for _ in m.children())}
+    blocks = {n: m for n, m in blocks.items() if not isinstance(m, BaseTunerLayer) and kind_of(m) is None}
+    one_class = len(blocks) > 1 and len({type(m) for m in blocks.values()}) == 1
+    return list(blocks) if isinstance(module, nn.ModuleList) or one_class else []
+
+
+def _stacks(
+    model: nn.Module, adapted: set[str], sizes: dict[str, int], owned: dict[str, int], total: int
+) -> list[Stack]:
+    modules, out = dict(base_modules(model)), []
+    for start, names in blocks_of(model).items():
+        inside = {n: size for n, size in sizes.items() if n.startswith(start)}
+        blocks = {n[len(start) :].partition(".")[0] for n in inside}.intersection(names)
         touched = {n[len(start) :].partition(".")[0] for n in adapted if n.startswith(start)}
-        share = sum(inside.values()) / total
-        out.append(Stack(stack, len(touched), len(blocks), share))
+        conv = sum(size for n, size in inside.items() if is_convolution(modules[n]))
+        share = sum(size for n, size in owned.items() if n.startswith(start)) / total
+        if len(blocks) > 1:
+            out.append(Stack(start.rstrip("."), len(touched), len(blocks), share, 2 * conv > sum(inside.values())))
     return out
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether a layer, adapted or not, is a convolution."""
+    return isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Conv2d)
 
 
 def gaps(found: Coverage) -> list[str]:
     """Sentences about main parts of a model that an adapter's default targets leave out, or that they may not mean."""
     main = [stack for stack in found.stacks if stack.share >= SMALL]
+    towers = [stack for stack in main if is_tower(stack.name)]
     said = [
         f"{stack.name}: {stack.touched} of {stack.blocks} blocks hold an adapted layer"
         for stack in main
-        if 2 * stack.touched < stack.blocks and not _is_tower(stack)
+        if 2 * stack.touched < stack.blocks and stack not in towers and not stack.convolves
     ]
-    towers = [stack for stack in found.stacks if stack.touched and _is_tower(stack)]
-    if any(not _is_tower(stack) and stack.touched for stack in found.stacks):
+    if any(stack.touched for stack in found.stacks if not is_tower(stack.name)):
         said += [
             f"{stack.name} is adapted too ({stack.touched} of {stack.blocks} blocks; exclude_modules leaves it out)"
+            if stack.touched
+            else f"{stack.name} ({stack.share:.0%} of the parameters) is left out"
             for stack in towers
         ]
     return said
 
 
-def _is_tower(stack: Stack) -> bool:
-    return any(word in stack.name for word in _TOWERS)
+def is_tower(name: str) -> bool:
+    """Whether a list of blocks is by its name the vision or sound tower of a model."""
+    return any(word in name for word in _TOWERS)
