@@ -12,6 +12,7 @@ from torch import nn
 
 from smidgen.adapters.atomic import replace_file
 from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
+from smidgen.training.alone import alone
 from smidgen.training.checkpoints import CheckpointStore
 
 SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")  # set by accelerate launch
@@ -143,8 +144,15 @@ def run_folder(
     checkpoint, what it wrote is taken away again, but for the names in ``keep``; the settings of an earlier run are put back.
 
     Raises:
-        ConfigError: an earlier run is in it, and this one is neither to resume nor to overwrite it.
+        ConfigError: another run is at work in it; or an earlier run is in it, and this one is neither to resume nor to
+            overwrite it.
     """
+    with alone(out), _run_folder(out, resume, overwrite, *inner, keep=keep):
+        yield out
+
+
+@contextmanager
+def _run_folder(out: Path, resume: str | None, overwrite: bool, *inner: Path, keep: Sequence[str]) -> Iterator[None]:
     store = CheckpointStore(out)
     if overwrite and not resume:
         if is_main():
@@ -160,7 +168,7 @@ def run_folder(
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        yield out
+        yield
     except SmidgenError:
         if is_main() and store.steps() == steps:
             for path, content in settings.items():

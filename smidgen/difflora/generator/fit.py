@@ -33,6 +33,7 @@ from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import PersonalizeTask
+from smidgen.training.alone import runs_alone
 from smidgen.training.loop import train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
@@ -43,6 +44,7 @@ Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
 ROWS = 64  # adapters in memory at a time
 
 
+@runs_alone
 def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     """Trains and saves the generator in ``config.out``; returns it.
 

@@ -35,12 +35,14 @@ from smidgen.lab.audit.scenes import AuditScenes, Drawn, difference
 from smidgen.lab.audit.scores import Score, Scores, key_of
 from smidgen.lab.audit.settings import EvaluateConfig
 from smidgen.tasks.data.images import load_picture
+from smidgen.training.alone import runs_alone
 from smidgen.training.settings import to_dict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+@runs_alone
 def evaluate(folder: Path, config: EvaluateConfig, judge: Judge | None = None, progress: bool = True) -> Report:
     """Scores all contenders on the zoo in ``folder`` and writes ``config.out``.
 

@@ -11,6 +11,7 @@ import smidgen.bases.embedded as embedded
 from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, judge
 from smidgen.lab.embedded_base import export as exporting
 from smidgen.lab.embedded_base.config import PRESETS, Config, preset
+from smidgen.training.alone import alone
 
 STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
 
@@ -43,5 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(embedded.__file__).parent, help="where the shipped folders go")
     choice = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(choice.stage, preset(choice.preset), choice.work, choice.out)
+    with alone(choice.work):
+        run(choice.stage, preset(choice.preset), choice.work, choice.out)
     return 0

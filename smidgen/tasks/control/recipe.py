@@ -32,6 +32,7 @@ from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
 from smidgen.tasks.png import about_adapter, write_png
+from smidgen.training.alone import runs_alone
 from smidgen.training.fitting import Fitted, Rates, fit, prove
 from smidgen.training.processes import is_main, run_folder
 from smidgen.training.randomness import derive
@@ -40,6 +41,7 @@ from smidgen.training.settings import decisive, dump_yaml
 logger = logging.getLogger(__name__)
 
 
+@runs_alone
 def control(config: ControlConfig, progress: bool = True) -> ControlReport | None:
     """Train, save, prove and score one adapter with its hint encoder in ``config.out``; see the module's text.
 

@@ -25,6 +25,7 @@ from smidgen.tasks.image_classification.task import (
     content_digest,
     needs_interpolation,
 )
+from smidgen.training.alone import runs_alone
 from smidgen.training.loop import LoopConfig
 from smidgen.training.metrics import DEFAULTS, MULTI, SINGLE, metric
 
@@ -43,6 +44,7 @@ PRESETS = {
 }
 
 
+@runs_alone
 def image_classification(config: ImageClassificationConfig, progress: bool = True) -> FinetuneReport | None:
     """Train, save, prove and score one adapter in ``config.out``. Raises SmidgenError for every refusal."""
     return finetune("image-classification", config, prepare(config), progress)

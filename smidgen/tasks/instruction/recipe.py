@@ -13,6 +13,7 @@ from smidgen.tasks.finetune.report import FinetuneReport
 from smidgen.tasks.finetune.settings import Adapter
 from smidgen.tasks.instruction.settings import InstructionConfig, InstructionData
 from smidgen.tasks.instruction.task import InstructionTask, content_digest, selects_logits
+from smidgen.training.alone import runs_alone
 from smidgen.training.loop import LoopConfig
 
 PRESETS = {
@@ -29,6 +30,7 @@ PRESETS = {
 }
 
 
+@runs_alone
 def instruction(config: InstructionConfig, progress: bool = True) -> FinetuneReport | None:
     """Train, save, prove and score one adapter in ``config.out``. Raises SmidgenError for every refusal."""
     return finetune("instruction", config, prepare(config), progress)

@@ -26,6 +26,7 @@ from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encod
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.tasks.report import Report, card
+from smidgen.training.alone import runs_alone
 from smidgen.training.fitting import Fitted, fit
 from smidgen.training.processes import run_folder
 from smidgen.training.randomness import derive
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 CLASS_LATENTS = "class_latents.safetensors"  # a cache: what a refused run drew, the next one need not
 
 
+@runs_alone
 def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress: bool = True) -> Report:
     """Train, save, prove and score one adapter in ``config.out``; see the module's text.
 

@@ -16,6 +16,7 @@ from smidgen.tasks.finetune.report import FinetuneReport
 from smidgen.tasks.finetune.settings import Adapter
 from smidgen.tasks.text_classification.settings import TextClassificationConfig, TextData
 from smidgen.tasks.text_classification.task import TextClassificationTask, content_digest, encode_texts
+from smidgen.training.alone import runs_alone
 from smidgen.training.loop import LoopConfig
 from smidgen.training.metrics import DEFAULTS, MULTI, REGRESSION, SINGLE, metric
 
@@ -34,6 +35,7 @@ PRESETS = {
 }
 
 
+@runs_alone
 def text_classification(config: TextClassificationConfig, progress: bool = True) -> FinetuneReport | None:
     """Train, save, prove and score one adapter in ``config.out``. Raises SmidgenError for every refusal."""
     return finetune("text-classification", config, prepare(config), progress)
