@@ -194,7 +194,7 @@ def _write(model: nn.Module, adapter_name: str, folder: Path) -> None:
     metadata = None
     if isinstance(own, SmidgenConfig):
         layers = adapted_layers(model, adapter_name)
-        stamp(own, layers, adapter_name)
+        stamp(model, own, layers, adapter_name)
         tensors = file_tensors(own, layers, adapter_name) | head_tensors(model, adapter_name)
     else:
         tensors, metadata = peft_tensors(model, adapter_name), {"format": "pt"}

@@ -22,8 +22,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.tuner.config import SmidgenConfig, config
-from smidgen.adapters.tuner.peft_bridge import base_matrices, matched_layers, slot_layout
+from smidgen.adapters.tuner.peft_bridge import base_matrices, base_parts, matched_layers, rest_of, slot_layout
 from smidgen.errors import ConfigError
 
 logger = logging.getLogger("smidgen")
@@ -72,7 +73,7 @@ def allocate(
     """
     limit = parse_bytes(budget)
     chosen = _repeated(matched_layers(None, config("seeded", target_modules=target_modules, **options), model))
-    matrices = base_matrices(chosen)
+    matrices, parts = base_matrices(chosen), base_parts(model)
     order, first = _by_place(list(chosen))
     if loss_batches is not None:
         order, first = _by_gradient(model, chosen, loss_batches) or (order, first)
@@ -84,7 +85,7 @@ def allocate(
 
     def size(numbers: int) -> int:
         own = plan(numbers)
-        return _bytes(model, own, {n: chosen[n] for n in matched_layers(None, own, model)}, matrices)
+        return _bytes(model, own, {n: chosen[n] for n in matched_layers(None, own, model)}, matrices, parts)
 
     least = size(1)
     if least > limit:
@@ -132,11 +133,15 @@ def file_bytes(model: nn.Module, own: SmidgenConfig) -> int:
         ConfigError, TargetError: the config does not fit the model.
     """
     chosen = matched_layers(None, own, model)
-    return _bytes(model, own, chosen, base_matrices(chosen))
+    return _bytes(model, own, chosen, base_matrices(chosen), base_parts(model))
 
 
 def _bytes(
-    model: nn.Module, own: SmidgenConfig, chosen: Mapping[str, nn.Module], matrices: Mapping[str, Tensor]
+    model: nn.Module,
+    own: SmidgenConfig,
+    chosen: Mapping[str, nn.Module],
+    matrices: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
 ) -> int:
     sizes: dict[str, int] = {}
     dtypes: dict[str, torch.dtype] = {}
@@ -145,7 +150,7 @@ def _bytes(
             sizes[tensor] = sizes.get(tensor, 0) + torch.Size(shape).numel()
             dtypes[tensor] = packing.STORED[own.store_dtype] if dtype.is_floating_point else dtype
     tensors = {tensor: torch.zeros(n, dtype=dtypes[tensor]) for tensor, n in sizes.items()}
-    lock = base_lock.blank_lock({name: matrices[name] for name in chosen})
+    lock = base_lock.blank_lock({name: matrices[name] for name in chosen}, rest_of(parts, own, chosen))
     where = own.base_model_name_or_path or model.__dict__.get("name_or_path")
     saved = replace(own, base_lock=lock, canary=_CANARY, inference_mode=True, base_model_name_or_path=where)
     saved.seal(tensors)

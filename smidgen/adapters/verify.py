@@ -29,6 +29,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
     adapted_layers,
     base_matrices,
+    compare_base,
     head_tensors,
     peft_tensors,
     remove,
@@ -60,8 +61,15 @@ class VerifyReport:
         refuted: something is wrong; proven: a forward pass showed the adapter at work.
         adapter_name: the name it goes by in the model (None when it was loaded for the check only).
         layers, targets: adapted layers found, and those the file lists.
+<<<<<<< HEAD
         sealed: whether the file's config holds a checksum, which then was found right; None for adapters of peft's methods.
         base: "same", "cast", "other" or "unlocked"; base_difference: estimated |W - W'| / |W|.
+=======
+        base: "same", "cast", "changed" (fine-tuned, merged into, another head), "other" or "unlocked" (no lock in the
+            file); base_difference: estimated |W - W'| / |W| of the targets; base_rest: of all other weights, None where
+            the lock does not hold them; base_changed: block -> its difference, of those that no cast explains.
+        notes: what is worth knowing and no reason against it.
+>>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
         canary_error: relative difference of the rebuilt deltas from the stored ones, None without a canary.
         output_error: largest relative difference of a layer's output shift from x @ delta^T.
         norms: target -> |delta| / |W|.
@@ -80,6 +88,9 @@ class VerifyReport:
     sealed: bool | None = None
     base: str = "unlocked"
     base_difference: float = 0.0
+    base_rest: float | None = None
+    base_changed: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     canary_error: float | None = None
     output_error: float = 0.0
     norms: dict[str, float] = field(default_factory=dict)
@@ -114,8 +125,12 @@ class VerifyReport:
         lines = [
             f"adapter is {self.verdict}",
             f"  layers        {self.layers} of {self.targets}",
+<<<<<<< HEAD
             f"  checksum      {_SEALED[self.sealed]}",
             f"  base          {self.base} (weights differ by {self.base_difference:.1e})",
+=======
+            f"  base          {self._base_words()}",
+>>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
             f"  canary        {canary}",
             f"  output shift  {self.output_error:.1e}",
             f"  |delta|/|W|   {size}",
@@ -127,7 +142,14 @@ class VerifyReport:
             lines += [f"    {name:20} {layers:>16} {share:>7}" for name, layers, share in self.coverage.rows()]
         if self.not_called and self.verdict == "ON":
             lines.append(f"  not called    {_some(self.not_called)}")
+        lines += [f"  note          {note}" for note in self.notes]
         return "\n".join(lines + [f"  - {reason}" for reason in self.reasons])
+
+    def _base_words(self) -> str:
+        if self.base == "unlocked":
+            return "unlocked (the file holds no base lock: another base would go unnoticed)"
+        rest = "not in the lock" if self.base_rest is None else f"{self.base_rest:.1e}"
+        return f"{self.base} (weights differ by {self.base_difference:.1e}, all others: {rest})"
 
 
 def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = None) -> VerifyReport:
@@ -317,8 +339,12 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
     matrices = base_matrices(dict(layers))
     if own.base_lock:
         report.targets = len(base_lock.read_lock(own.base_lock).targets)
-        lock = base_lock.check_lock(own.base_lock, matrices)
-        report.base, report.base_difference = lock.state, lock.difference
+        lock = compare_base(own, dict(layers), model)
+        report.base, report.base_difference, report.base_rest = lock.state, lock.difference, lock.rest
+        report.base_changed = lock.changed
+        if lock.state == "changed":
+            report.notes.append(f"the base was changed since: {base_lock.difference_words(lock)}")
+        report.notes += [f"base: {note}" for note in lock.notes]
         for problem in lock.problems:
             report.fail(problem)
     sketches = delta_sketches(layers, name)

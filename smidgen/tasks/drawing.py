@@ -184,8 +184,12 @@ def _covered(lock: dict[str, Any]) -> list[str]:
 
 def _lock_words(lock: dict[str, Any] | None) -> str:
     if not lock:
-        return "none; the adapter does not know its base"
-    return f"{len(read_lock(lock).targets)} weights in {lock.get('dtype')}, their shapes and a sketch"
+        return "none: the adapter does not know its base, another one would go unnoticed"
+    kept = read_lock(lock)
+    rest = "nothing of the base's other weights (made by an older smidgen)"
+    if kept.rest is not None:
+        rest = f"{len(kept.rest)} groups of the base's other weights"
+    return f"{len(kept.targets)} weights in {lock.get('dtype')}, their shapes and a sketch; {rest}"
 
 
 def _slug(text: str) -> str:

@@ -10,7 +10,11 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+<<<<<<< HEAD
 from collections.abc import Callable, Sequence
+=======
+from collections.abc import Collection, Mapping, Sequence
+>>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
 from typing import Any, cast
 
 import peft.mapping as peft_mapping
@@ -30,7 +34,12 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from smidgen.adapters import methods
+<<<<<<< HEAD
 from smidgen.adapters.checkpoint import base_lock, checksum, packing
+=======
+from smidgen.adapters.checkpoint import base_groups, base_lock, packing
+from smidgen.adapters.checkpoint.base_groups import Part
+>>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
 from smidgen.adapters.tuner import bypass, calls, sharing, targets
@@ -285,6 +294,7 @@ class SmidgenModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         layers = adapted_layers(model, adapter_name)
+<<<<<<< HEAD
         stamp(config, layers, adapter_name)
 
         def seal(tensors: dict[str, Tensor]) -> None:
@@ -292,6 +302,10 @@ class SmidgenModel(BaseTuner):
                 config.seal({cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in tensors.items()})
 
         return _Sealed(file_tensors(config, layers, adapter_name), seal)
+=======
+        stamp(model, config, layers, adapter_name)
+        return file_tensors(config, layers, adapter_name)
+>>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -396,15 +410,104 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
             raise TargetError(f"Target {name!r} would have no effect: {why}.")
     if config.base_lock:
         carried = adapted_layers(model)  # a merged layer still knows its base weight
-        lock = base_lock.check_lock(config.base_lock, base_matrices({n: carried.get(n, m) for n, m in chosen.items()}))
+        lock = compare_base(config, {n: carried.get(n, m) for n, m in chosen.items()}, model)
         lock.raise_if_other()
-        if lock.state == "cast":
-            logger.warning(
-                "The base weights differ by %.1e from those the adapter was made for (at most %.0e when only the number "
-                "format differs): smidgen.verify measures what that costs.",
-                lock.difference,
-                base_lock.CAST,
-            )
+        warn_of_base(lock)
+    elif config.inference_mode:  # from a file
+        logger.warning("This adapter carries no base lock: nobody has checked that this base is the one it was made for.")
+
+
+def compare_base(config: SmidgenConfig, layers: dict[str, nn.Module], model: nn.Module) -> base_lock.LockReport:
+    """How a model compares with the base that a config's lock is of; ``layers`` are its targets, adapted or not."""
+    matrices, stored = base_matrices(layers), {}
+    for name, layer in layers.items():
+        weight = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
+        stored[name] = weight.dtype if _readable(weight) else None
+    return base_lock.check_lock(config.base_lock, matrices, rest_of(base_parts(model), config, layers), stored)
+
+
+def warn_of_base(lock: base_lock.LockReport) -> None:
+    """Says what :func:`compare_base` found where it is no error."""
+    if lock.state == "cast":
+        logger.warning(
+            "The base weights differ by %.1e from those the adapter was made for, as another number format does: "
+            "smidgen.verify measures what that costs.",
+            max(lock.difference, lock.rest or 0.0),
+        )
+    elif lock.state == "changed":
+        logger.warning(
+            "This base was changed since the adapter was made (fine-tuned, merged into, another head): it differs in %s, "
+            "more than another number format explains; the targets differ by %.1e. smidgen.verify measures what that "
+            "costs.",
+            base_lock.difference_words(lock),
+            lock.difference,
+        )
+    for note in lock.notes:
+        logger.warning("Not compared with the base the adapter was made for: %s.", note)
+
+
+def rest_of(parts: Mapping[str, Part], config: SmidgenConfig, targets: Collection[str]) -> dict[str, Part]:
+    """Of the parts of a base, those that are neither a target's weight nor of a head that the adapter keeps."""
+    heads = tuple(config.modules_to_save or ())
+    found = {}
+    for name, part in parts.items():
+        owner, _, key = name.rpartition(".")
+        steps = owner.split(".")
+        in_head = heads and any(".".join(steps[: i + 1]).endswith(heads) for i in range(len(steps)))
+        if not in_head and not (key == "weight" and owner in targets):
+            found[name] = part
+    return found
+
+
+def base_parts(model: nn.Module) -> dict[str, Part]:
+    """Samples of all parameters of the base model, each once, by their names in it; adapters and their heads are passed
+    over. Buffers are no part of it: they move with every pass (running statistics) or follow from the config."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    model = model.model if isinstance(model, BaseTuner) else model  # type: ignore[assignment]
+    found: dict[str, Part] = {}
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str, kept: Tensor | None = None) -> None:
+        if isinstance(module, BaseTunerLayer):
+            walk(module.base_layer, name, getattr(module, "_kept", None))  # type: ignore[arg-type]
+        elif isinstance(module, ModulesToSaveWrapper):
+            walk(module.original_module, name)
+        else:
+            for key, tensor in module._parameters.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{name}{key}"] = _part(module, key, tensor if key != "weight" or kept is None else kept)
+            for key, child in module._modules.items():
+                if child is not None:
+                    walk(child, f"{name}{key}.")
+
+    walk(model, "")
+    return found
+
+
+def _part(module: nn.Module, key: str, tensor: Tensor) -> Part:
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if tensor.is_meta and weights is not None and key in weights:
+        tensor = weights[key]
+    readable = _readable(tensor)
+    values = base_groups.samples(tensor) if readable and not tensor.is_meta else None
+    return Part(tuple(tensor.shape), values, tensor.dtype, not readable)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 letters that follow from the weights of a base model, wherever it was loaded from and whatever adapters it carries.
+
+    Example:
+        >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
+        False
+    """
+    return base_groups.fingerprint(base_parts(model))
+
+
+def _readable(weight: Any) -> bool:
+    """Whether a weight's elements are its values: an ordinary floating-point tensor, fp8 included, not a quantised one."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 
 def _plain(weight: Any) -> bool:
@@ -581,13 +684,14 @@ def file_tensors(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter
     return packing.cast(packed, config.store_dtype)
 
 
-def stamp(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+def stamp(model: nn.Module, config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
     """Writes base lock and canary into the config of an adapter about to be saved."""
     from smidgen.adapters.tuner.canary import make_canary
 
     if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return
-    config.base_lock = base_lock.make_lock({n: layer.base_matrix() for n, layer in layers.items()})
+    matrices = {n: layer.base_matrix() for n, layer in layers.items()}
+    config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model), config, layers))
     config.canary = make_canary(layers, adapter_name)
 
 
