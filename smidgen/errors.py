@@ -20,7 +20,9 @@ class TargetError(SmidgenError):
 
 
 class BaseLockError(SmidgenError):
-    """The adapter was made for another base model."""
+    """The adapter was made for another base model; ``report`` says how its weights compare, where they were read."""
+
+    report: object = None
 
 
 class AdapterFileError(SmidgenError):

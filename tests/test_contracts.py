@@ -29,12 +29,12 @@ def test_there_is_no_circle() -> None:
     TopologicalSorter({module: graph.find_modules_directly_imported_by(module) for module in graph.modules}).prepare()
 
 
-def test_no_wing_has_more_than_a_quarter_of_all_lines() -> None:
+def test_no_wing_has_more_than_three_tenths_of_all_lines() -> None:
     lines = {path: path.read_text().count("\n") for path in (ROOT / "smidgen").rglob("*.py")}
     total = sum(lines.values())
     for wing in (path for path in (ROOT / "smidgen").iterdir() if path.is_dir()):
         share = sum(count for path, count in lines.items() if path.is_relative_to(wing)) / total
-        assert share <= 0.25, f"{wing.name} holds {share:.1%} of {total} lines"
+        assert share <= 0.3, f"{wing.name} holds {share:.1%} of {total} lines"
 
 
 def test_a_wrong_import_breaks_its_contract(tmp_path: Path) -> None:

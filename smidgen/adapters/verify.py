@@ -61,15 +61,11 @@ class VerifyReport:
         refuted: something is wrong; proven: a forward pass showed the adapter at work.
         adapter_name: the name it goes by in the model (None when it was loaded for the check only).
         layers, targets: adapted layers found, and those the file lists.
-<<<<<<< HEAD
         sealed: whether the file's config holds a checksum, which then was found right; None for adapters of peft's methods.
-        base: "same", "cast", "other" or "unlocked"; base_difference: estimated |W - W'| / |W|.
-=======
         base: "same", "cast", "changed" (fine-tuned, merged into, another head), "other" or "unlocked" (no lock in the
             file); base_difference: estimated |W - W'| / |W| of the targets; base_rest: of all other weights, None where
             the lock does not hold them; base_changed: block -> its difference, of those that no cast explains.
         notes: what is worth knowing and no reason against it.
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
         canary_error: relative difference of the rebuilt deltas from the stored ones, None without a canary.
         output_error: largest relative difference of a layer's output shift from x @ delta^T.
         norms: target -> |delta| / |W|.
@@ -117,6 +113,14 @@ class VerifyReport:
         self.refuted = True
         self.reasons.append(reason)
 
+    def compared(self, lock: base_lock.LockReport) -> None:
+        """Takes over how the base compares with the file's lock."""
+        self.base, self.base_difference, self.base_rest = lock.state, lock.difference, lock.rest
+        self.base_changed = lock.changed
+        if lock.changed:
+            self.notes.append(f"the base was changed since: {base_lock.difference_words(lock)}")
+        self.notes += [f"base: {note}" for note in lock.notes]
+
     def __str__(self) -> str:
         if self.parts:
             return "\n".join([f"adapter is {self.verdict}", *(f"{name}: {part}" for name, part in self.parts.items())])
@@ -125,12 +129,8 @@ class VerifyReport:
         lines = [
             f"adapter is {self.verdict}",
             f"  layers        {self.layers} of {self.targets}",
-<<<<<<< HEAD
             f"  checksum      {_SEALED[self.sealed]}",
-            f"  base          {self.base} (weights differ by {self.base_difference:.1e})",
-=======
             f"  base          {self._base_words()}",
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
             f"  canary        {canary}",
             f"  output shift  {self.output_error:.1e}",
             f"  |delta|/|W|   {size}",
@@ -220,6 +220,9 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
         _verify_pass(model, "verify", inputs, whole, report)
     except SmidgenError as error:
         report.fail(str(error))
+        lock = getattr(error, "report", None)
+        if lock is not None:
+            report.compared(lock)
     finally:
         remove(model, "verify")
         for parameter, flag in flags:
@@ -340,11 +343,7 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
     if own.base_lock:
         report.targets = len(base_lock.read_lock(own.base_lock).targets)
         lock = compare_base(own, dict(layers), model)
-        report.base, report.base_difference, report.base_rest = lock.state, lock.difference, lock.rest
-        report.base_changed = lock.changed
-        if lock.state == "changed":
-            report.notes.append(f"the base was changed since: {base_lock.difference_words(lock)}")
-        report.notes += [f"base: {note}" for note in lock.notes]
+        report.compared(lock)
         for problem in lock.problems:
             report.fail(problem)
     sketches = delta_sketches(layers, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.methods import Kind
+from smidgen.adapters.tuner.peft_bridge import fingerprint
 from smidgen.bases.protocol import Prompts, Sampling, Schedule
 from smidgen.bases.schedules import DiscreteSchedule
 from smidgen.errors import ConfigError, MissingExtraError
@@ -104,6 +106,7 @@ class PipelineBase:
         return {name: part for name, part in parts.items() if part is not None}
 
     def release_encoders(self, keep_vae: bool = False) -> None:
+        _ = self._encoder_prints
         for name in (*self.text_encoders, *self.tokenizers, *(() if keep_vae else ("vae",))):
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
@@ -179,9 +182,13 @@ class PipelineBase:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        parameters = list(self.model.parameters())
-        probe = sum(float(parameter.double().abs().sum()) for parameter in (parameters[0], parameters[-1]))
-        return f"{sum(p.numel() for p in parameters)} numbers, {probe:.6e}"
+        parts = {self.component: fingerprint(self.model)} | self._encoder_prints
+        return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _encoder_prints(self) -> dict[str, str]:
+        """Of what encodes pictures and prompts, remembered when it is released."""
+        return {name: fingerprint(part) for name, part in self.encoders.items()}
 
     def alias(self, module: str) -> str | None:
         return None

@@ -151,7 +151,7 @@ class ImageBase(Protocol):
         """Free what encodes prompts, and the VAE unless images will still be drawn; encoded prompts go on working."""
 
     def fingerprint(self) -> str:
-        """A few digits of the denoiser's size and weights, enough to notice another base."""
+        """16 letters that follow from the weights of denoiser and encoders, and not from where they lie or from adapters."""
 
     def alias(self, module: str) -> str | None:
         """What other tools' files call a module of the denoiser, besides its own name with dots or underscores."""
@@ -179,4 +179,4 @@ class ReadingBase(Protocol):
         """Names or endings of the modules to adapt when nobody names any."""
 
     def fingerprint(self) -> str:
-        """A few digits of every weight, enough to notice another base."""
+        """16 letters that follow from the weights, and not from where they lie or from adapters."""

@@ -5,7 +5,6 @@ same one.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.api import default_targets
 from smidgen.adapters.methods import Kind
+from smidgen.adapters.tuner.peft_bridge import fingerprint
 from smidgen.bases.packaged import debug
 from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.training.quiet import quiet
@@ -193,16 +193,6 @@ def head_modules(model: nn.Module, missing: Sequence[str] = ()) -> tuple[str, ..
             raise ConfigError(f"The folder lacks {name!r}, which is part of the base itself, not of a head.")
         found[module] = None
     return tuple(found)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A few digits of every weight, enough to notice that a run is resumed on another base."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        found.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def _load(auto: str, name: str, precision: str, dropout: float | None, **options: Any) -> tuple[Any, list[str]]:

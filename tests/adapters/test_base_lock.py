@@ -149,17 +149,10 @@ UNET = {
 @pytest.mark.parametrize(
     ("shapes", "ends", "most"),
     [
-<<<<<<< HEAD
-        (encoder(6, {k: v for k, v in ALL.items() if "query" in k or "value" in k}), ["query", "value"], 860),
+        (encoder(6, {k: v for k, v in ALL.items() if "query" in k or "value" in k}), ["query", "value"], 900),
         (encoder(6, ALL), ["query", "key", "value", "dense"], 1060),
         (encoder(12, ALL), ["query", "key", "value", "dense"], 1280),
         (UNET, ["to_q", "to_k", "to_v", "to_out.0"], 1700),
-=======
-        (encoder(6, {k: v for k, v in ALL.items() if "query" in k or "value" in k}), ["query", "value"], 800),
-        (encoder(6, ALL), ["query", "key", "value", "dense"], 960),
-        (encoder(12, ALL), ["query", "key", "value", "dense"], 1180),
-        (UNET, ["to_q", "to_k", "to_v", "to_out.0"], 1600),
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
     ],
     ids=["minilm q,v", "minilm all", "vit all", "sd15"],
 )

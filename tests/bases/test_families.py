@@ -188,7 +188,23 @@ def test_a_fingerprint_is_of_the_weights(base, named):
     fresh = load_base(named(base.family))
     assert fresh.fingerprint() == base.fingerprint()
     with torch.no_grad():
-        next(fresh.model.parameters()).add_(0.1)
+        list(fresh.model.parameters())[7].add_(0.1)  # neither the first nor the last
+    assert fresh.fingerprint() != base.fingerprint()
+
+
+def test_a_fingerprint_is_of_all_that_draws_and_of_nothing_else(base, named, tmp_path):
+    import shutil
+
+    name = named(base.family)
+    if Path(name).is_dir():  # another path is the same base
+        assert load_base(str(shutil.copytree(name, tmp_path / "elsewhere"))).fingerprint() == base.fingerprint()
+    fresh = load_base(name)
+    smidgen.adapt(fresh.model, "lora", r=2, target_modules=list(fresh.targets))
+    fresh.release_encoders()
+    assert fresh.fingerprint() == base.fingerprint()  # adapters and released encoders do not count
+    fresh = load_base(name)
+    with torch.no_grad():
+        list(fresh.encoders["text_encoder"].parameters())[3].add_(0.1)
     assert fresh.fingerprint() != base.fingerprint()
 
 
@@ -242,7 +258,10 @@ def test_a_base_that_reads(kind, tmp_path):
     assert missing(ReadingBase, base) == [] and type(base) is FAMILIES["transformers"].cls
     assert (base.kind, base.name, bool(base.heads)) == (kind, name, kind != "decoder")
     smidgen.adapt(base.model, "lora", r=2, target_modules=sorted(base.targets()))
-    assert base.fingerprint() != load(name).fingerprint() == load(name).fingerprint()
+    assert base.fingerprint() == load(name).fingerprint()  # of the base, not of what was put into it
+    with torch.no_grad():
+        list(base.model.parameters())[3].add_(0.1)
+    assert base.fingerprint() != load(name).fingerprint()
     if kind != "vision":
         assert base.tokenizer().pad_token is not None
 

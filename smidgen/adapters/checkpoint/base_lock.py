@@ -9,7 +9,7 @@ rule (docs/verify.md says it for people):
 * below ``SAME``: the same base;
 * no more than rounding from one number format to the other explains, or at most ``CAST`` at quantised targets: a cast,
   tolerated and reported;
-* more, but at most ``CAST`` over the targets and over the blocks' other matrices and vectors: a base that was changed
+* more, but at most ``CAST`` over the targets and over all else in the numbered blocks: a base that was changed
   (fine-tuned, merged into), tolerated with a warning that measures it block by block; heads, embeddings and whatever
   else is outside the blocks may differ altogether;
 * more than ``CAST``: another base, an error that names what differs most.
@@ -65,7 +65,9 @@ class LockReport:
     def raise_if_other(self) -> None:
         """Raises :class:`BaseLockError` when there are problems."""
         if self.problems:
-            raise BaseLockError(" ".join(self.problems))
+            error = BaseLockError(" ".join(self.problems))
+            error.report = self
+            raise error
 
 
 @dataclass(frozen=True)
@@ -237,12 +239,11 @@ def _compare_rest(
         report.changed = report.changed or {"the targets": report.difference}
     if report.changed:
         report.state = "changed"
-    kind, share = compared.blocks
-    if share >= CAST:
+    if compared.blocks >= CAST:
         report.problems.append(
-            f"This is another base model than the one the adapter was made for: the {kind} of its blocks, which the adapter "
-            f"does not touch, differ by {share:.0%}; up to {CAST:.0%} is tolerated. Load the base named in "
-            "adapter_config.json."
+            "This is another base model than the one the adapter was made for: the weights of its blocks that are no targets "
+            f"differ by {compared.blocks:.0%} (most in {difference_words(report, 1)}); up to {CAST:.0%} is tolerated. Load "
+            "the base named in adapter_config.json."
         )
 
 
@@ -256,7 +257,8 @@ def _explained(
     here = base_groups.format_of(values.values())
     moved = 0.0
     for at, name in enumerate(kept.targets):
-        own = stored.get(name) or here
+        given = stored.get(name)
+        own = given if given is not None and given.itemsize == 1 else here
         formats = {own} if own.itemsize == 1 else {own, kept.format} if own != kept.format else set()
         size = float(values[name].square().sum())
         error = sum(base_groups.rounding(values[name], f) for f in formats if f.itemsize < 4)

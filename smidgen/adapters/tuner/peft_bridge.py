@@ -10,11 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-<<<<<<< HEAD
-from collections.abc import Callable, Sequence
-=======
-from collections.abc import Collection, Mapping, Sequence
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import peft.mapping as peft_mapping
@@ -34,12 +30,8 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from smidgen.adapters import methods
-<<<<<<< HEAD
-from smidgen.adapters.checkpoint import base_lock, checksum, packing
-=======
-from smidgen.adapters.checkpoint import base_groups, base_lock, packing
+from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packing
 from smidgen.adapters.checkpoint.base_groups import Part
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
 from smidgen.adapters.tuner import bypass, calls, sharing, targets
@@ -294,18 +286,13 @@ class SmidgenModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         layers = adapted_layers(model, adapter_name)
-<<<<<<< HEAD
-        stamp(config, layers, adapter_name)
+        stamp(model, config, layers, adapter_name)
 
         def seal(tensors: dict[str, Tensor]) -> None:
             if not any(value.is_meta for value in tensors.values()):
                 config.seal({cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in tensors.items()})
 
         return _Sealed(file_tensors(config, layers, adapter_name), seal)
-=======
-        stamp(model, config, layers, adapter_name)
-        return file_tensors(config, layers, adapter_name)
->>>>>>> 328ae76 (The base lock holds what is not a target, in a few numbers a block)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -410,18 +397,23 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
             raise TargetError(f"Target {name!r} would have no effect: {why}.")
     if config.base_lock:
         carried = adapted_layers(model)  # a merged layer still knows its base weight
+        if config.__dict__.pop("_compared", None) == id(model):  # by smidgen.load, a moment ago
+            return
         lock = compare_base(config, {n: carried.get(n, m) for n, m in chosen.items()}, model)
         lock.raise_if_other()
+        config.__dict__["_compared"] = id(model)
         warn_of_base(lock)
     elif config.inference_mode:  # from a file
-        logger.warning("This adapter carries no base lock: nobody has checked that this base is the one it was made for.")
+        logger.warning(
+            "This adapter carries no base lock: nobody has checked that this base is the one it was made for."
+        )
 
 
 def compare_base(config: SmidgenConfig, layers: dict[str, nn.Module], model: nn.Module) -> base_lock.LockReport:
     """How a model compares with the base that a config's lock is of; ``layers`` are its targets, adapted or not."""
-    matrices, stored = base_matrices(layers), {}
+    matrices, stored = base_matrices(layers), dict[str, torch.dtype | None]()
     for name, layer in layers.items():
-        weight = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
+        weight: Any = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
         stored[name] = weight.dtype if _readable(weight) else None
     return base_lock.check_lock(config.base_lock, matrices, rest_of(base_parts(model), config, layers), stored)
 
@@ -460,39 +452,47 @@ def rest_of(parts: Mapping[str, Part], config: SmidgenConfig, targets: Collectio
 
 
 def base_parts(model: nn.Module) -> dict[str, Part]:
-    """Samples of all parameters of the base model, each once, by their names in it; adapters and their heads are passed
-    over. Buffers are no part of it: they move with every pass (running statistics) or follow from the config."""
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    model = model.model if isinstance(model, BaseTuner) else model  # type: ignore[assignment]
-    found: dict[str, Part] = {}
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, name: str, kept: Tensor | None = None) -> None:
-        if isinstance(module, BaseTunerLayer):
-            walk(module.base_layer, name, getattr(module, "_kept", None))  # type: ignore[arg-type]
-        elif isinstance(module, ModulesToSaveWrapper):
-            walk(module.original_module, name)
-        else:
-            for key, tensor in module._parameters.items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found[f"{name}{key}"] = _part(module, key, tensor if key != "weight" or kept is None else kept)
-            for key, child in module._modules.items():
-                if child is not None:
-                    walk(child, f"{name}{key}.")
-
-    walk(model, "")
+    """Samples of all parameters of the base model, each once, by their names in it."""
+    found = {}
+    for name, tensor in base_tensors(model):
+        readable = _readable(tensor)
+        values = base_groups.samples(tensor) if readable and not tensor.is_meta else None
+        found[name] = Part(tuple(tensor.shape), values, tensor.dtype, not readable)
     return found
 
 
-def _part(module: nn.Module, key: str, tensor: Tensor) -> Part:
-    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    if tensor.is_meta and weights is not None and key in weights:
-        tensor = weights[key]
-    readable = _readable(tensor)
-    values = base_groups.samples(tensor) if readable and not tensor.is_meta else None
-    return Part(tuple(tensor.shape), values, tensor.dtype, not readable)
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters of the base model, each once, by their names in it; adapters and their heads are passed over.
+
+    Buffers are no part of it: they move with every pass (running statistics) or follow from the config. A merged layer
+    still has its own weight; a weight that accelerate offloaded is fetched.
+    """
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    seen: set[int] = set()
+
+    def walk(module: Any, name: str, kept: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(module, BaseTunerLayer):
+            inner: Any = module
+            yield from walk(inner.base_layer, name, getattr(module, "_kept", None))
+            return
+        if isinstance(module, ModulesToSaveWrapper):
+            yield from walk(module.original_module, name)
+            return
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        for key, tensor in module._parameters.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                if key == "weight" and kept is not None:
+                    tensor = kept
+                elif tensor.is_meta and weights is not None:
+                    tensor = weights[key]
+                yield f"{name}{key}", tensor
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}{key}.")
+
+    yield from walk(model.model if isinstance(model, BaseTuner) else model, "")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -502,7 +502,7 @@ def fingerprint(model: nn.Module) -> str:
         >>> fingerprint(nn.Linear(2, 2)) == fingerprint(nn.Linear(2, 2))
         False
     """
-    return base_groups.fingerprint(base_parts(model))
+    return base_groups.fingerprint(base_tensors(model))
 
 
 def _readable(weight: Any) -> bool:

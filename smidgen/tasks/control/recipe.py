@@ -167,5 +167,5 @@ def _lines(
 
 def _identity(config: ControlConfig, base: ImageBase, pairs: ControlPairs) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = decisive(config, "inference_steps", "guidance_scale", "num_columns")
+    kept = decisive(config, "base", "inference_steps", "guidance_scale", "num_columns")
     return kept | {"pairs": pairs.digests(), "base_weights": base.fingerprint()}

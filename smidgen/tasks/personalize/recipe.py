@@ -170,4 +170,4 @@ def _subject_words(data: Data) -> str:
 def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
     pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
-    return decisive(config, *to_dict(config.show)) | {"pictures": pictures, "base_weights": base.fingerprint()}
+    return decisive(config, "base", *to_dict(config.show)) | {"pictures": pictures, "base_weights": base.fingerprint()}
