@@ -471,21 +471,20 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         model = model.get_base_model()
     seen: set[int] = set()
 
-    def walk(module: Any, name: str, kept: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+    def walk(module: Any, name: str, kept: tuple[Tensor, ...] = ()) -> Iterator[tuple[str, Tensor]]:
         if isinstance(module, BaseTunerLayer):
             inner: Any = module
-            yield from walk(inner.base_layer, name, getattr(module, "_kept", None))
+            yield from walk(inner.base_layer, name, getattr(module, "_kept", ()))
             return
         if isinstance(module, ModulesToSaveWrapper):
             yield from walk(module.original_module, name)
             return
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         for key, tensor in module._parameters.items():
+            tensor = kept[0] if kept and key == "weight" else tensor
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
-                if key == "weight" and kept is not None:
-                    tensor = kept
-                elif tensor.is_meta and weights is not None:
+                if tensor.is_meta and weights is not None:
                     tensor = weights[key]
                 yield f"{name}{key}", tensor
         for key, child in module._modules.items():
