@@ -176,6 +176,18 @@ def test_a_quantised_base(quantise: Callable[[nn.Module], nn.Module], method: st
 
 
 @pytest.mark.parametrize("quantise", QUANTISED)
+@pytest.mark.parametrize("method", ["svfit", "loldu"])
+def test_many_tokens_take_no_shortcut_that_a_quantised_weight_lacks(
+    quantise: Callable[[nn.Module], nn.Module], method: str
+) -> None:
+    net = smidgen.adapt(quantise(Net(width=64).eval()), method, r="full", target_modules=["q_proj", "v_proj"])
+    testing.perturb(net)
+    x = inputs(64).repeat(600, 1)
+    few = len(inputs(64))
+    testing.close(net(x)[:few], net(inputs(64)), "many tokens", factor=10)
+
+
+@pytest.mark.parametrize("quantise", QUANTISED)
 def test_an_adapter_of_the_full_base_moves_to_its_quantised_copy(
     quantise: Callable[[nn.Module], nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -191,7 +191,7 @@ class ShiftLayer(nn.Module):
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
-        if term.at is not None or self._kept:
+        if term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor):  # torchao's have no addmm
             return False
         if not diagonal or weight.requires_grad or autocasting(x.device.type):
             return False
