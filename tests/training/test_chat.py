@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from smidgen.bases.packaged.debug import CHATML, word_tokenizer
 from smidgen.errors import DataError
-from smidgen.tasks.data.chat import encode, encode_conversations, read_template
+from smidgen.tasks.data.chat import Remarks, encode, encode_conversations, read_template
 from smidgen.tasks.data.conversations import Conversation, read_conversations
 from smidgen.tasks.instruction import recipe as instruction
 from smidgen.tasks.instruction.task import IGNORED, InstructionTask
@@ -44,7 +44,7 @@ def conversation(turns=TWO, raw=False):
 
 def learnt(template, turns=TWO):
     tokenizer = word_tokenizer(template)
-    spoken = encode(tokenizer, conversation(turns))
+    (spoken,) = encode(tokenizer, conversation(turns))
     words = tokenizer.convert_ids_to_tokens(spoken.ids)
     return words, [word for word, target in zip(words, spoken.target, strict=True) if target]
 
@@ -70,10 +70,14 @@ def test_the_first_turn_may_be_the_assistants():
     assert learnt(CHATML, [("assistant", "good day"), ("user", "what ?")])[1][-3:] == ["good", "day", "<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    assert learnt(FORGETFUL, TWO[:3])[1]
-    with pytest.raises(DataError, match=r"row 1: the chat template writes earlier turns differently.*generation"):
-        learnt(FORGETFUL)
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each():
+    tokenizer = word_tokenizer(FORGETFUL)
+    remarks = Remarks()
+    found = encode(tokenizer, conversation(), remarks)
+    assert [spoken.where for spoken in found] == ["row 1 turn 3", "row 1 turn 5"]
+    assert {spoken.source for spoken in found} == {"row 1"} and list(remarks.found) == [
+        "whose template writes earlier turns differently, so that each turn is learnt by itself"
+    ]
 
 
 def test_a_template_that_refuses_a_conversation():
@@ -83,7 +87,7 @@ def test_a_template_that_refuses_a_conversation():
 
 def test_a_completion_is_learnt_with_its_end():
     tokenizer = word_tokenizer(CHATML)
-    spoken = encode(tokenizer, conversation([("user", "the day was "), ("assistant", "good .")], raw=True))
+    (spoken,) = encode(tokenizer, conversation([("user", "the day was "), ("assistant", "good .")], raw=True))
     words = tokenizer.convert_ids_to_tokens(spoken.ids)
     assert words == ["the", "day", "was", "good", ".", "<|im_end|>"] and spoken.target == [False] * 3 + [True] * 3
 
@@ -158,7 +162,7 @@ def test_rows_without_an_answer_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"message": []}, "columns message; conversations need one of: messages; instruction, output.*Did you mean 'messages'"),
+    ({"message": []}, "columns message; conversations need one of: messages; .*instruction, output.*Did you mean 'messages'"),
     ({"messages": "hello"}, "a.jsonl row 1: messages must be a list of objects with role and content"),
     ({"messages": [{"role": "user"}]}, "message 1 must have role and content"),
     ({"messages": [{"role": "asistant", "content": "x"}]}, "role 'asistant'. Did you mean 'assistant'"),

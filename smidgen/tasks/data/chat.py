@@ -1,39 +1,61 @@
-"""Conversations as tokens, and which of them the assistant said: those alone are learnt.
+"""Conversations as tokens, and which of them the assistant said: those alone are learnt, as generation sees them.
 
-The spans come from the template's own ``{% generation %}`` markers where it has them. Otherwise the conversation is
-rendered up to each assistant turn and with it: what the second has more is that turn with its end-of-turn mark. A
-template that renders earlier turns differently once others follow has no such spans, and is refused.
+At generation the model reads the conversation so far, rendered with a generation prompt, and says the rest of its turn. So a
+turn's tokens are what rendering it has beyond that prompt, its end-of-turn mark included (or what lies in the template's
+``{% generation %}`` markers). A template that writes earlier turns differently once others follow (Qwen3 drops their
+thoughts) has no rendering in which all turns stand as they were generated: each turn is then an example of its own.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError
 from smidgen.tasks.data.conversations import Conversation
+from smidgen.tasks.data.messages import REASONING, Message
 from smidgen.tasks.data.tables import counted
+
+MARKER = re.compile(r"\{%[-+]?\s*generation\b")
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """One conversation: token ids, and for each whether it is a target (something the model itself must say)."""
+    """Token ids, and for each whether it is a target (something the model itself must say); where they come from."""
 
     ids: list[int]
     target: list[bool]
     where: str
+    conversation: str = ""  # where it stands, when ``where`` names one of its turns
 
     @property
     def targets(self) -> int:
         """How many tokens are learnt; the first has nothing before it to be predicted from."""
         return sum(self.target[1:])
 
+    @property
+    def source(self) -> str:
+        return self.conversation or self.where
+
+
+@dataclass
+class Remarks:
+    """Places by what is to be said of them."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, where: str) -> None:
+        self.found.setdefault(what, []).append(where)
+
 
 def encode_conversations(
     tokenizer: Any, splits: Mapping[str, Sequence[Conversation]], max_length: int
 ) -> tuple[dict[str, list[Spoken]], list[str]]:
-    """Tokenise every split, cut to ``max_length`` tokens; returns it and warnings that count what was cut or lost.
+    """Tokenise every split, cut to ``max_length`` tokens; returns it and warnings that count what was cut, lost, masked or
+    not written by the template.
 
     Raises DataError when no assistant token is left in a split.
     """
@@ -41,15 +63,18 @@ def encode_conversations(
     warnings: list[str] = []
     found: dict[str, list[Spoken]] = {}
     for split, conversations in splits.items():
-        whole = [encode(tokenizer, conversation) for conversation in conversations]
+        remarks = Remarks()
+        whole = [spoken for conversation in conversations for spoken in encode(tokenizer, conversation, remarks)]
         long = [spoken.where for spoken in whole if len(spoken.ids) > max_length]
-        cut = [Spoken(s.ids[:max_length], s.target[:max_length], s.where) for s in whole]
+        cut = [replace(s, ids=s.ids[:max_length], target=s.target[:max_length]) for s in whole]
         found[split] = [spoken for spoken in cut if spoken.targets]
+        warnings += [counted(f"{split} conversation", places, what) for what, places in remarks.found.items()]
         if not found[split]:
-            shortest = min(next((at for at, t in enumerate(s.target) if t), len(s.ids)) for s in whole)
+            shortest = min((next((at for at, t in enumerate(s.target) if t), len(s.ids)) for s in whole), default=0)
             raise DataError(
-                f"Every one of the {len(whole)} conversations of {split} is masked: with max_length {max_length} no "
+                f"Every one of the {len(conversations)} conversations of {split} is masked: with max_length {max_length} no "
                 f"token of an answer is left (the shortest question alone has {shortest}). Raise --max-length."
+                f"{' ' if warnings else ''}{' '.join(warnings)}"
             )
         if long:
             warnings.append(counted(f"{split} conversation", long, f"longer than {max_length} tokens and cut there"))
@@ -59,19 +84,32 @@ def encode_conversations(
     return found, warnings
 
 
-def encode(tokenizer: Any, conversation: Conversation) -> Spoken:
-    """One conversation as tokens with their targets."""
+def encode(tokenizer: Any, conversation: Conversation, remarks: Remarks | None = None) -> list[Spoken]:
+    """A conversation as tokens with their targets: one example, or one for each turn to learn; none if there is no such
+    turn. What is to be said of it goes to ``remarks``."""
+    remarks = Remarks() if remarks is None else remarks
     if conversation.raw:
-        return _encode_raw(tokenizer, conversation)
-    messages = list(conversation.messages)
-    if re.search(r"\{%-?\s*generation\b", tokenizer.chat_template):
-        marked = _apply(
-            tokenizer, conversation, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        return [_encode_raw(tokenizer, conversation)]
+    conversation = _written(tokenizer, conversation, remarks)
+    if not conversation.learnt:
+        return []
+    rendering = _Rendering(tokenizer, conversation)
+    examples = rendering.examples(conversation.learnt)
+    marked = bool(MARKER.search(tokenizer.get_chat_template(tools=list(conversation.tools) or None)))
+    found = []
+    for text, turns in examples:
+        alone = len(turns) == 1 and len(conversation.learnt) > 1
+        where = f"{conversation.where} turn {turns[0] + 1}" if alone else conversation.where
+        if marked:
+            spoken = _marked(rendering, text, turns)
+        else:
+            spoken = _tokens(tokenizer, text, [rendering.span(text, at, remarks) for at in turns])
+        found.append(Spoken(*spoken, where, conversation.where))
+    if len(examples) > 1:
+        remarks.add(
+            "whose template writes earlier turns differently, so that each turn is learnt by itself", conversation.where
         )
-        return Spoken(list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]], conversation.where)
-    text = _apply(tokenizer, conversation, messages)
-    spans = [_span(tokenizer, conversation, text, at) for at, m in enumerate(messages) if m["role"] == "assistant"]
-    return _tokens(tokenizer, text, spans, conversation.where, special=False)
+    return found
 
 
 def check_template(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
@@ -93,50 +131,186 @@ def read_template(path: Path) -> str:
         raise DataError(f"The chat template {path} cannot be read: {error}") from error
 
 
-def _span(tokenizer: Any, conversation: Conversation, text: str, at: int) -> tuple[int, int]:
-    """Where turn ``at`` lies in the rendered ``text``, its end-of-turn mark included, the line end after it not."""
-    messages = list(conversation.messages)
-    after = _apply(tokenizer, conversation, messages[: at + 1])
-    before = _apply(tokenizer, conversation, messages[:at], add_generation_prompt=True) if at else ""
-    told = after.startswith(before)
-    if not told:  # a generation prompt of its own kind, such as one that opens a thought
-        before = _apply(tokenizer, conversation, messages[:at])
-    turn, content = after[len(before) :], messages[at]["content"].strip()
-    if not (after.startswith(before) and text.startswith(after)) or not (told or turn.count(content) == 1):
-        raise DataError(
-            f"{conversation.where}: the chat template writes earlier turns differently once others follow, so what the "
-            "assistant says cannot be told apart. Mark it with {% generation %} ... {% endgeneration %} in a copy of "
-            "the template and give that with --chat-template."
+class _Rendering:
+    """A conversation as the tokenizer's chat template writes it."""
+
+    def __init__(self, tokenizer: Any, conversation: Conversation):
+        self.tokenizer = tokenizer
+        self.conversation = conversation
+        self.messages = [_named(message) for message in conversation.messages]
+        self.kept: dict[tuple[int, bool], str] = {}
+
+    def up_to(self, count: int, prompt: bool = False) -> str:
+        """The first ``count`` messages, with a generation prompt if asked; nothing where the template cannot begin so."""
+        if (count, prompt) not in self.kept:
+            try:
+                text = self.applied(count, add_generation_prompt=prompt, tokenize=False) if count or prompt else ""
+            except DataError:
+                if count:
+                    raise
+                text = ""
+            self.kept[count, prompt] = text
+        return self.kept[count, prompt]
+
+    def applied(self, count: int, **options: Any) -> Any:
+        from jinja2 import TemplateError
+
+        tools = list(self.conversation.tools) or None
+        try:
+            return self.tokenizer.apply_chat_template(self.messages[:count], tools=tools, **options)
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise DataError(f"{self.conversation.where}: the chat template refuses it: {error}") from error
+
+    def examples(self, learnt: list[int]) -> list[tuple[str, list[int]]]:
+        """Texts, and the turns to learn in each: all in one, or each in the text that ends with it."""
+        whole = self.up_to(learnt[-1] + 1)
+        if all(whole.startswith(self.up_to(at + 1)) for at in learnt):
+            return [(whole, learnt)]
+        return [(self.up_to(at + 1), [at]) for at in learnt]
+
+    def span(self, text: str, at: int, remarks: Remarks) -> Span:
+        """Where turn ``at`` lies in ``text``: from the generation prompt to its end-of-turn mark, a line end after that not
+        included."""
+        after, prompt, before = self.up_to(at + 1), self.up_to(at, prompt=True), self.up_to(at)
+        content = self.messages[at]["content"].strip()
+        if prompt and text.startswith(prompt) and after.startswith(prompt):
+            start = len(prompt)
+        elif after.startswith(before):  # a prompt that opens what the turn does not have, such as a thought
+            remarks.add(
+                "whose answers do not go on from the template's generation prompt; they are learnt without it",
+                self.conversation.where,
+            )
+            turn = after[len(before) :]
+            shared = _shared(after, prompt)
+            start = len(before) + turn.index(content) if content and turn.count(content) == 1 else shared
+        else:
+            raise DataError(
+                f"{self.conversation.where}: the chat template writes what comes before a turn differently once the turn "
+                "follows, so what the assistant says cannot be told apart. Mark it with {% generation %} ... "
+                "{% endgeneration %} in a copy of the template and give that with --chat-template."
+            )
+        turn = after[start:]
+        return start, start + len(turn.rstrip() if self._ends_in_mark(turn, content) else turn)
+
+    def _ends_in_mark(self, turn: str, content: str) -> bool:
+        """Whether a turn ends in something that ends turns; white space after that is the template's."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        if any(turn.rstrip().endswith(mark) for mark in special if mark.strip()):
+            return True
+        return bool(content) and content in turn and bool(turn[turn.rfind(content) + len(content) :].strip())
+
+
+def _named(message: Message) -> Message:
+    """A message with its thought under every name that templates know."""
+    thought = message.get("reasoning_content")
+    return message | dict.fromkeys(REASONING, thought) if thought else dict(message)
+
+
+def _written(tokenizer: Any, conversation: Conversation, remarks: Remarks) -> Conversation:
+    """The conversation without the turns whose calls the template does not write; whatever else it does not write is
+    remarked."""
+    rendering = _Rendering(tokenizer, conversation)
+    texts = [text for text, _ in rendering.examples(conversation.learnt)]
+
+    def matters(change: Callable[[Conversation], Conversation]) -> bool:
+        try:
+            return [
+                text for text, _ in _Rendering(tokenizer, change(conversation)).examples(conversation.learnt)
+            ] != texts
+        except DataError:
+            return True
+
+    if conversation.tools and not matters(lambda whole: replace(whole, tools=())):
+        remarks.add("whose tools the chat template does not write", conversation.where)
+    if _have(conversation, "reasoning_content") and not matters(_without("reasoning_content")):
+        remarks.add("whose reasoning the chat template does not write", conversation.where)
+    if _have(conversation, "name") and not matters(_without("name")):
+        remarks.add("whose names the chat template does not write", conversation.where)
+    for role in ("system", "user", "tool"):
+        said = [message["content"].strip() for message in conversation.messages if message["role"] == role]
+        missing = any(content not in text for content in said for text in texts[-1:])
+        if missing and not matters(_other_words(role)):
+            remarks.add(f"whose {role} messages the chat template does not write", conversation.where)
+    calling = _have(conversation, "tool_calls")
+    if calling and not matters(_without("tool_calls")):
+        remarks.add(
+            "with tool calls that the chat template does not write: those turns are not learnt", conversation.where
         )
-    start = 0 if told else turn.index(content)
-    mark = turn[turn.rfind(content) + len(content) :] if content in turn else turn
-    return len(before) + start, len(before) + len(turn.rstrip() if mark.strip() else turn)
+        return replace(conversation, masked=conversation.masked | calling)
+    return conversation
+
+
+def _have(conversation: Conversation, key: str) -> frozenset[int]:
+    return frozenset(at for at, message in enumerate(conversation.messages) if message.get(key))
+
+
+def _without(key: str) -> Callable[[Conversation], Conversation]:
+    def strip(whole: Conversation) -> Conversation:
+        messages = tuple({k: v for k, v in message.items() if k != key} for message in whole.messages)
+        return replace(whole, messages=messages)
+
+    return strip
+
+
+def _other_words(role: str) -> Callable[[Conversation], Conversation]:
+    def change(whole: Conversation) -> Conversation:
+        messages = (m | {"content": f"{m['content']}?"} if m["role"] == role else m for m in whole.messages)
+        return replace(whole, messages=tuple(messages))
+
+    return change
+
+
+def _marked(rendering: _Rendering, text: str, turns: Sequence[int]) -> tuple[list[int], list[bool]]:
+    """Tokens of ``text`` and those between the template's markers that are of ``turns``."""
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    marked = rendering.applied(turns[-1] + 1, **options)
+    encoded = rendering.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts = [_shared(rendering.up_to(at), text) for at in turns]
+    regions = [(start, len(rendering.up_to(at + 1))) for start, at in zip(starts, turns, strict=True)]
+    inside = [
+        any(first <= start and end <= last for first, last in regions) for start, end in encoded["offset_mapping"]
+    ]
+    ids, mask = list(marked["input_ids"]), marked["assistant_masks"]
+    return ids, [bool(mark) and there for mark, there in zip(mask, inside, strict=True)]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many letters two texts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _encode_raw(tokenizer: Any, conversation: Conversation) -> Spoken:
     prompt, completion = (message["content"] for message in conversation.messages)
-    span = (len(prompt), len(prompt) + len(completion))
-    spoken = _tokens(tokenizer, prompt + completion, [span], conversation.where, special=True)
+    text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
+    ids, target = _tokens(tokenizer, text, [span], special=True)
     end = tokenizer.eos_token_id
-    if end is None or spoken.ids[-1] == end:
-        target = [*spoken.target[:-1], end is not None or spoken.target[-1]]
-        return Spoken(spoken.ids, target, spoken.where)
-    return Spoken([*spoken.ids, end], [*spoken.target, True], spoken.where)
+    if end is None or ids[-1] == end:
+        target = [*target[:-1], end is not None or target[-1]]
+    else:
+        ids, target = [*ids, end], [*target, True]
+    return Spoken(ids, target, conversation.where)
 
 
-def _tokens(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]], where: str, special: bool) -> Spoken:
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    inside = [
-        end > start and any(first <= start and end <= last for first, last in spans)
-        for start, end in encoded["offset_mapping"]
-    ]
-    return Spoken(list(encoded["input_ids"]), inside, where)
+def _tokens(tokenizer: Any, text: str, spans: Sequence[Span], special: bool = False) -> tuple[list[int], list[bool]]:
+    """Tokens of ``text``, and which lie in ``spans``. Where a token would reach over the border of a span, the text is cut
+    there, as generation cuts it: the prompt is read first, and then the model speaks."""
 
+    def ids(part: str, special: bool = False) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]) if part else []
 
-def _apply(tokenizer: Any, conversation: Conversation, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), **({"tokenize": False} | options))
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise DataError(f"{conversation.where}: the chat template refuses it: {error}") from error
+    body, borders = ids(text), [border for span in spans for border in span]
+    pieces = [ids(text[start:end]) for start, end in pairwise([0, *borders, len(text)])]
+    flags = [at % 2 == 1 for at, piece in enumerate(pieces) for _ in piece]
+    if (flat := [token for piece in pieces for token in piece]) != body:
+        heads = [ids(text[:border]) for border in borders]
+        if all(
+            body[: len(head)] == head for head in heads
+        ):  # it is the cut that changes tokens, as where each text gets a space
+            sizes = [0, *map(len, heads), len(body)]
+            flags, flat = [at % 2 == 1 for at, (a, b) in enumerate(pairwise(sizes)) for _ in range(b - a)], body
+    if special:  # what the tokenizer puts before a text, and after it
+        around = ids(text, special=True)
+        lead = next((at for at in range(len(around) - len(body) + 1) if around[at : at + len(body)] == body), 0)
+        tail = around[lead + len(body) :]
+        flat, flags = [*around[:lead], *flat, *tail], [*[False] * lead, *flags, *[False] * len(tail)]
+    return flat, flags

@@ -66,7 +66,11 @@ def prepare(config: InstructionConfig) -> Prepared:
         family=base.kind,
         fresh=lambda: load_language_model(config.model, config.train.mixed_precision, config.dropout).model,
         counts={
-            split: {"conversations": len(some), "target tokens": sum(one.targets for one in some)}
+            split: {
+                "conversations": len({one.source for one in some}),
+                "examples": len(some),
+                "target tokens": sum(one.targets for one in some),
+            }
             for split, some in spoken.items()
         },
         warnings=(*found.warnings, *warnings),
