@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     head_tensors,
     inject,
     matched_layers,
+    numbers,
     peft_tensors,
     put_peft_tensors,
     remove,
@@ -45,6 +46,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     stamp,
     tuner_layers,
 )
+from smidgen.adapters.tuner.shards import in_pieces, one_writer, unwrapped
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, did_you_mean
 
 logger = logging.getLogger("smidgen")
@@ -127,7 +129,7 @@ def parts(model: Any) -> dict[str, nn.Module]:
     """The modules that may carry adapters, by the sub-folder of their files: ``""`` is the model itself, or the UNet or
     transformer of a diffusers pipeline, whose other components follow under their own names."""
     if isinstance(model, nn.Module):
-        return {"": model}
+        return {"": unwrapped(model)}
     modules = {n: m for n, m in getattr(model, "components", {}).items() if isinstance(m, nn.Module)}
     for name in ("unet", "transformer"):
         if name in modules:
@@ -164,40 +166,68 @@ def _check_name(model: nn.Module, adapter_name: str) -> None:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def save(model: Any, path: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+def save(
+    model: Any,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    state_dict: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing; of peft's methods, what peft writes.
 
     Of a pipeline, every component that carries the adapter is written: the UNet or transformer in the folder itself,
-    each other in a sub-folder of its name (``text_encoder``).
+    each other in a sub-folder of its name (``text_encoder``). A model that ``fully_shard`` (FSDP2) has sharded is
+    gathered: every process makes the call, the first one writes. With a whole ``state_dict`` the one that has it saves alone.
+
+    Args:
+        model: what carries the adapter, or a wrapper around it (DistributedDataParallel, AveragedModel, compiled).
+        path: the folder.
+        adapter_name: which adapter.
+        state_dict: numbers to write in place of the model's: a moving average, the best step, gathered shards; of the
+            model as it is or wrapped, or the adapter's own (``peft.get_peft_model_state_dict``).
 
     Returns:
         The folder.
 
     Raises:
-        SmidgenError: the model carries no such adapter.
+        SmidgenError: the model carries no such adapter, or what is to be written is missing, misshapen or not finite.
     """
     _check_carried(model, [adapter_name])
     folder = Path(path)
     everything = parts(model)
     carrying = {where: part for where, part in everything.items() if adapter_name in names(part)}
-    with new_files(folder) as scratch:
-        for where, part in carrying.items():
-            _write(part, adapter_name, scratch / where)
-    for where in everything.keys() - carrying.keys():  # what an earlier save left would come back at load
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            (folder / where / name).unlink(missing_ok=True)
+    if state_dict is not None and len(carrying) > 1:
+        raise SmidgenError(
+            f"A state dict is of one module, and adapter {adapter_name!r} is on {len(carrying)} of this pipeline "
+            f"({', '.join(where or 'the denoiser' for where in carrying)}): save them one by one."
+        )
+    read = [state_dict.values()] if state_dict is not None else [part.parameters() for part in carrying.values()]
+    together = any(in_pieces(value) for values in read for value in values)
+    content = {where: _content(part, adapter_name, state_dict) for where, part in carrying.items()}
+    with one_writer(together) as writes:
+        if writes:
+            with new_files(folder) as scratch:
+                for where, (own, tensors, metadata) in content.items():
+                    _write(own, tensors, metadata, scratch / where)
+            for where in everything.keys() - carrying.keys():  # what an earlier save left would come back at load
+                for name in (CONFIG_NAME, WEIGHTS_NAME):
+                    (folder / where / name).unlink(missing_ok=True)
     return folder
 
 
-def _write(model: nn.Module, adapter_name: str, folder: Path) -> None:
+def _content(
+    model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None
+) -> tuple[Any, dict[str, Tensor], Any]:
+    """(config, tensors, metadata) of an adapter's files."""
     own: Any = model.peft_config[adapter_name]  # type: ignore[index]
-    metadata = None
-    if isinstance(own, SmidgenConfig):
-        layers = adapted_layers(model, adapter_name)
-        stamp(model, own, layers, adapter_name)
-        tensors = file_tensors(own, layers, adapter_name) | head_tensors(model, adapter_name)
-    else:
-        tensors, metadata = peft_tensors(model, adapter_name), {"format": "pt"}
+    if not isinstance(own, SmidgenConfig):
+        return own, peft_tensors(model, adapter_name, given), {"format": "pt"}
+    found = numbers(model, adapter_name, given)
+    stamp(model, own, adapted_layers(model, adapter_name), adapter_name, found)
+    return own, file_tensors(own, found) | found.heads, None
+
+
+def _write(own: Any, tensors: dict[str, Tensor], metadata: Any, folder: Path) -> None:
     stored = copy.copy(own)
     stored.inference_mode = True
     if isinstance(stored, SmidgenConfig):

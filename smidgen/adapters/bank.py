@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -320,7 +321,7 @@ class Bank:
             tensors[target] = stored_tensors(sources[target], adapter_name)
             own = sources[target].smidgen_slots[adapter_name]
             assert isinstance(own, Slot)
-            if reason := _unlike(slot, own.transform, own.residual) or self._other_tensors(slot, own.__getattr__):
+            if reason := _unlike(slot, own.transform, own.residual) or self._other_tensors(slot, partial(getattr, own)):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         if extra := sorted(sources.keys() - self.layers.keys()):
             return {}, {}, {}, f": it is also on {extra[0]!r}"
@@ -330,7 +331,7 @@ class Bank:
         }
         for target, layer in sources.items():
             if not self.slots[target].ready:
-                tensors[target] = dict(layer.slot(adapter_name).named_buffers()) | tensors[target]
+                tensors[target] = layer.slot(adapter_name).frozen() | tensors[target]
         return tensors, heads, {target: layer.scaling[adapter_name] for target, layer in sources.items()}, ""
 
     def _from_file(self, path: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, float], str]:
@@ -385,7 +386,7 @@ class Bank:
         pins = {f"residual_{name}" for name in slot._pinned()}
         beside = [own for own in layer.smidgen_slots.values() if isinstance(own, Slot) and own.ready]
         beside = [own for own in beside if not _unlike(slot, own.transform, own.residual)]
-        for source in (tensors or {}, *(dict(own.named_buffers()) for own in beside)):
+        for source in (tensors or {}, *(own.frozen() for own in beside)):
             same = tensors is None or all(torch.equal(source[n].cpu(), tensors[n].cpu()) for n in pins & source.keys())  # type: ignore[union-attr]
             if (wanted | pins) <= source.keys() and same:
                 for name in wanted | pins:
@@ -450,7 +451,7 @@ def _take_off(layers: Sequence[AdaptedLayer], label: str, handles: Sequence[Any]
 
 
 def _register(slot: Slot, name: str, value: Tensor) -> None:
-    if name in slot._buffers:
+    if hasattr(slot, name):
         setattr(slot, name, value)
     else:
         slot.register_buffer(name, value, persistent=False)

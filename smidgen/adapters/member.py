@@ -52,7 +52,8 @@ class Member(ABC):
         return {}
 
     def pins(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Small frozen tensors that *are* stored, because they pin the factors down: name -> (shape, dtype)."""
+        """Whole numbers that *are* stored, because they pin the factors down: name -> (shape, dtype in the file; int32 in
+        memory)."""
         return {}
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:

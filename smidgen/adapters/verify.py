@@ -324,7 +324,7 @@ def _same_numbers(held: Tensor, file: Tensor) -> bool:
     if held.shape != file.shape or held.is_floating_point() != file.is_floating_point():
         return False
     if not held.is_floating_point():
-        return torch.equal(held, file)
+        return torch.equal(held.long(), file.long())
     formats = [torch.finfo(t.dtype) for t in (held, file)]
     eps, tiny = max(f.eps for f in formats), max(f.tiny * f.eps for f in formats)
     if held.dtype == file.dtype:

@@ -64,7 +64,7 @@ def cast(packed: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def unpack(
     packed: Mapping[str, Tensor], layout: Layout, where: str = "the adapter file"
 ) -> dict[str, dict[str, Tensor]]:
-    """Inverse of :func:`pack` for a known layout.
+    """Inverse of :func:`pack` for a known layout; whole numbers come as int32.
 
     Raises:
         AdapterFileError: missing, extra, wrongly sized, wrongly typed or non-finite tensors, by name.
@@ -84,7 +84,8 @@ def unpack(
         out[target] = {}
         for name, (shape, _) in layout[target].items():
             n = prod(shape)
-            out[target][name] = packed[name][at[name] : at[name] + n].reshape(shape)
+            value = packed[name][at[name] : at[name] + n].reshape(shape)
+            out[target][name] = value if value.is_floating_point() else value.to(torch.int32)
             at[name] += n
     return out
 

@@ -15,18 +15,21 @@ from torch import Tensor
 
 from smidgen.adapters.checkpoint.base_lock import PROBES, decode, encode, pool, sketch
 from smidgen.adapters.tuner.layer import ShiftLayer
+from smidgen.adapters.tuner.numbers import Numbers
 from smidgen.errors import AdapterFileError
 
 
-def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str) -> Tensor:
-    """[layers, 2 + PROBES] fp32 over the sorted names: norm and probes of each delta matrix."""
-    return torch.stack([sketch(layers[name].delta_matrix(adapter_name)) for name in sorted(layers)])
+def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers | None = None) -> Tensor:
+    """[layers, 2 + PROBES] fp32 over the sorted names: norm and probes of each delta matrix, of the live numbers or others."""
+    own = Numbers({}) if numbers is None else numbers
+    deltas = (layers[n].delta_matrix(adapter_name, own.stored.get(n), own.weights.get(n)) for n in sorted(layers))
+    return torch.stack([sketch(delta) for delta in deltas])
 
 
-def make_canary(layers: Mapping[str, ShiftLayer], adapter_name: str) -> dict[str, Any]:
-    """The canary of an adapter, JSON-ready."""
+def make_canary(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers) -> dict[str, Any]:
+    """The canary of an adapter with these numbers, JSON-ready."""
     with torch.no_grad():
-        return {"sketch": encode(pool(delta_sketches(layers, adapter_name)), "<f4")}
+        return {"sketch": encode(pool(delta_sketches(layers, adapter_name, numbers)), "<f4")}
 
 
 def read_canary(canary: Mapping[str, Any]) -> Tensor:

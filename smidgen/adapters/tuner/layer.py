@@ -21,6 +21,7 @@ from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
 from smidgen.adapters.tuner.rows import Rows
+from smidgen.adapters.tuner.shards import whole
 from smidgen.adapters.tuner.slot import Slot
 
 logger = logging.getLogger("smidgen")
@@ -91,9 +92,9 @@ class ShiftLayer(nn.Module):
             slot.prepare(self.base_matrix)
         return slot
 
-    def base_matrix(self) -> Tensor:
-        """The base weight as a matrix [rows, cols], the kept original when merged."""
-        return self.kind.matrix(self._original(), self.base_layer)
+    def base_matrix(self, weight: Tensor | None = None) -> Tensor:
+        """The base weight (or the one given, laid out alike) as a matrix [rows, cols], the kept original when merged."""
+        return self.kind.matrix(self._original() if weight is None else weight, self.base_layer)
 
     def _original(self) -> Tensor:
         """The base weight without what is merged, where and in the number format in which the base is now."""
@@ -212,17 +213,25 @@ class ShiftLayer(nn.Module):
 
     # ---- the matrix form -------------------------------------------------------------------------------------------
 
-    def delta_matrix(self, name: str) -> Tensor:
-        """W (T - I) + D as a matrix [rows, cols] in fp32 or better, without the adapter's strength."""
+    def delta_matrix(self, name: str, trained: Tensors | None = None, weight: Tensor | None = None) -> Tensor:
+        """W (T - I) + D as a matrix [rows, cols] in fp32 or better, without the adapter's strength.
+
+        Args:
+            name: of the adapter.
+            trained: in place of its own trained tensors.
+            weight: in place of the base weight.
+        """
         slot = self.slot(name)
+        device = next(slot.parameters()).device
+        trained = {n: whole(v).to(device) for n, v in (slot.trained() if trained is None else trained).items()}
         total = None
         if slot.transform is not None:
-            excess = slot.transform_excess()
-            w = self.base_matrix().detach().to(excess.device)
+            excess = slot.transform_excess(trained)
+            w = self.base_matrix(weight).detach().to(excess.device)
             w = w.to(torch.promote_types(torch.promote_types(w.dtype, excess.dtype), torch.float32))
             total = self.kind.transform_matrix(w, excess.to(w.dtype), self.base_layer)
         if slot.residual is not None:
-            dense = slot.factors().dense()
+            dense = slot.factors(trained).dense()
             total = dense if total is None else total + dense.to(total.dtype)
         assert total is not None
         return total

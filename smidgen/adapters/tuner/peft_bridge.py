@@ -38,6 +38,8 @@ from smidgen.adapters.tuner import bypass, calls, sharing, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
+from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
+from smidgen.adapters.tuner.shards import check_whole, whole
 from smidgen.adapters.tuner.slot import Slot, Spec, layout_of
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError
 
@@ -77,7 +79,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
     def _read(self) -> Tensor:
         """The base weight, fetched if accelerate has offloaded it, dequantised if it is quantised."""
         refresh(self.get_base_layer())
-        weight = self.get_base_weight()
+        weight = whole(self.get_base_weight())
         offloaded = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "weights_map", None)
         if weight.is_meta and offloaded is not None:
             weight = offloaded["weight"]
@@ -241,6 +243,9 @@ class SmidgenModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         sharing.follow(model)
         bypass.follow(model)
+        for layer in adapted_layers(model, adapter_name).values():
+            if not layer.smidgen_slots[adapter_name].awaits_file:
+                layer.slot(adapter_name)  # while the weights are whole, and so that a state dict holds the pins
 
     def _check_merge_allowed(self) -> None:
         """What peft warns of, tied embeddings, is no matter here: merging unties."""
@@ -286,13 +291,16 @@ class SmidgenModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         layers = adapted_layers(model, adapter_name)
-        stamp(model, config, layers, adapter_name)
+        found = numbers(model, adapter_name, state_dict)
+        stamp(model, config, layers, adapter_name, found)
+        heads = {name: key for name, (key, _) in named_heads(model, adapter_name).items()}
+        state_dict.update({heads[name]: value for name, value in found.heads.items()})  # where peft reads them
 
         def seal(tensors: dict[str, Tensor]) -> None:
             if not any(value.is_meta for value in tensors.values()):
                 config.seal({cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in tensors.items()})
 
-        return _Sealed(file_tensors(config, layers, adapter_name), seal)
+        return _Sealed(file_tensors(config, found), seal)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -392,6 +400,7 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
     """
     for name, layer in chosen.items():
         targets.check_layer(name, layer)
+        check_whole(name, layer)
         why = bypass.bypassed(model, name)
         if why:
             raise TargetError(f"Target {name!r} would have no effect: {why}.")
@@ -451,10 +460,12 @@ def rest_of(parts: Mapping[str, Part], config: SmidgenConfig, targets: Collectio
     return found
 
 
-def base_parts(model: nn.Module) -> dict[str, Part]:
-    """Samples of all parameters of the base model, each once, by their names in it."""
+def base_parts(model: nn.Module, numbers: Numbers | None = None) -> dict[str, Part]:
+    """Samples of all parameters of the base model, each once, by their names in it; ``numbers`` may hold those that the
+    model has a piece of."""
     found = {}
-    for name, tensor in base_tensors(model):
+    for name, live in base_tensors(model):
+        tensor = whole(live) if numbers is None else numbers.held(name, live)
         readable = _readable(tensor)
         values = base_groups.samples(tensor) if readable and not tensor.is_meta else None
         found[name] = Part(tuple(tensor.shape), values, tensor.dtype, not readable)
@@ -637,13 +648,18 @@ def saved_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str
     }
 
 
-def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Tensors of the heads that an adapter trained, under the names they have in any peft file."""
+def named_heads(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
+    """Tensors of the heads that an adapter trained: name in any peft file -> (name in the model's state dict, tensor)."""
     return {
-        f"{_WRAP}{name.removeprefix(_WRAP)}.{key}": value.detach()
+        f"{_WRAP}{name.removeprefix(_WRAP)}.{key}": (f"{name}.modules_to_save.{adapter_name}.{key}", value.detach())
         for name, head in saved_modules(model, adapter_name).items()
         for key, value in head.modules_to_save[adapter_name].state_dict().items()
     }
+
+
+def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Tensors of the heads that an adapter trained, under the names they have in any peft file."""
+    return {name: value for name, (_, value) in named_heads(model, adapter_name).items()}
 
 
 def as_in_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -677,21 +693,29 @@ def stored_tensors(layer: AdaptedLayer, adapter_name: str) -> dict[str, Tensor]:
     return slot.stored()
 
 
-def file_tensors(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> dict[str, Tensor]:
+def numbers(model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None = None) -> Numbers:
+    """What a save writes of an adapter, from the live model or from a state dict; see ``tuner/numbers.py``."""
+    layers = adapted_layers(model, adapter_name)
+    live = {target: stored_tensors(layer, adapter_name) for target, layer in layers.items()}
+    return collect(layers, adapter_name, live, named_heads(model, adapter_name), given)
+
+
+def file_tensors(config: SmidgenConfig, found: Numbers) -> dict[str, Tensor]:
     """What an adapter's file holds, heads not included: packed, in the config's number format."""
-    packed = packing.pack({name: stored_tensors(layer, adapter_name) for name, layer in layers.items()})
-    return packing.cast(packed, config.store_dtype)
+    return packing.cast(packing.pack(found.stored), config.store_dtype)
 
 
-def stamp(model: nn.Module, config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+def stamp(
+    model: nn.Module, config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str, found: Numbers
+) -> None:
     """Writes base lock and canary into the config of an adapter about to be saved."""
     from smidgen.adapters.tuner.canary import make_canary
 
     if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return
-    matrices = {n: layer.base_matrix() for n, layer in layers.items()}
-    config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model), config, layers))
-    config.canary = make_canary(layers, adapter_name)
+    matrices = {n: layer.base_matrix(found.weights.get(n)) for n, layer in layers.items()}
+    config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model, found), config, layers))
+    config.canary = make_canary(layers, adapter_name, found)
 
 
 def tuner_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
@@ -781,10 +805,14 @@ def _shares(config: PeftConfig) -> bool:
     return bool(getattr(peft_mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "uses_shared_state", False))  # type: ignore[call-overload]
 
 
-def peft_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What peft writes in the file of an adapter of its own, heads included."""
+def peft_tensors(model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """What peft writes in the file of an adapter of its own, heads included, from the model or from a state dict."""
     owner = _owner(model, adapter_name)
-    tensors = get_peft_model_state_dict(owner, adapter_name=adapter_name)
+    state = None if given is None else renamed(given, owner.state_dict())
+    tensors = get_peft_model_state_dict(owner, state_dict=state, adapter_name=adapter_name)
+    if given is not None:
+        check_complete(tensors, get_peft_model_state_dict(owner, adapter_name=adapter_name), adapter_name)
+    tensors = {name: whole(value) for name, value in tensors.items()}
     return {
         name if owner is not model or isinstance(model, PeftModel) else _WRAP + name: t for name, t in tensors.items()
     }

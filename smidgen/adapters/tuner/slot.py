@@ -1,8 +1,8 @@
 """A slot: the tensors of one adapter at one layer. Members are pure functions; a slot only holds their numbers.
 
-Trained numbers are fp32 parameters, pins are stored buffers, constants and factors are buffers that are rebuilt. Names
-start with ``transform_`` or ``residual_``. Allocation is separate from initialisation: factors are decomposed when
-they are first needed, from the pins if a file brought them, so loading never decomposes for nothing.
+Trained numbers are fp32 parameters, constants and factors are buffers that are rebuilt. Pins are in the state dict but are
+neither: whole numbers that what averages, broadcasts or casts a model's buffers must leave alone. Names start with
+``transform_`` or ``residual_``. Allocation is separate from initialisation: factors are decomposed when they are first needed, from the pins if a file brought them, so loading never decomposes for nothing.
 """
 
 from __future__ import annotations
@@ -68,8 +68,12 @@ class Slot(nn.Module):
         for prefix, member in self.members():
             for name, value in member.constants(f"{seed}/{prefix}").items():
                 self.register_buffer(f"{prefix}_{name}", value, persistent=False)
+        self.pins = () if residual is None else tuple(f"residual_{name}" for name in residual.pins())
         for name, (shape, dtype) in self._pinned().items():
-            self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
+            if f"residual_{name}" in self.pins:  # gloo, and averages, know no uint16
+                setattr(self, f"residual_{name}", torch.zeros(shape, dtype=torch.int32))
+            else:
+                self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
         self.pinned = False
         self.awaits_file = self.emptied = False
 
@@ -89,9 +93,17 @@ class Slot(nn.Module):
         """Trained tensors by full name."""
         return {name: value for name, value in self._parameters.items() if value is not None}
 
+    def layout(self) -> dict[str, Spec]:
+        """What a file holds of this slot, without a bank's leading axis."""
+        return layout_of(self.transform, self.residual, self.groups, self.store_factors)
+
     def stored(self) -> dict[str, Tensor]:
         """What a file must hold: trained tensors and pins, by full name."""
         return self.trained() | {f"residual_{n}": getattr(self, f"residual_{n}") for n in self._pinned()}
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Constants, factors as far as they are made, and pins, by full name."""
+        return {n: v for n, v in self._buffers.items() if v is not None} | {n: getattr(self, n) for n in self.pins}
 
     def fill(self, tensors: Tensors) -> None:
         """Takes stored tensors (a whole set, checked by the caller) into the slot."""
@@ -185,14 +197,28 @@ class Slot(nn.Module):
         device = next(self.parameters()).device
         for name, value in (factors | found).items():
             value = value.detach().to(device)
-            if f"residual_{name}" in self._buffers:
-                setattr(self, f"residual_{name}", value)
+            if (old := getattr(self, f"residual_{name}", None)) is not None:
+                setattr(self, f"residual_{name}", value.to(old.dtype))
             else:
                 self.register_buffer(f"residual_{name}", value, persistent=False)
         self.ready = self.pinned = True
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{name}": getattr(self, name) for name in self.pins})
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        pinned = {name: f"{prefix}{name}" for name in self.pins}
+        own = {key: value for key, value in state_dict.items() if key not in pinned.values()}
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        for name, key in pinned.items():
+            here = getattr(self, name)
+            if key not in state_dict:
+                missing.append(key)
+            elif state_dict[key].shape != here.shape:
+                errors.append(f"size mismatch for {key}: {tuple(state_dict[key].shape)}, here {tuple(here.shape)}.")
+            else:
+                setattr(self, name, state_dict[key].detach().to(here.device, here.dtype, copy=True))
         pins = any(f"{prefix}residual_{name}" in state_dict for name in self._pinned())
         waits = self.awaits_file or self.emptied
         if pins or (waits and all(f"{prefix}{name}" in state_dict for name in self.trained())):
@@ -205,6 +231,7 @@ class Slot(nn.Module):
         """A member's tensors by its own names; ``trained`` replaces the slot's trained tensors (rows of a bank)."""
         start = len(prefix) + 1
         own = {k[start:]: v for k, v in self._buffers.items() if k.startswith(prefix) and v is not None}
+        own |= {name[start:]: getattr(self, name) for name in self.pins if name.startswith(prefix)}
         given = self._parameters if trained is None else trained
         return own | {k[start:]: v for k, v in given.items() if k.startswith(prefix) and v is not None}
 
