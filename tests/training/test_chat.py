@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from smidgen.bases.packaged.debug import CHATML, word_tokenizer
 from smidgen.errors import DataError
-from smidgen.tasks.data.chat import Remarks, encode, encode_conversations, read_template
+from smidgen.tasks.data.chat import APART, encode, encode_conversations, read_template
 from smidgen.tasks.data.conversations import Conversation, read_conversations
+from smidgen.tasks.data.messages import Places
 from smidgen.tasks.instruction import recipe as instruction
 from smidgen.tasks.instruction.task import IGNORED, InstructionTask
 
@@ -72,12 +73,10 @@ def test_the_first_turn_may_be_the_assistants():
 
 def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each():
     tokenizer = word_tokenizer(FORGETFUL)
-    remarks = Remarks()
+    remarks = Places()
     found = encode(tokenizer, conversation(), remarks)
     assert [spoken.where for spoken in found] == ["row 1 turn 3", "row 1 turn 5"]
-    assert {spoken.source for spoken in found} == {"row 1"} and list(remarks.found) == [
-        "whose template writes earlier turns differently, so that each turn is learnt by itself"
-    ]
+    assert {spoken.source for spoken in found} == {"row 1"} and list(remarks.found) == [APART]
 
 
 def test_a_template_that_refuses_a_conversation():
@@ -208,8 +207,8 @@ def test_padding_is_never_a_target():
     from smidgen.tasks.data.chat import Spoken
 
     rows = [
-        Spoken([5, 6, 7], [False, True, True], "a"),
-        Spoken([5, 6, 7, 8, 9], [False, False, False, False, True], "b"),
+        Spoken([5, 6, 7], [False, True, True], where="a"),
+        Spoken([5, 6, 7, 8, 9], [False, False, False, False, True], where="b"),
     ]
     batch = InstructionTask({"train": rows, "validation": rows}, pad=0, batch_size=2).batch(0)
     order = sorted(zip(batch["names"], batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True))

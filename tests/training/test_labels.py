@@ -69,10 +69,13 @@ def test_a_label_that_train_lacks_is_named_with_its_row():
 def test_spellings_and_words_for_nothing_are_warned_about():
     (warning,) = labels("Good", "good", "bad", "Good").warnings
     assert warning == (
-        "Labels that differ in case or spacing alone are classes of their own: 'Good' (2), 'good' (1). Spell them alike if "
+        "Labels that differ in case, spacing or leading zeros alone are classes of their own: 'Good' (2), 'good' (1). Spell them alike if "
         "they mean the same."
     )
     assert "'semi-final' (1), 'semi_final' (1)" in labels("semi-final", "semi_final", "x").warnings[0]
+    assert "'01' (1), '1' (1)" in labels("01", "1", "2").warnings[0]
+    (warning,) = labels(["x"], ["x", "y"]).warnings
+    assert warning == "1 class that every example of train has: nothing is learnt of it: x."
     assert not labels(-1, 1, 11).warnings and not labels("c", "c++", "c#").warnings
     (warning,) = labels("None", "x").warnings
     assert warning.startswith("The label 'None' (1) is a class of its own")

@@ -6,20 +6,22 @@ turn's tokens are what rendering it has beyond that prompt, its end-of-turn mark
 thoughts) has no rendering in which all turns stand as they were generated: each turn is then an example of its own.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError
 from smidgen.tasks.data.conversations import Conversation
-from smidgen.tasks.data.messages import REASONING, Message
+from smidgen.tasks.data.messages import REASONING, Message, Places
 from smidgen.tasks.data.tables import counted
 
 MARKER = re.compile(r"\{%[-+]?\s*generation\b")
 Span = tuple[int, int]
+APART = "whose turns are learnt each by itself, since earlier ones are written differently once others follow"
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Spoken:
 
     ids: list[int]
     target: list[bool]
-    where: str
+    cut: bool = False  # whether the text had to be cut where a turn begins, a token reaching over
+    where: str = ""
     conversation: str = ""  # where it stands, when ``where`` names one of its turns
 
     @property
@@ -39,16 +42,6 @@ class Spoken:
     @property
     def source(self) -> str:
         return self.conversation or self.where
-
-
-@dataclass
-class Remarks:
-    """Places by what is to be said of them."""
-
-    found: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, what: str, where: str) -> None:
-        self.found.setdefault(what, []).append(where)
 
 
 def encode_conversations(
@@ -63,7 +56,7 @@ def encode_conversations(
     warnings: list[str] = []
     found: dict[str, list[Spoken]] = {}
     for split, conversations in splits.items():
-        remarks = Remarks()
+        remarks = Places()
         whole = [spoken for conversation in conversations for spoken in encode(tokenizer, conversation, remarks)]
         long = [spoken.where for spoken in whole if len(spoken.ids) > max_length]
         cut = [replace(s, ids=s.ids[:max_length], target=s.target[:max_length]) for s in whole]
@@ -84,10 +77,10 @@ def encode_conversations(
     return found, warnings
 
 
-def encode(tokenizer: Any, conversation: Conversation, remarks: Remarks | None = None) -> list[Spoken]:
+def encode(tokenizer: Any, conversation: Conversation, remarks: Places | None = None) -> list[Spoken]:
     """A conversation as tokens with their targets: one example, or one for each turn to learn; none if there is no such
     turn. What is to be said of it goes to ``remarks``."""
-    remarks = Remarks() if remarks is None else remarks
+    remarks = Places() if remarks is None else remarks
     if conversation.raw:
         return [_encode_raw(tokenizer, conversation)]
     conversation = _written(tokenizer, conversation, remarks)
@@ -95,21 +88,22 @@ def encode(tokenizer: Any, conversation: Conversation, remarks: Remarks | None =
         return []
     rendering = _Rendering(tokenizer, conversation)
     examples = rendering.examples(conversation.learnt)
-    marked = bool(MARKER.search(tokenizer.get_chat_template(tools=list(conversation.tools) or None)))
-    found = []
-    for text, turns in examples:
-        alone = len(turns) == 1 and len(conversation.learnt) > 1
-        where = f"{conversation.where} turn {turns[0] + 1}" if alone else conversation.where
-        if marked:
-            spoken = _marked(rendering, text, turns)
-        else:
-            spoken = _tokens(tokenizer, text, [rendering.span(text, at, remarks) for at in turns])
-        found.append(Spoken(*spoken, where, conversation.where))
-    if len(examples) > 1:
-        remarks.add(
-            "whose template writes earlier turns differently, so that each turn is learnt by itself", conversation.where
-        )
+    found = [_spoken(rendering, text, turns, remarks) for text, turns in examples]
+    if len(examples) == 1 and len(conversation.learnt) > 1 and found[0].cut:
+        found = [_spoken(rendering, text, turns, remarks) for text, turns in rendering.apart(conversation.learnt)]
+    if len(found) > 1:
+        remarks.add(APART, conversation.where)
     return found
+
+
+def _spoken(rendering: "_Rendering", text: str, turns: Sequence[int], remarks: Places) -> Spoken:
+    tokenizer, conversation = rendering.tokenizer, rendering.conversation
+    alone = len(turns) == 1 and len(conversation.learnt) > 1
+    where = f"{conversation.where} turn {turns[0] + 1}" if alone else conversation.where
+    if MARKER.search(tokenizer.get_chat_template(tools=list(conversation.tools) or None)):
+        return Spoken(*_marked(rendering, text, turns), where, conversation.where)
+    spans = [rendering.span(text, at, remarks) for at in turns]
+    return Spoken(*_tokens(tokenizer, text, spans), where, conversation.where)
 
 
 def check_template(tokenizer: Any, conversations: Sequence[Conversation]) -> None:
@@ -156,19 +150,27 @@ class _Rendering:
         from jinja2 import TemplateError
 
         tools = list(self.conversation.tools) or None
+        wrong = (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
         try:
             return self.tokenizer.apply_chat_template(self.messages[:count], tools=tools, **options)
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise DataError(f"{self.conversation.where}: the chat template refuses it: {error}") from error
+        except wrong as error:
+            try:  # some templates take a call's arguments as text alone
+                return self.tokenizer.apply_chat_template(_as_text(self.messages[:count]), tools=tools, **options)
+            except wrong:
+                raise DataError(f"{self.conversation.where}: the chat template refuses it: {error}") from error
 
     def examples(self, learnt: list[int]) -> list[tuple[str, list[int]]]:
         """Texts, and the turns to learn in each: all in one, or each in the text that ends with it."""
         whole = self.up_to(learnt[-1] + 1)
         if all(whole.startswith(self.up_to(at + 1)) for at in learnt):
             return [(whole, learnt)]
+        return self.apart(learnt)
+
+    def apart(self, learnt: list[int]) -> list[tuple[str, list[int]]]:
+        """A text for each turn to learn, that ends with it."""
         return [(self.up_to(at + 1), [at]) for at in learnt]
 
-    def span(self, text: str, at: int, remarks: Remarks) -> Span:
+    def span(self, text: str, at: int, remarks: Places) -> Span:
         """Where turn ``at`` lies in ``text``: from the generation prompt to its end-of-turn mark, a line end after that not
         included."""
         after, prompt, before = self.up_to(at + 1), self.up_to(at, prompt=True), self.up_to(at)
@@ -180,20 +182,29 @@ class _Rendering:
                 "whose answers do not go on from the template's generation prompt; they are learnt without it",
                 self.conversation.where,
             )
-            turn = after[len(before) :]
-            shared = _shared(after, prompt)
-            start = len(before) + turn.index(content) if content and turn.count(content) == 1 else shared
+            turn, start = after[len(before) :], _shared(after, prompt)
+            if content and turn.count(content) == 1:
+                start = min(start, len(before) + turn.index(content))
         else:
             raise DataError(
                 f"{self.conversation.where}: the chat template writes what comes before a turn differently once the turn "
                 "follows, so what the assistant says cannot be told apart. Mark it with {% generation %} ... "
                 "{% endgeneration %} in a copy of the template and give that with --chat-template."
             )
-        turn = after[start:]
-        return start, start + len(turn.rstrip() if self._ends_in_mark(turn, content) else turn)
+        end = self.end(at, start)
+        if content and after[start:end].endswith(content):
+            remarks.add(
+                "whose turns end in no mark that the template writes: to end is not learnt", self.conversation.where
+            )
+        return start, end
+
+    def end(self, at: int, start: int) -> int:
+        """Where turn ``at`` ends that begins at ``start``: with its end-of-turn mark, white space after which is the
+        template's."""
+        turn, content = self.up_to(at + 1)[start:], self.messages[at]["content"].strip()
+        return start + len(turn.rstrip() if self._ends_in_mark(turn, content) else turn)
 
     def _ends_in_mark(self, turn: str, content: str) -> bool:
-        """Whether a turn ends in something that ends turns; white space after that is the template's."""
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         if any(turn.rstrip().endswith(mark) for mark in special if mark.strip()):
             return True
@@ -206,7 +217,7 @@ def _named(message: Message) -> Message:
     return message | dict.fromkeys(REASONING, thought) if thought else dict(message)
 
 
-def _written(tokenizer: Any, conversation: Conversation, remarks: Remarks) -> Conversation:
+def _written(tokenizer: Any, conversation: Conversation, remarks: Places) -> Conversation:
     """The conversation without the turns whose calls the template does not write; whatever else it does not write is
     remarked."""
     rendering = _Rendering(tokenizer, conversation)
@@ -224,7 +235,8 @@ def _written(tokenizer: Any, conversation: Conversation, remarks: Remarks) -> Co
         remarks.add("whose tools the chat template does not write", conversation.where)
     if _have(conversation, "reasoning_content") and not matters(_without("reasoning_content")):
         remarks.add("whose reasoning the chat template does not write", conversation.where)
-    if _have(conversation, "name") and not matters(_without("name")):
+    named = any(message.get("name") and message["role"] != "tool" for message in conversation.messages)
+    if named and not matters(_without("name")):
         remarks.add("whose names the chat template does not write", conversation.where)
     for role in ("system", "user", "tool"):
         said = [message["content"].strip() for message in conversation.messages if message["role"] == role]
@@ -260,18 +272,34 @@ def _other_words(role: str) -> Callable[[Conversation], Conversation]:
     return change
 
 
-def _marked(rendering: _Rendering, text: str, turns: Sequence[int]) -> tuple[list[int], list[bool]]:
+def _marked(rendering: _Rendering, text: str, turns: Sequence[int]) -> tuple[list[int], list[bool], bool]:
     """Tokens of ``text`` and those between the template's markers that are of ``turns``."""
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     marked = rendering.applied(turns[-1] + 1, **options)
     encoded = rendering.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     starts = [_shared(rendering.up_to(at), text) for at in turns]
-    regions = [(start, len(rendering.up_to(at + 1))) for start, at in zip(starts, turns, strict=True)]
+    regions = [(start, rendering.end(at, start)) for start, at in zip(starts, turns, strict=True)]
     inside = [
         any(first <= start and end <= last for first, last in regions) for start, end in encoded["offset_mapping"]
     ]
     ids, mask = list(marked["input_ids"]), marked["assistant_masks"]
-    return ids, [bool(mark) and there for mark, there in zip(mask, inside, strict=True)]
+    return ids, [bool(mark) and there for mark, there in zip(mask, inside, strict=True)], False
+
+
+def _as_text(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose calls have their arguments as JSON."""
+    found = []
+    for message in messages:
+        calls = [
+            call
+            | {
+                "function": call["function"]
+                | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
+            }
+            for call in message.get("tool_calls", ())
+        ]
+        found.append(message | {"tool_calls": calls} if calls else message)
+    return found
 
 
 def _shared(one: str, other: str) -> int:
@@ -282,17 +310,19 @@ def _shared(one: str, other: str) -> int:
 def _encode_raw(tokenizer: Any, conversation: Conversation) -> Spoken:
     prompt, completion = (message["content"] for message in conversation.messages)
     text, span = prompt + completion, (len(prompt), len(prompt) + len(completion))
-    ids, target = _tokens(tokenizer, text, [span], special=True)
+    ids, target, cut = _tokens(tokenizer, text, [span], special=True)
     end = tokenizer.eos_token_id
     if end is None or ids[-1] == end:
         target = [*target[:-1], end is not None or target[-1]]
     else:
         ids, target = [*ids, end], [*target, True]
-    return Spoken(ids, target, conversation.where)
+    return Spoken(ids, target, cut, conversation.where)
 
 
-def _tokens(tokenizer: Any, text: str, spans: Sequence[Span], special: bool = False) -> tuple[list[int], list[bool]]:
-    """Tokens of ``text``, and which lie in ``spans``. Where a token would reach over the border of a span, the text is cut
+def _tokens(
+    tokenizer: Any, text: str, spans: Sequence[Span], special: bool = False
+) -> tuple[list[int], list[bool], bool]:
+    """Tokens of ``text``, which lie in ``spans``, and whether it had to be cut. Where a token would reach over the border of a span, the text is cut
     there, as generation cuts it: the prompt is read first, and then the model speaks."""
 
     def ids(part: str, special: bool = False) -> list[int]:
@@ -301,16 +331,17 @@ def _tokens(tokenizer: Any, text: str, spans: Sequence[Span], special: bool = Fa
     body, borders = ids(text), [border for span in spans for border in span]
     pieces = [ids(text[start:end]) for start, end in pairwise([0, *borders, len(text)])]
     flags = [at % 2 == 1 for at, piece in enumerate(pieces) for _ in piece]
-    if (flat := [token for piece in pieces for token in piece]) != body:
+    flat = [token for piece in pieces for token in piece]
+    cut = flat != body
+    if cut:
         heads = [ids(text[:border]) for border in borders]
-        if all(
-            body[: len(head)] == head for head in heads
-        ):  # it is the cut that changes tokens, as where each text gets a space
+        if all(body[: len(head)] == head for head in heads):  # tokens are clean there; it is the cut that changes them
             sizes = [0, *map(len, heads), len(body)]
-            flags, flat = [at % 2 == 1 for at, (a, b) in enumerate(pairwise(sizes)) for _ in range(b - a)], body
+            flags = [at % 2 == 1 for at, (start, end) in enumerate(pairwise(sizes)) for _ in range(end - start)]
+            flat, cut = body, False
     if special:  # what the tokenizer puts before a text, and after it
         around = ids(text, special=True)
         lead = next((at for at in range(len(around) - len(body) + 1) if around[at : at + len(body)] == body), 0)
         tail = around[lead + len(body) :]
         flat, flags = [*around[:lead], *flat, *tail], [*[False] * lead, *flags, *[False] * len(tail)]
-    return flat, flags
+    return flat, flags, cut

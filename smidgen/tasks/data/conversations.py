@@ -12,7 +12,7 @@ from typing import Any
 
 from smidgen.errors import DataError, did_you_mean
 from smidgen.tasks.data import splits
-from smidgen.tasks.data.messages import Message, Unread, read_messages, read_tools, says, text_of
+from smidgen.tasks.data.messages import Message, Places, read_messages, read_tools, says, text_of
 from smidgen.tasks.data.tables import Row, counted, read_splits, structured
 
 CHATS = ("messages", "conversations", "conversation")
@@ -74,7 +74,7 @@ def read_conversations(path: Path, held_out: float, most: int | None = None) -> 
 
 def _usable(rows: Sequence[Row], split: str, warnings: list[str]) -> list[Conversation]:
     layout = _layout(rows)
-    unread = Unread()
+    unread = Places()
     kept: list[Conversation] = []
     silent: list[str] = []
     empty: list[str] = []
@@ -114,7 +114,7 @@ def _layout(rows: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-def _conversation(row: Row, layout: tuple[str, ...], unread: Unread) -> Conversation:
+def _conversation(row: Row, layout: tuple[str, ...], unread: Places) -> Conversation:
     values, where = row.values, row.where
     more = ("system", "tools", "functions") if len(layout) == 1 else PAIRS[layout]  # type: ignore[index]
     for name, value in values.items():

@@ -207,10 +207,14 @@ def _warnings(train: Sequence[tuple[str, ...]], several: bool) -> list[str]:
     found = Counter(label for labels in train for label in labels)
     alike: dict[str, list[str]] = {}
     for name in found:
-        key = name if _is_whole(name) else re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())
+        key = (
+            str(int(name))
+            if _is_whole(name)
+            else re.sub(r"[\s_\-]+", "", unicodedata.normalize("NFKC", name).casefold())
+        )
         alike.setdefault(key, []).append(name)
     warnings = [
-        f"Labels that differ in case or spacing alone are classes of their own: "
+        f"Labels that differ in case, spacing or leading zeros alone are classes of their own: "
         f"{', '.join(f'{name!r} ({found[name]:,})' for name in sorted(names))}. Spell them alike if they mean the same."
         for names in alike.values()
         if len(names) > 1
@@ -220,6 +224,13 @@ def _warnings(train: Sequence[tuple[str, ...]], several: bool) -> list[str]:
         for name in found
         if name.casefold() in DOUBTFUL
     ]
+    always = [name for name, count in found.items() if several and count == len(train)]
+    if always:
+        warnings.append(
+            counted("class", always, "that every example of train has: nothing is learnt of it").replace(
+                "classs", "classes"
+            )
+        )
     if several and all(len(labels) == 1 for labels in train):
         warnings.append(
             "Every example of train has one label alone, in a list: trained as multi-label. Take it out of the list to train a choice of one."

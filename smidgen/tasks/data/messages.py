@@ -25,8 +25,8 @@ Message = dict[str, Any]
 
 
 @dataclass
-class Unread:
-    """What rows hold that nothing reads: their places by what it is."""
+class Places:
+    """Rows by what is to be said of them, each once."""
 
     found: dict[str, list[str]] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ class Unread:
             places.append(where)
 
 
-def read_messages(value: Any, where: str, unread: Unread) -> tuple[tuple[Message, ...], frozenset[int]]:
+def read_messages(value: Any, where: str, unread: Places) -> tuple[tuple[Message, ...], frozenset[int]]:
     """The messages of a row, and which of them are not to be learnt: those of weight 0.
 
     Raises DataError with row and message for what is none.
@@ -83,7 +83,7 @@ def read_tools(value: Any, where: str) -> list[Any] | None:
     ]
 
 
-def _message(value: Any, what: str, where: str, unread: Unread) -> tuple[Message, bool]:
+def _message(value: Any, what: str, where: str, unread: Places) -> tuple[Message, bool]:
     if not isinstance(value, dict):
         raise DataError(f"{what} must have role and content, not {str(value)[:60]!r}.")
     left = {key: part for key, part in value.items() if part is not None}
