@@ -204,6 +204,22 @@ def test_several_labels_are_predicted_reported_and_reloaded(tmp_path, method):
         }
 
 
+def test_several_labels_of_pictures(tmp_path):
+    rows = []
+    for number, (_, name, content) in enumerate(debug.squares()):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.png").write_bytes(content)
+        rows.append({"file_name": f"{name}.png", "label": ["warm"] * (number % 2) + ["wet"] * (number % 3 == 0)})
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    made = config("image", tmp_path / "out")
+    made = replace(made, data=replace(made.data, path=str(tmp_path / "data"), class_weights="balanced"))
+    report = run("image", made)
+    assert report.problem == "multi_label_classification" and report.labels == ("warm", "wet")
+    prepared = image_classification.prepare(made)
+    assert prepared.task.batch(0)["labels"].shape == (8, 2) and prepared.task.weights.shape == (2,)
+    _comes_back(prepared, tmp_path / "out", report)
+
+
 def test_balanced_classes_change_what_is_learnt_but_not_the_scores_meaning(tmp_path):
     made = config("text", tmp_path / "out")
     plain, balanced = (

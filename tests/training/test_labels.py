@@ -62,7 +62,7 @@ def test_labels_that_are_refused(values, message):
 
 
 def test_a_label_that_train_lacks_is_named_with_its_row():
-    with pytest.raises(DataError, match=r"test row 1 \(test\) has the label 'z', which no row of train has"):
+    with pytest.raises(DataError, match=r"test row 1 \(test\) has the label 'z', which train has not"):
         labels(["x"], ["y"], test=["x", "z"])
 
 

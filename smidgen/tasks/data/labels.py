@@ -183,7 +183,8 @@ def _classes(train: Sequence[tuple[str, ...]], several: bool, column: str | None
 def _check_varied(train: Sequence[tuple[str, ...]], column: str | None) -> None:
     if len(set(train)) < 2:
         what = f"the label {'+'.join(train[0])!r}" if train[0] else "no label"
-        raise DataError(f"Every row of train has {what}{_of(column)}: there is nothing to learn.")
+        noun = "row" if column else "picture"
+        raise DataError(f"Every {noun} of train has {what}{_of(column)}: there is nothing to learn.")
 
 
 def _check_count(names: Sequence[str], rows: int, column: str | None) -> None:
@@ -198,7 +199,7 @@ def _check_known(labels: Sequence[str], number: Mapping[str, int], split: str, w
     for label in labels:
         if label not in number:
             raise DataError(
-                f"{where} ({split}) has the label {label!r}, which no row of train has.{did_you_mean(label, number)} Train "
+                f"{where} ({split}) has the label {label!r}, which train has not.{did_you_mean(label, number)} Train "
                 f"knows {', '.join(list(number)[:20])}."
             )
 

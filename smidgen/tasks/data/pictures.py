@@ -6,12 +6,14 @@ A broken picture is left out and named; what cannot be learnt from is an error.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smidgen.errors import DataError
 from smidgen.tasks.data import images, splits
+from smidgen.tasks.data.labels import Label, Labels, classes_of, is_missing, lacking, read_labels
 from smidgen.tasks.data.tables import Row, column, counted, read_rows, split_of
 
 SMALLEST = 8  # pixels on the shorter side
@@ -20,10 +22,11 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 @dataclass(frozen=True)
 class LabelledPicture:
-    """One picture: its file, its class number, and the digest of its pixels as the model will see them."""
+    """One picture: its file, its class number or those that hold, and the digest of its pixels as the model will see
+    them."""
 
     path: Path
-    label: int
+    label: Label
     digest: str
     where: str
 
@@ -58,33 +61,39 @@ def read_pictures(
         )
     if not listed.get("train"):
         raise DataError(f"{folder} has no train split; it has {', '.join(listed)}.")
-    labels = _classes(listed["train"])
+    known = _labels(folder, listed, label_column)
+    warnings += known.warnings
     total = sum(map(len, listed.values()))
     kept: dict[Path, Tensor] | None = {} if total * 3 * resolution**2 <= memory else None
     found = {
-        split: _open(pairs, labels, split, folder, resolution, kept, warnings)
+        split: _open(pairs, known.values[split], split, folder, resolution, kept, warnings)
         for split, pairs in listed.items()
         if pairs
     }
-    complete = splits.complete(found, lambda picture: picture.digest, held_out, most)
+    complete = splits.complete(
+        found, lambda picture: picture.digest, held_out, most, lambda picture: classes_of(picture.label)
+    )
     warnings += splits.leaks(complete, lambda picture: picture.digest, lambda picture: picture.where)
     if len({picture.label for picture in complete["train"]}) < 2:
-        raise DataError(f"Train has pictures of one class only, of {len(labels)}. Give more, or validation and test.")
+        raise DataError(
+            f"Train has pictures of one class only, of {len(known.names)}. Give more, or validation and test."
+        )
+    warnings += lacking({split: [one.label for one in some] for split, some in complete.items()}, known.names)
 
     def pixels(picture: LabelledPicture) -> Tensor:
         return _pixels(picture.path, resolution) if kept is None else kept[picture.path]
 
-    return Pictures(complete, labels, tuple(warnings), pixels)
+    return Pictures(complete, known.names, tuple(warnings), pixels, known.several)
 
 
 def count_labels(pictures: Sequence[LabelledPicture], labels: Sequence[str]) -> Mapping[str, int]:
     """How many pictures each class has."""
-    found = [picture.label for picture in pictures]
+    found = [at for picture in pictures for at in classes_of(picture.label)]
     return {label: found.count(at) for at, label in enumerate(labels)}
 
 
-def _listed(folder: Path, label_column: str, warnings: list[str]) -> dict[str, list[tuple[Path, str]]]:
-    """(file, label's name) by split."""
+def _listed(folder: Path, label_column: str, warnings: list[str]) -> dict[str, list[tuple[Path, Any]]]:
+    """(file, label as it is written) by split."""
     metadata = _metadata(folder)
     if metadata is not None:
         return {"train": _from_metadata(metadata, label_column, warnings)}
@@ -95,7 +104,7 @@ def _listed(folder: Path, label_column: str, warnings: list[str]) -> dict[str, l
     strange = [path.name for path in inner if path not in named]
     if strange:
         warnings.append(counted("folder", strange, "beside the splits and left out"))
-    found: dict[str, list[tuple[Path, str]]] = {}
+    found: dict[str, list[tuple[Path, Any]]] = {}
     for path in named:
         own = _metadata(path)
         pairs = _from_metadata(own, label_column, warnings) if own else _from_class_folders(path, warnings)
@@ -103,7 +112,7 @@ def _listed(folder: Path, label_column: str, warnings: list[str]) -> dict[str, l
     return found
 
 
-def _from_class_folders(folder: Path, warnings: list[str]) -> list[tuple[Path, str]]:
+def _from_class_folders(folder: Path, warnings: list[str]) -> list[tuple[Path, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
     parts = [(path, path.relative_to(folder).parts) for path in files]
     parts = [(path, part) for path, part in parts if not any(name.startswith(".") for name in part)]
@@ -113,13 +122,13 @@ def _from_class_folders(folder: Path, warnings: list[str]) -> list[tuple[Path, s
     return [(path, part[0]) for path, part in parts if len(part) > 1]
 
 
-def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> list[tuple[Path, str]]:
+def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> list[tuple[Path, Any]]:
     rows = read_rows(metadata, warnings)
     if not rows:
         raise DataError(f"{metadata} is empty.")
     column(rows, "file_name", "data with file_name")
     column(rows, label_column, "label-column")
-    bare = [row for row in rows if row.values.get(label_column) in (None, "")]
+    bare = [row for row in rows if is_missing(row.values.get(label_column))]
     if bare:
         warnings.append(counted("row", [row.where for row in bare], f"of {metadata.name} without a label, left out"))
     missing = [row for row in rows if not _file(metadata, row).is_file()]
@@ -127,7 +136,7 @@ def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> li
         names = [str(row.values["file_name"]) for row in missing]
         raise DataError(counted("picture", names, f"named in {metadata.name} but not in the folder"))
     out = {row.where for row in bare}
-    return [(_file(metadata, row), str(row.values[label_column])) for row in rows if row.where not in out]
+    return [(_file(metadata, row), row.values[label_column]) for row in rows if row.where not in out]
 
 
 def _file(metadata: Path, row: Row) -> Path:
@@ -138,31 +147,29 @@ def _metadata(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-def _classes(pairs: Sequence[tuple[Path, str]]) -> tuple[str, ...]:
-    names = {label for _, label in pairs}
-    if len(names) < 2:
-        raise DataError(f"Every picture of train has the label {min(names)!r}: there is nothing to learn.")
-    whole = all(name.isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if whole else 0, name)))
+def _labels(folder: Path, listed: Mapping[str, Sequence[tuple[Path, Any]]], column: str) -> Labels:
+    """The labels by the rule that texts have too; names of folders are taken as they are."""
+    cells = {
+        split: [(label, path.relative_to(folder).as_posix()) for path, label in pairs]
+        for split, pairs in listed.items()
+        if pairs
+    }
+    named = all(label in path.parts for pairs in listed.values() for path, label in pairs if isinstance(label, str))
+    words = all(isinstance(label, str) for pairs in listed.values() for _, label in pairs)
+    return read_labels(cells, None if named and words else column)
 
 
 def _open(
-    pairs: Sequence[tuple[Path, str]],
-    labels: Sequence[str],
+    pairs: Sequence[tuple[Path, Any]],
+    labels: Sequence[Label],
     split: str,
     folder: Path,
     resolution: int,
     kept: dict[Path, Tensor] | None,
     warnings: list[str],
 ) -> list[LabelledPicture]:
-    number = {label: at for at, label in enumerate(labels)}
-    unknown = sorted({label for _, label in pairs if label not in number})
-    if unknown:
-        raise DataError(
-            f"The {split} split has the label {unknown[0]!r}, which train has not. Train has {', '.join(labels[:20])}."
-        )
     found, broken = [], []
-    for path, label in pairs:
+    for (path, _), label in zip(pairs, labels, strict=True):
         where = path.relative_to(folder).as_posix()
         try:
             pixels = _pixels(path, resolution)
@@ -172,7 +179,7 @@ def _open(
         if kept is not None:
             kept[path] = pixels
         digest = splits.digest(pixels.numpy().tobytes())
-        found.append(LabelledPicture(path, number[label], digest, where))
+        found.append(LabelledPicture(path, label, digest, where))
     if not found:
         raise DataError(f"No picture of {split} can be read: {'; '.join(broken[:8])}.")
     if broken:
