@@ -106,7 +106,12 @@ def _say_gaps(model: nn.Module, adapter_name: str, chosen_here: bool) -> None:
     found = coverage(model, adapter_name)
     said = gaps(found) if chosen_here else []
     if found.fused >= SMALL:
-        said.append(f"{found.fused:.0%} of the parameters are in fused weights (experts), which carry no adapter")
+        said.append(f"{found.fused:.0%} of the parameters are in weights that belong to no layer, which carry no adapter")
+    if found.experts >= SMALL:
+        said.append(
+            f"{found.experts:.0%} of the parameters are in fused experts, which are adapted when they are named: add "
+            f"{' or '.join(map(repr, sorted(found.owners)))} to target_modules"
+        )
     if said:
         logger.warning(
             "The %s targets reach %d of %d layers of this %s, %.1f%% of its parameters: %s.%s",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smidgen.adapters import api
 from smidgen.adapters.tuner import calls
 from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
     adapted_layers,
@@ -65,6 +66,11 @@ class Bank:
         self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
         if not self.layers:
             raise SmidgenError("The model carries no adapted layer; call smidgen.adapt or smidgen.load first.")
+        if fused := [name for name, layer in self.layers.items() if is_stack(layer)]:
+            raise SmidgenError(
+                f"A bank cannot hold adapters on fused experts ({fused[0]!r}): tokens of one row go to several experts, and an "
+                "expert's weight is one for the whole batch. Adapt other layers, or run one adapter at a time."
+            )
         self._places = {name: i for i, name in enumerate(names)}
         self._filled: set[str] = set()
         self.size = max(len(names), 1)
@@ -338,8 +344,8 @@ class Bank:
         """The same of an adapter folder; the base is checked against the file's lock once for each lock."""
         own, packed = api.read_adapter(path)
         for target, layer in self.layers.items():
-            transform, residual, _ = members_of(own, layer.get_base_layer(), target)
-            if reason := _unlike(self.slots[target], transform, residual):
+            members = members_of(own, layer.get_base_layer(), target)
+            if reason := _unlike(self.slots[target], members.transform, members.residual):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         lock = json.dumps(own.base_lock, sort_keys=True)
         checked = replace(own, base_lock=None) if lock in self._locks else own

@@ -2,7 +2,7 @@
 
 A config of this library is counted from geometry alone, N = sum over target modules of
 
-    groups * count(transform) + count(residual)          (each member's docstring has its formula)
+    groups * count(transform) + count(residual)          (each member's docstring has its formula; experts * both)
 
 and any other peft config by letting peft put it into a copy of the model without storage. Heads (``modules_to_save``)
 are not part of an adapter and not counted; biases and embeddings that an adapter itself trains are.
@@ -23,6 +23,7 @@ from torch import nn
 from smidgen.adapters.api import default_targets
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.config import config as make_config
+from smidgen.adapters.tuner.experts import close_stacks
 from smidgen.adapters.tuner.peft_bridge import matched_layers, members_of
 from smidgen.adapters.tuner.targets import check_layer, parse_energy
 from smidgen.errors import ConfigError
@@ -82,8 +83,7 @@ def _count_members(model: nn.Module, config: SmidgenConfig) -> int:
 def _count_at(config: SmidgenConfig, target: str, layer: nn.Module) -> int:
     """Trained numbers at one target."""
     check_layer(target, layer)
-    transform, residual, groups = members_of(config, layer, target)
-    return (groups * transform.count() if transform else 0) + (residual.count() if residual else 0)
+    return members_of(config, layer, target).count()
 
 
 def _refuse_energy(config: SmidgenConfig, chosen: Iterable[str]) -> None:
@@ -137,6 +137,7 @@ def _without_storage(model: nn.Module) -> nn.Module:
         if isinstance(layer, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
             setattr(bare.get_submodule(parent), child, layer.get_base_layer())
+    close_stacks(bare)
     if "peft_config" in bare.__dict__:
         del bare.peft_config
     return bare

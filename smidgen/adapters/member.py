@@ -93,8 +93,8 @@ class Factors(NamedTuple):
     down: Tensor
 
     def dense(self) -> Tensor:
-        """D [rows, cols]."""
-        up = self.up if self.diagonal is None else self.up * self.diagonal
+        """D [rows, cols]; of factors that lead with an axis [experts], one D each."""
+        up = self.up if self.diagonal is None else self.up * self.diagonal[..., None, :]
         return up @ self.down
 
 

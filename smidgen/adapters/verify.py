@@ -24,6 +24,7 @@ from smidgen.adapters.tuner import bypass
 from smidgen.adapters.tuner.canary import delta_error, delta_sketches, read_canary
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
 from smidgen.adapters.tuner.coverage import Coverage, coverage
+from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
 from smidgen.adapters.tuner.peft_bridge import (
     AdaptedLayer,
@@ -394,6 +395,8 @@ def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     """(relative error of the layer's output shift on a fixed probe against x @ delta^T, what its dtype allows)."""
     base: Any = layer.base_layer
     weight = layer._original()
+    if is_stack(layer):
+        return _weight_error(layer, name, weight)
     dtype = _computes_in(base, weight)
     x = probe(layer).to(weight.device, dtype)
     delta = layer.delta_matrix(name).float()
@@ -412,6 +415,20 @@ def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     if size <= rounding:
         return 0.0, 1.0
     return float((found - expected).norm()) / size, OUTPUT_ERROR.get(dtype, 0.05) + rounding / size
+
+
+def _weight_error(layer: AdaptedLayer, name: str, weight: Tensor) -> tuple[float, float]:
+    """The same of fused experts: of what is added to their weight."""
+    delta, strength = layer.kind.unmatrix(layer.delta_matrix(name).float(), layer.base_layer), layer.scaling[name]
+    layer.scaling[name] = 1.0
+    try:
+        found = layer.shifted_weight([name]).float() - weight.float()
+    finally:
+        layer.scaling[name] = strength
+    size, rounding = float(delta.norm()), torch.finfo(weight.dtype).eps * float(weight.float().norm())
+    if size <= rounding:
+        return 0.0, 1.0
+    return float((found - delta).norm()) / size, OUTPUT_ERROR.get(weight.dtype, 0.05) + rounding / size
 
 
 def _computes_in(base: Any, weight: Tensor) -> torch.dtype:

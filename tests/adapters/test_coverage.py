@@ -72,7 +72,7 @@ def warning(model: nn.Module, caplog: pytest.LogCaptureFixture, **options: objec
 
 def test_a_hybrid_of_which_attention_is_one_block_in_four(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny("Qwen3-Next")
-    assert "fused weights" in warning(model, caplog) and "blocks hold" not in caplog.text
+    assert "in fused experts" in warning(model, caplog) and "blocks hold" not in caplog.text
     smidgen.adapt(model, "lora", "attention", r=2, target_modules=["q_proj", "v_proj"])
     assert gaps(coverage(model, "attention")) == ["model.layers: 1 of 4 blocks hold an adapted layer"]
 
@@ -93,9 +93,9 @@ def test_experts_in_one_tensor(caplog: pytest.LogCaptureFixture) -> None:
     if not any(p.dim() == 3 for p in model.parameters()):
         pytest.skip("experts are layers in this transformers")
     share = experts / sum(p.numel() for p in model.parameters())
-    assert f"{share:.0%} of the parameters are in fused weights (experts)" in warning(
-        model, caplog, target_modules="all-linear"
-    )
+    said = warning(model, caplog, target_modules="all-linear")
+    assert f"{share:.0%} of the parameters are in fused experts" in said and "add 'experts' to target_modules" in said
+    assert "fused" not in warning(tiny("Qwen3-MoE"), caplog, target_modules=["q_proj", "experts"]).replace(said, "")
 
 
 @pytest.mark.parametrize("name", ["BERT", "Llama", "wav2vec2", "Stable Diffusion", "FLUX.2"])

@@ -8,7 +8,7 @@ from torch import nn
 import smidgen
 from benchmarks import tiny_models
 from smidgen.adapters.tuner.coverage import coverage
-from smidgen.adapters.tuner.defaults import shortest_names
+from smidgen.adapters.tuner.targets import shortest_names
 from smidgen.errors import TargetError
 
 from .test_coverage import tiny

@@ -8,6 +8,7 @@ from math import prod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from smidgen.adapters.tuner import experts
 from smidgen.adapters.tuner.kinds import kind_of
 
 _WRAP = "base_model.model."
@@ -45,7 +46,8 @@ class Coverage:
         entries: names of layers that are adapted; ``share`` is that of the adapted ones.
         layers, there: layers adapted, and all that could be.
         share: share of the model's parameters in adapted layers; left: in layers that could be adapted and are not;
-            fused: in weights that belong to no layer, such as experts in one tensor, which no adapter can be put on.
+            experts: in fused experts that are not adapted (a part of ``left``); owners: ends of the names of the modules that own
+            them; fused: in weights of three axes that belong to no layer, which no adapter can be put on.
         stacks: the outermost lists of blocks.
     """
 
@@ -54,6 +56,8 @@ class Coverage:
     there: int = 0
     share: float = 0.0
     left: float = 0.0
+    experts: float = 0.0
+    owners: set[str] = field(default_factory=set)
     fused: float = 0.0
     stacks: list[Stack] = field(default_factory=list)
 
@@ -76,7 +80,8 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
     }
     found, entries = Coverage(), dict[str, Entry]()
     total, sizes, owned, seen = 0, dict[str, int](), dict[str, int](), set[int]()
-    for name, module in base_modules(model):
+    named: list[tuple[str, nn.Module]] = [*experts.stacks(model).items(), *base_modules(model)]
+    for name, module in named:
         inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         own = 0
         for parameter in inner.parameters(recurse=False):
@@ -84,18 +89,20 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
                 seen.add(id(parameter))
                 own += parameter.numel()
                 layered = isinstance(inner, nn.modules.conv._ConvNd) or ".parametrizations." in f".{name}."
-                fused = parameter.dim() > 2 and parameter.shape[0] > 1 and not layered
+                fused = parameter.dim() > 2 and parameter.shape[0] > 1 and not layered and not experts.is_stack(inner)
                 found.fused += parameter.numel() if fused else 0
         kind = kind_of(inner)
         if kind is not None:
-            geometry = kind.geometry(inner)
-            own = max(own, prod(geometry[1:3])) if own else 0  # a packed weight stands for more numbers than it holds
+            own = max(own, prod(kind.geometry(inner)[1:3])) if own else 0  # a packed weight stands for more numbers than it holds
             sizes[name] = own
             entry = entries.setdefault(entry_of(name), Entry(entry_of(name)))
             entry.there += 1
             if name in adapted:
                 entry.matched += 1
                 entry.share += own
+            elif experts.is_stack(inner):
+                found.experts += own
+                found.owners.add(name.rpartition(".")[0].rpartition(".")[2] or name)
         owned[name] = own
         total += own
     total = max(total, 1)
@@ -105,6 +112,7 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
         entry.share /= total
     found.share = sum(entry.share for entry in found.entries)
     found.left = sum(size for name, size in sizes.items() if name not in adapted) / total
+    found.experts /= total
     found.fused /= total
     found.stacks = _stacks(model, adapted, sizes, owned, total)
     return found
@@ -157,12 +165,13 @@ def _blocks(module: nn.Module) -> list[str]:
 def _stacks(
     model: nn.Module, adapted: set[str], sizes: dict[str, int], owned: dict[str, int], total: int
 ) -> list[Stack]:
-    modules, out = dict(base_modules(model)), []
+    convolutions = {name for name, module in base_modules(model) if is_convolution(module)}
+    out = []
     for start, names in blocks_of(model).items():
         inside = {n: size for n, size in sizes.items() if n.startswith(start)}
         blocks = {n[len(start) :].partition(".")[0] for n in inside}.intersection(names)
         touched = {n[len(start) :].partition(".")[0] for n in adapted if n.startswith(start)}
-        conv = sum(size for n, size in inside.items() if is_convolution(modules[n]))
+        conv = sum(size for n, size in inside.items() if n in convolutions)
         share = sum(size for n, size in owned.items() if n.startswith(start)) / total
         if len(blocks) > 1:
             out.append(Stack(start.rstrip("."), len(touched), len(blocks), share, 2 * conv > sum(inside.values())))

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from smidgen.adapters.tuner.bypass import bypassed
 from smidgen.adapters.tuner.coverage import base_modules, blocks_of, is_tower
+from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.kinds import kind_of
+from smidgen.adapters.tuner.targets import shortest_names
 from smidgen.errors import TargetError
 
 _TEXT_STREAM = ("to_q_t", "to_k_t", "to_v_t", "to_out_t")  # HiDream's own words for the four before it
@@ -74,7 +77,8 @@ def default_targets(model: nn.Module) -> set[str]:
         ['q_proj', 'v_proj']
     """
     modules = dict(base_modules(model))
-    layers = {n: m for n, m in modules.items() if n and kind_of(m) is not None and bypassed(model, n) is None}
+    layers = {n: inner for n, m in modules.items() if n and kind_of(inner := _inner(m)) and not is_stack(inner)}
+    layers = {n: m for n, m in layers.items() if bypassed(model, n) is None}
     blocks = main_blocks(model, modules, layers)
     towers = _left_out(model, modules)
     known = [found for names, more in CONVENTIONS if (found := _known(names, more, layers, towers))]
@@ -89,6 +93,10 @@ def default_targets(model: nn.Module) -> set[str]:
         f"A {type(model).__name__} has no attention projections of a known name and no repeated blocks; name "
         f"target_modules. Modules end in: {', '.join(ends[:20])}."
     )
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _known(
@@ -151,25 +159,3 @@ def _left_out(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, ...
     stacks = list(blocks_of(model))
     towers = tuple(start for start in stacks if is_tower(start))
     return towers if len(towers) < len(stacks) else ()
-
-
-def shortest_names(chosen: set[str], modules: Iterable[str]) -> set[str]:
-    """Ends of names, as short as possible, that match exactly the ``chosen`` of all ``modules``.
-
-    Example:
-        >>> sorted(shortest_names({"a.0.q", "b.0.q", "a.0.out.0"}, ["a.0.q", "b.0.q", "a.0.out.0", "b.0"]))
-        ['out.0', 'q']
-    """
-    paths = {name: name.split(".") for name in modules if name}
-    entries, left = set(), set(chosen)
-    for depth in range(1, max(map(len, paths.values()), default=0) + 1):
-        hits: dict[str, set[str]] = {}
-        for name, path in paths.items():
-            if len(path) >= depth:
-                hits.setdefault(".".join(path[-depth:]), set()).add(name)
-        for end, names in hits.items():
-            one_of_many = len(names) == 1 and any(part.isdigit() for part in end.split("."))
-            if names & left and names <= chosen and not end[0].isdigit() and not one_of_many:
-                entries.add(end)
-                left -= names
-    return entries | left

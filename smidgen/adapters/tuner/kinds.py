@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from smidgen.adapters.member import Factors
+from smidgen.adapters.tuner.experts import ExpertStack
 from smidgen.adapters.tuner.rows import LowRankShift
 
 Map = Callable[[Tensor], Tensor]
@@ -158,13 +159,39 @@ class Conv2dKind:
         return y + self.output_shift(factors, x, layer).to(y.dtype)
 
 
-Kind = LinearKind | Conv2dKind
+class ExpertsKind:
+    """Fused experts (:class:`~smidgen.adapters.tuner.experts.ExpertStack`): [experts, out, in], each expert its own T and D.
 
-_LINEAR, _CONV1D, _CONV2D = LinearKind(), Conv1DKind(), Conv2dKind()
+    There are no activations to act on; the layer gives its owner the weight W T + D.
+    """
+
+    name = "experts"
+
+    def geometry(self, layer: Layer) -> tuple[int, int, int, int]:
+        """(width, rows, cols) of one expert, and how many there are."""
+        experts, rows, cols = self.matrix(layer.weight, layer).shape
+        return cols, rows, cols, experts
+
+    def matrix(self, weight: Tensor, layer: Layer) -> Tensor:
+        """The weight as [experts, rows, cols]."""
+        return weight.mT if layer.transposed else weight
+
+    def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
+        return matrix.mT if layer.transposed else matrix
+
+    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
+        return matrix @ excess
+
+
+Kind = LinearKind | Conv2dKind | ExpertsKind
+
+_LINEAR, _CONV1D, _CONV2D, _EXPERTS = LinearKind(), Conv1DKind(), Conv2dKind(), ExpertsKind()
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
     """The kind of a base layer, None when no kind fits. Subclasses and quantised forms of a class have its kind."""
+    if isinstance(layer, ExpertStack):
+        return _EXPERTS
     if isinstance(layer, nn.Conv2d):
         return _CONV2D
     if isinstance(layer, nn.Linear):
@@ -217,4 +244,4 @@ def _makes_weight(hook: Any) -> bool:
     )
 
 
-KIND_NAMES = ("nn.Linear", "transformers Conv1D", "nn.Conv2d and their subclasses and quantised forms")
+KIND_NAMES = ("nn.Linear", "transformers Conv1D", "nn.Conv2d and their subclasses and quantised forms", "fused experts")

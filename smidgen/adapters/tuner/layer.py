@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -235,6 +236,19 @@ class ShiftLayer(nn.Module):
             total = dense if total is None else total + dense.to(total.dtype)
         assert total is not None
         return total
+
+    def shifted_weight(self, names: Sequence[str]) -> Tensor:
+        """W + the deltas of the named adapters that this layer carries, in the weight's own layout and number format,
+        rounded once; W itself when nothing is to be added. Gradients flow to the trained numbers."""
+        original = self._original()
+        names = [name for name in names if name in self.smidgen_slots and self.scaling[name] != 0]
+        if not names:
+            return original
+        device = original.device.type
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
+            delta = sum(self.delta_weight(name) for name in names)
+            assert isinstance(delta, Tensor)
+            return (original.to(delta.dtype) + delta).to(original.dtype)
 
     def delta_weight(self, name: str) -> Tensor:
         """The update of an adapter in the base weight's own layout, with its strength."""

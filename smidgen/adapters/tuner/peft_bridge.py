@@ -34,13 +34,13 @@ from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packin
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import Residual, Transform
-from smidgen.adapters.tuner import bypass, calls, sharing, targets
+from smidgen.adapters.tuner import bypass, calls, experts, sharing, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
 from smidgen.adapters.tuner.shards import check_whole, whole
-from smidgen.adapters.tuner.slot import Slot, Spec, layout_of
+from smidgen.adapters.tuner.slot import Members, Slot, Spec, layout_of
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError
 
 logger = logging.getLogger("smidgen")
@@ -214,6 +214,27 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         return "smidgen." + super().__repr__()
 
 
+class AdaptedExperts(AdaptedLayer):
+    """Fused experts with adapters: called by the module that owns them, it gives the weight that its kernels are to use."""
+
+    def forward(self, *, adapter_names: Sequence[str] | None = None) -> Tensor:  # type: ignore[override]
+        if adapter_names is not None:
+            raise ValueError(
+                "Cannot pass `adapter_names` to adapters on fused experts: tokens of one row go to several experts, and an expert's "
+                "weight is one for the whole batch. Run one adapter at a time (smidgen.set_active)."
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer()  # type: ignore[no-any-return]
+        return self.shifted_weight(self.active_adapters)
+
+
+def adapted_layer(base: nn.Module) -> AdaptedLayer:
+    """A base layer, made ready for adapters."""
+    return (AdaptedExperts if isinstance(base, experts.ExpertStack) else AdaptedLayer)(base)
+
+
 class SmidgenModel(BaseTuner):
     """The tuner: puts any adapter of this library into a model. One tuner for all methods, so methods mix."""
 
@@ -233,6 +254,10 @@ class SmidgenModel(BaseTuner):
             members_of(peft_config, layer, name)
         if _all_linear(peft_config):
             peft_config.target_modules = set(chosen)
+        stacked = {name for name, layer in chosen.items() if isinstance(layer, experts.ExpertStack)}
+        if stacked:
+            peft_config.target_modules = _naming_stacks(peft_config, model, chosen, stacked)
+            experts.open_stacks(model, stacked)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -240,7 +265,10 @@ class SmidgenModel(BaseTuner):
         return ".parametrizations." not in key and BaseTuner._check_target_module_exists(peft_config, key)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            experts.close_stacks(model)
         sharing.follow(model)
         bypass.follow(model)
         for layer in adapted_layers(model, adapter_name).values():
@@ -256,13 +284,14 @@ class SmidgenModel(BaseTuner):
         base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         sharing.put_back(base, {id(layer): layer.get_base_layer() for layer in layers})
         sharing.settle(base)
+        experts.close_stacks(base)
         bypass.follow(base)
         return base
 
     def _create_and_replace(  # type: ignore[no-untyped-def,override]
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
-        layer = target if isinstance(target, AdaptedLayer) else AdaptedLayer(target)
+        layer = target if isinstance(target, AdaptedLayer) else adapted_layer(target)
         layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
         if peft_config.base_lock and peft_config.inference_mode:
             layer.smidgen_slots[adapter_name].await_file()  # type: ignore[operator]
@@ -379,17 +408,34 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
 
 
 def _outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by name, adapted ones as they are, without what is inside them."""
-    modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n}
+    """The modules of a model by name and its fused experts, adapted ones as they are, without what is inside them."""
+    modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n} | experts.stacks(model)
     inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
     return {n: m for n, m in modules.items() if not (inside and n.startswith(inside))}
 
 
 def _matches(config: Any, modules: dict[str, nn.Module], **changes: Any) -> dict[str, nn.Module]:
-    """The modules that a config's targets and what restricts them match."""
+    """The modules that a config's targets and what restricts them match; the owner of fused experts stands for them."""
     own = copy.copy(config)
     own.__dict__.update(changes)
-    return {n: m for n, m in modules.items() if SmidgenModel._check_target_module_exists(own, n)}
+    matched = {n: m for n, m in modules.items() if SmidgenModel._check_target_module_exists(own, n)}
+    fused = [n for n, m in modules.items() if experts.is_stack(m)]
+    for name in list(matched) if fused else ():
+        if owned := experts.inside(name, fused):
+            del matched[name]
+            matched |= {n: modules[n] for n in owned}
+    return matched
+
+
+def _naming_stacks(config: Any, model: nn.Module, chosen: dict[str, nn.Module], stacked: set[str]) -> set[str]:
+    """Targets that name fused experts themselves, where those of a config name the modules that own them."""
+    modules = _outside_adapters(model)
+    if isinstance(config.target_modules, str):
+        return set(chosen)
+    owners = {name.rpartition(".")[0] for name in stacked}
+    kept = {t for t in config.target_modules if not any(f".{owner}".endswith(f".{t}") for owner in owners)}
+    rest = chosen.keys() - _matches(config, modules, target_modules=kept).keys()
+    return kept | targets.shortest_names(set(rest), modules)
 
 
 def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Module) -> None:
@@ -455,7 +501,7 @@ def rest_of(parts: Mapping[str, Part], config: SmidgenConfig, targets: Collectio
         owner, _, key = name.rpartition(".")
         steps = owner.split(".")
         in_head = heads and any(".".join(steps[: i + 1]).endswith(heads) for i in range(len(steps)))
-        if not in_head and not (key == "weight" and owner in targets):
+        if not in_head and name not in targets and not (key == "weight" and owner in targets):
             found[name] = part
     return found
 
@@ -497,7 +543,7 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 seen.add(id(tensor))
                 if tensor.is_meta and weights is not None:
                     tensor = weights[key]
-                yield f"{name}{key}", tensor
+                yield name[:-1] if isinstance(module, experts.ExpertStack) else f"{name}{key}", tensor
         for key, child in module._modules.items():
             if child is not None:
                 yield from walk(child, f"{name}{key}.")
@@ -547,7 +593,7 @@ def _called(chosen: dict[str, nn.Module], model: nn.Module) -> dict[str, nn.Modu
 def _is_linear_target(module: nn.Module, model: nn.Module) -> bool:
     inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     kind = kind_of(inner)
-    if kind is None or kind.name == "conv2d":
+    if kind is None or kind.name in ("conv2d", "experts"):
         return False
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return inner is not head
@@ -555,16 +601,16 @@ def _is_linear_target(module: nn.Module, model: nn.Module) -> bool:
 
 def make_slot(config: SmidgenConfig, layer: nn.Module, target: str, size: int | None = None) -> Slot:
     """A fresh slot for a base layer; ``size`` adapters of a bank if given."""
-    return Slot(*members_of(config, layer, target), f"{config.seed}/{target}", config.store_factors, size)
+    return Slot(members_of(config, layer, target), f"{config.seed}/{target}", config.store_factors, size)
 
 
 def slot_layout(config: SmidgenConfig, layer: nn.Module, target: str) -> dict[str, Spec]:
     """What :func:`make_slot` would store, without making it."""
-    return layout_of(*members_of(config, layer, target), config.store_factors)
+    return layout_of(members_of(config, layer, target), config.store_factors)
 
 
-def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> tuple[Transform | None, Residual | None, int]:
-    """(transform, residual, groups) of a config at a base layer.
+def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
+    """The members of a config at a base layer.
 
     Raises:
         ConfigError: an option that has no meaning at this geometry.
@@ -584,7 +630,7 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> tuple[Tr
     except TypeError as error:
         given = config.transform_options | options
         raise ConfigError(f"An option of {config.label()} has a value of the wrong type: {given} ({error}).") from error
-    return *members, groups
+    return Members(*members, groups, stacked=kind.name == "experts")
 
 
 def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None:
@@ -592,8 +638,9 @@ def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None
     if not (isinstance(config.r, str) and config.r.startswith("energy:")):
         return
     share = targets.parse_energy(config.r, config.residual)
-    for name, matrix in base_matrices({n: m for n, m in chosen.items() if n not in config.rank_pattern}).items():
-        config.rank_pattern[name] = energy_rank(torch.linalg.svdvals(matrix.float()), share)
+    for name, matrix in ((n, _base_matrix(m)) for n, m in chosen.items() if n not in config.rank_pattern):
+        values = torch.linalg.svdvals(matrix.float()).reshape(-1, min(matrix.shape[-2:]))
+        config.rank_pattern[name] = max(energy_rank(own, share) for own in values)  # experts share one
 
 
 def check_mergeable(model: nn.Module, adapter_names: Sequence[str] | None = None) -> None:
@@ -613,12 +660,12 @@ def check_mergeable(model: nn.Module, adapter_names: Sequence[str] | None = None
 
 
 def base_matrices(layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Base weights [rows, cols] of layers (adapted or not) by name."""
-    out = {}
-    for name, layer in layers.items():
-        adapted = layer if isinstance(layer, AdaptedLayer) else AdaptedLayer(layer)
-        out[name] = adapted.base_matrix().detach()
-    return out
+    """Base weights [rows, cols] of layers (adapted or not) by name; those of experts one below the other."""
+    return {name: _base_matrix(layer).flatten(0, -2) for name, layer in layers.items()}
+
+
+def _base_matrix(layer: nn.Module) -> Tensor:
+    return (layer if isinstance(layer, AdaptedLayer) else adapted_layer(layer)).base_matrix().detach()
 
 
 def adapted_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, AdaptedLayer]:
@@ -713,7 +760,7 @@ def stamp(
 
     if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return
-    matrices = {n: layer.base_matrix(found.weights.get(n)) for n, layer in layers.items()}
+    matrices = {n: layer.base_matrix(found.weights.get(n)).flatten(0, -2) for n, layer in layers.items()}
     config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model, found), config, layers))
     config.canary = make_canary(layers, adapter_name, found)
 
@@ -860,6 +907,7 @@ def remove(model: nn.Module, adapter_name: str) -> None:
             setattr(parent, name.rpartition(".")[2], layer.base_layer)
             emptied[id(layer)] = layer.base_layer
     sharing.put_back(model, emptied)
+    experts.close_stacks(model)
     bypass.follow(model)
     for module in list(model.modules()):
         configs = module.__dict__.get("peft_config")

@@ -8,6 +8,8 @@ neither: whole numbers that what averages, broadcasts or casts a model's buffers
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +20,58 @@ from smidgen.errors import AdapterFileError
 Spec = tuple[tuple[int, ...], torch.dtype]
 
 
-def layout_of(
-    transform: Transform | None, residual: Residual | None, groups: int, store_factors: bool = False
-) -> dict[str, Spec]:
+class Members(NamedTuple):
+    """The members of an adapter at one layer.
+
+    Attributes:
+        transform, residual: either may be None.
+        groups: how many matrices the layer has: the groups of a convolution, or experts; above one the transform's
+            trained tensors have a leading axis [groups].
+        stacked: whether the residual's tensors have that axis too (experts), or it is one for the whole weight.
+    """
+
+    transform: Transform | None
+    residual: Residual | None
+    groups: int = 1
+    stacked: bool = False
+
+    def lead(self, prefix: str) -> tuple[int, ...]:
+        """The leading axis of a member's tensors."""
+        return (self.groups,) if self.groups > 1 and (prefix == "transform" or self.stacked) else ()
+
+    def each(self) -> list[tuple[str, Member]]:
+        """(prefix, member) of those that are there."""
+        return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
+
+    def count(self) -> int:
+        """Trained numbers."""
+        return sum(member.count() * prod(self.lead(prefix)) for prefix, member in self.each())
+
+
+def layout_of(members: Members, store_factors: bool = False) -> dict[str, Spec]:
     """Full name -> (shape, dtype) of everything a slot stores, without making any of it."""
     layout: dict[str, Spec] = {}
-    if transform is not None:
-        lead = (groups,) if groups > 1 else ()
-        layout |= {f"transform_{n}": ((*lead, *shape), torch.float32) for n, shape in transform.shapes().items()}
-    if residual is not None:
-        layout |= {f"residual_{n}": (shape, torch.float32) for n, shape in residual.shapes().items()}
-        layout |= {f"residual_{n}": spec for n, spec in pinned(residual, store_factors).items()}
+    for prefix, member in members.each():
+        lead = members.lead(prefix)
+        layout |= {f"{prefix}_{n}": ((*lead, *shape), torch.float32) for n, shape in member.shapes().items()}
+    if members.residual is not None:
+        found = pinned(members.residual, store_factors, members.lead("residual"))
+        layout |= {f"residual_{n}": spec for n, spec in found.items()}
     return layout
 
 
-def pinned(residual: Residual, store_factors: bool) -> dict[str, Spec]:
+def pinned(residual: Residual, store_factors: bool, lead: tuple[int, ...] = ()) -> dict[str, Spec]:
     """The frozen tensors of a residual that a file holds, by the residual's own names."""
     factors = residual.factor_shapes() if store_factors else {}
-    return residual.pins() | {name: (shape, torch.float32) for name, shape in factors.items()}
+    found = residual.pins() | {name: (shape, torch.float32) for name, shape in factors.items()}
+    return {name: ((*lead, *shape), dtype) for name, (shape, dtype) in found.items()}
 
 
 class Slot(nn.Module):
     """Tensors of one adapter at one layer.
 
     Args:
-        transform, residual: the members, either may be None.
-        groups: convolution groups; above one the transform's tensors have a leading axis [groups].
+        members: what it holds the tensors of.
         seed: text naming the adapter's seed and the target, for the start values.
         store_factors: keep the frozen factors among the stored tensors.
         size: number of adapters of a bank; every trained tensor then has a leading axis [size].
@@ -51,24 +79,23 @@ class Slot(nn.Module):
 
     def __init__(
         self,
-        transform: Transform | None,
-        residual: Residual | None,
-        groups: int,
+        members: Members,
         seed: str,
         store_factors: bool = False,
         size: int | None = None,
     ) -> None:
         super().__init__()
-        self.transform, self.residual, self.groups, self.size = transform, residual, groups, size
+        self.parts, self.size = members, size
+        self.transform, self.residual, self.groups, _ = members
         self.seed, self.store_factors = seed, store_factors
-        self.ready = residual is None or not residual.decomposes
+        self.ready = self.residual is None or not self.residual.decomposes
         for name, value in self.starts().items():
             value = value if size is None else value.expand(size, *value.shape)
             self.register_parameter(name, nn.Parameter(value.clone()))
         for prefix, member in self.members():
             for name, value in member.constants(f"{seed}/{prefix}").items():
                 self.register_buffer(f"{prefix}_{name}", value, persistent=False)
-        self.pins = () if residual is None else tuple(f"residual_{name}" for name in residual.pins())
+        self.pins = () if self.residual is None else tuple(f"residual_{n}" for n in self.residual.pins())
         for name, (shape, dtype) in self._pinned().items():
             if f"residual_{name}" in self.pins:  # gloo, and averages, know no uint16
                 setattr(self, f"residual_{name}", torch.zeros(shape, dtype=torch.int32))
@@ -79,13 +106,12 @@ class Slot(nn.Module):
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """(prefix, member) of the members that are there."""
-        return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
-
-    def _grouped(self, prefix: str, value: Tensor) -> Tensor:
-        return value.expand(self.groups, *value.shape) if prefix == "transform" and self.groups > 1 else value
+        return self.parts.each()
 
     def _pinned(self) -> dict[str, Spec]:
-        return {} if self.residual is None else pinned(self.residual, self.store_factors)
+        if self.residual is None:
+            return {}
+        return pinned(self.residual, self.store_factors, self.parts.lead("residual"))
 
     # ---- the tensors by name -------------------------------------------------------------------------------------
 
@@ -95,7 +121,7 @@ class Slot(nn.Module):
 
     def layout(self) -> dict[str, Spec]:
         """What a file holds of this slot, without a bank's leading axis."""
-        return layout_of(self.transform, self.residual, self.groups, self.store_factors)
+        return layout_of(self.parts, self.store_factors)
 
     def stored(self) -> dict[str, Tensor]:
         """What a file must hold: trained tensors and pins, by full name."""
@@ -155,7 +181,7 @@ class Slot(nn.Module):
     def starts(self) -> dict[str, Tensor]:
         """Trained tensors at the start, of one adapter."""
         return {
-            f"{prefix}_{name}": self._grouped(prefix, value)
+            f"{prefix}_{name}": value.expand(*self.parts.lead(prefix), *value.shape)
             for prefix, member in self.members()
             for name, value in member.start(f"{self.seed}/{prefix}").items()
         }
@@ -184,7 +210,8 @@ class Slot(nn.Module):
         weight = weight_matrix()
         if weight.is_meta:  # shapes only; factors are made once the weight is there
             for name, shape in self.residual.factor_shapes().items() if self.residual is not None else ():
-                self.register_buffer(f"residual_{name}", torch.empty(shape, device="meta"), persistent=False)
+                empty = torch.empty((*self.parts.lead("residual"), *shape), device="meta")
+                self.register_buffer(f"residual_{name}", empty, persistent=False)
             return
         if self.emptied:
             raise AdapterFileError(
@@ -193,15 +220,26 @@ class Slot(nn.Module):
             )
         assert self.residual is not None
         pins = {n: getattr(self, f"residual_{n}") for n in self.residual.pins()} if self.pinned else None
-        factors, found = self.residual.decompose(weight.detach().float().contiguous(), pins)
         device = next(self.parameters()).device
-        for name, value in (factors | found).items():
+        for name, value in self._decompose(weight.detach().float().contiguous(), pins).items():
             value = value.detach().to(device)
             if (old := getattr(self, f"residual_{name}", None)) is not None:
                 setattr(self, f"residual_{name}", value.to(old.dtype))
             else:
                 self.register_buffer(f"residual_{name}", value, persistent=False)
         self.ready = self.pinned = True
+
+    def _decompose(self, weight: Tensor, pins: Tensors | None) -> dict[str, Tensor]:
+        """Factors and pins of a base weight [rows, cols], or of each of [experts, rows, cols]."""
+        assert self.residual is not None
+        if not self.parts.lead("residual"):
+            factors, found = self.residual.decompose(weight, pins)
+            return factors | found
+        each = []
+        for i, matrix in enumerate(weight):
+            factors, found = self.residual.decompose(matrix, None if pins is None else {n: p[i] for n, p in pins.items()})
+            each.append(factors | found)
+        return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):  # type: ignore[no-untyped-def]
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -257,6 +295,15 @@ class Slot(nn.Module):
         return self.transformed(stacked, trained).permute(1, 2, 0) - eye
 
     def factors(self, trained: Tensors | None = None) -> Factors:
-        """The residual's factors."""
+        """The residual's factors, leading with an axis [experts] where it has that axis."""
         assert self.residual is not None
-        return self.residual.factors(self.tensors("residual", trained))
+        residual, tensors = self.residual, self.tensors("residual", trained)
+        if not self.parts.lead("residual"):
+            return residual.factors(tensors)
+        own = residual.shapes().keys() | residual.factor_shapes().keys() | residual.pins().keys()
+        dims = {n: 0 if n in own else None for n in tensors}  # constants are the same for each
+
+        def each(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {n: t for n, t in residual.factors(tensors)._asdict().items() if t is not None}
+
+        return Factors(**({"diagonal": None} | torch.vmap(each, in_dims=(dims,))(tensors)))

@@ -190,3 +190,25 @@ def parse_energy(r: str, residual: str | None) -> float:
     if residual != "spectral":
         raise ConfigError(f"r={r!r} needs singular values: the 'spectral' residual (svfit), not {residual!r}.")
     return share
+
+
+def shortest_names(chosen: set[str], modules: Iterable[str]) -> set[str]:
+    """Ends of names, as short as possible, that match exactly the ``chosen`` of all ``modules``.
+
+    Example:
+        >>> sorted(shortest_names({"a.0.q", "b.0.q", "a.0.out.0"}, ["a.0.q", "b.0.q", "a.0.out.0", "b.0"]))
+        ['out.0', 'q']
+    """
+    paths = {name: name.split(".") for name in modules if name}
+    entries, left = set(), set(chosen)
+    for depth in range(1, max(map(len, paths.values()), default=0) + 1):
+        hits: dict[str, set[str]] = {}
+        for name, path in paths.items():
+            if len(path) >= depth:
+                hits.setdefault(".".join(path[-depth:]), set()).add(name)
+        for end, names in hits.items():
+            one_of_many = len(names) == 1 and any(part.isdigit() for part in end.split("."))
+            if names & left and names <= chosen and not end[0].isdigit() and not one_of_many:
+                entries.add(end)
+                left -= names
+    return entries | left
