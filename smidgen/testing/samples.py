@@ -15,6 +15,7 @@ from smidgen.adapters.methods import METHODS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.experts import ExpertStack
 from smidgen.adapters.tuner.peft_bridge import make_slot
 from smidgen.errors import ConfigError
 
@@ -38,6 +39,24 @@ class Probe(nn.Module):
         return self.head(self.layer(x))
 
 
+class Routed(nn.Module):
+    """A model whose target, ``layer``, is fused experts [experts, out, in], or [experts, in, out]: token i goes to expert
+    i modulo their number."""
+
+    def __init__(self, experts: int, rows: int, cols: int, is_transposed: bool = False) -> None:
+        super().__init__()
+        shape = (experts, cols, rows) if is_transposed else (experts, rows, cols)
+        self.is_transposed = is_transposed
+        self.layer = nn.Parameter(torch.randn(shape) * cols**-0.5)
+        self.head = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.mT if self.is_transposed else self.layer
+        tokens = x.flatten(0, -2)
+        each = [torch.nn.functional.linear(t, weight[i % len(weight)]) for i, t in enumerate(tokens)]
+        return self.head(torch.stack(each).unflatten(0, x.shape[:-1]))
+
+
 def _conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +65,7 @@ def _conv1d() -> nn.Module:
     return layer
 
 
-# name -> (layer, shape of its input)
+# name -> (layer, or a model whose ``layer`` is no module, shape of its input)
 LAYER_KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(12, 8), (3, 2, 12)),
     "flat": (lambda: nn.Linear(12, 8, bias=False), (3, 12)),
@@ -60,6 +79,8 @@ LAYER_KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d_groups": (lambda: nn.Conv2d(8, 6, 3, padding=1, groups=2), (3, 8, 4, 4)),
     "depthwise": (lambda: nn.Conv2d(6, 6, 3, padding="same", groups=6), (3, 6, 4, 4)),
     "pointwise": (lambda: nn.Conv2d(6, 8, 1), (3, 6, 3, 3)),
+    "experts": (lambda: Routed(3, 8, 12), (3, 2, 12)),
+    "experts_transposed": (lambda: Routed(2, 12, 8, is_transposed=True), (3, 2, 8)),
 }
 
 # Options that make a member interesting at these sizes; a newcomer's own defaults serve otherwise.
@@ -105,7 +126,14 @@ def base(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tens
     make, shape = LAYER_KINDS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(crc32(kind.encode()))
-        return Probe(make()).to(dtype), torch.randn(shape).to(dtype)
+        made = make()
+        return (made if isinstance(made, Routed) else Probe(made)).to(dtype), torch.randn(shape).to(dtype)
+
+
+def target_of(model: nn.Module) -> nn.Module:
+    """The target of :func:`base` as a layer, adapted or not."""
+    layer: Any = model.layer
+    return ExpertStack(layer, model.is_transposed) if isinstance(layer, nn.Parameter) else layer  # type: ignore[arg-type]
 
 
 def targeted(config: SmidgenConfig, **changes: Any) -> SmidgenConfig:
@@ -141,7 +169,7 @@ def adapted(
 def refused(config: SmidgenConfig, kind: str) -> bool:
     """Whether a member has no meaning on a layer kind and says so (a rotation of one feature, say)."""
     try:
-        make_slot(_without_energy(config), base(kind)[0].layer, "layer")
+        make_slot(_without_energy(config), target_of(base(kind)[0]), "layer")
     except ConfigError:
         return True
     return False

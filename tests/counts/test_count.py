@@ -43,7 +43,7 @@ def snapshot(model: nn.Module) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv2d_groups"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv2d_groups", "experts"])
 def test_count_is_what_adapting_trains(kind):
     checked = 0
     for label, config in CONFIGS.items():

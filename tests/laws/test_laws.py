@@ -13,9 +13,9 @@ from smidgen.errors import ConfigError
 CONFIGS = dict(testing.configs())
 # Laws that cost seconds or that torch proves once for a layer kind run on fewer cells.
 ONLY_ON = {
-    "gradient": ("linear", "conv1d", "conv2d_groups"),
-    "compile": ("linear", "conv2d"),
-    "file damage": ("linear", "rough", "conv1d", "conv2d_groups", "depthwise"),
+    "gradient": ("linear", "conv1d", "conv2d_groups", "experts"),
+    "compile": ("linear", "conv2d", "experts"),
+    "file damage": ("linear", "rough", "conv1d", "conv2d_groups", "depthwise", "experts_transposed"),
 }
 ONLY_FOR = {
     "inputs": [*TRANSFORMS, *RESIDUALS, "tensor_ring+low_rank", "nonneg svfit", "full loldu"],
@@ -33,6 +33,7 @@ CELLS = [
         for law in testing.LAWS
         for label, kind in CELLS
         if kind in ONLY_ON.get(law, testing.LAYER_KINDS) and label in ONLY_FOR.get(law, CONFIGS)
+        if kind not in testing.NOT_ON.get(law, ())
     ],
 )
 def test_law(law: str, label: str, kind: str) -> None:

@@ -84,10 +84,8 @@ class Lock:
 
 
 def sketch(matrix: Tensor) -> Tensor:
-    """[2 + PROBES] fp32: norm of the matrix [rows, cols], then u_k^T W v_k; the last is the matrix's own probe.
-
-    Matrices of experts [experts, rows, cols] are read one below the other."""
-    w = matrix.detach().float().flatten(0, -2)
+    """[2 + PROBES] fp32: norm of the matrix [rows, cols], then u_k^T W v_k; the last is the matrix's own probe."""
+    w = matrix.detach().float()
     rows, cols = (signs(n, side).to(w.device) for side, n in enumerate(w.shape))
     values = ((w @ cols) * rows).sum(dim=0)
     return torch.cat([w.norm()[None], values]).cpu()

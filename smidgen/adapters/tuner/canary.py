@@ -23,7 +23,7 @@ def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers:
     """[layers, 2 + PROBES] fp32 over the sorted names: norm and probes of each delta matrix, of the live numbers or others."""
     own = Numbers({}) if numbers is None else numbers
     deltas = (layers[n].delta_matrix(adapter_name, own.stored.get(n), own.weights.get(n)) for n in sorted(layers))
-    return torch.stack([sketch(delta) for delta in deltas])
+    return torch.stack([sketch(delta.flatten(0, -2)) for delta in deltas])
 
 
 def make_canary(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers) -> dict[str, Any]:

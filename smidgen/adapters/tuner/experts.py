@@ -36,7 +36,8 @@ class ExpertStack(nn.Module):
 
     def __init__(self, weight: nn.Parameter, transposed: bool) -> None:
         super().__init__()
-        self.weight, self.transposed = weight, transposed
+        self._parameters["weight"] = weight  # to register it would move it to the meta device while peft loads
+        self.transposed = transposed
 
     def forward(self) -> Tensor:
         return self.weight
