@@ -106,7 +106,9 @@ def _say_gaps(model: nn.Module, adapter_name: str, chosen_here: bool) -> None:
     found = coverage(model, adapter_name)
     said = gaps(found) if chosen_here else []
     if found.fused >= SMALL:
-        said.append(f"{found.fused:.0%} of the parameters are in weights that belong to no layer, which carry no adapter")
+        said.append(
+            f"{found.fused:.0%} of the parameters are in weights that belong to no layer, which carry no adapter"
+        )
     if found.experts >= SMALL:
         said.append(
             f"{found.experts:.0%} of the parameters are in fused experts, which are adapted when they are named: add "

@@ -83,7 +83,7 @@ def _count_members(model: nn.Module, config: SmidgenConfig) -> int:
 def _count_at(config: SmidgenConfig, target: str, layer: nn.Module) -> int:
     """Trained numbers at one target."""
     check_layer(target, layer)
-    return members_of(config, layer, target).count()
+    return members_of(config, layer, target).trained()
 
 
 def _refuse_energy(config: SmidgenConfig, chosen: Iterable[str]) -> None:

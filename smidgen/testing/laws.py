@@ -23,7 +23,18 @@ from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layer, adapted_layers
 from smidgen.errors import BaseLockError, SmidgenError
-from smidgen.testing.samples import adapted, base, close, differs, perturb, same, snapshot, target_of, targeted, unchanged
+from smidgen.testing.samples import (
+    adapted,
+    base,
+    close,
+    differs,
+    perturb,
+    same,
+    snapshot,
+    target_of,
+    targeted,
+    unchanged,
+)
 
 Law = Callable[[SmidgenConfig, str], None]
 WEIGHTS = "adapter_model.safetensors"
@@ -495,4 +506,4 @@ LAWS: dict[str, Law] = {
 }
 
 # Kinds of layers that have no rows of a batch and no inputs of their own: the law has no meaning there.
-NOT_ON = {law: ("experts", "experts_transposed") for law in ("inputs", "bank", "bank rows")}
+NOT_ON = dict.fromkeys(("inputs", "bank", "bank rows"), ("experts", "experts_transposed"))

@@ -227,7 +227,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
                 if t is not None:
                     bits = t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
                     state[f"tensor {name}.{key}"] = (type(t), t.dtype, tuple(t.shape), t.requires_grad, bits)
-        if "scaling" in module.__dict__:
+        if isinstance(module.__dict__.get("scaling"), dict):  # attention calls a number so
             state[f"strengths {name}"] = dict(module.scaling)
             state[f"active {name}"] = (tuple(module.active_adapters), module.disable_adapters)
     state["adapters"] = tuple(getattr(model, "peft_config", None) or ())

@@ -21,9 +21,13 @@ ONLY_FOR = {
     "inputs": [*TRANSFORMS, *RESIDUALS, "tensor_ring+low_rank", "nonneg svfit", "full loldu"],
     "compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"],
 }
+# Experts are stacked by one piece of code, whatever the member: single members and what is special on some.
+ON_EXPERTS = ["tensor_ring", "rotation", "diagonal", "low_rank", "seeded", "tlora", "full svfit", "loldu with factors"]
+ON = {"experts": ON_EXPERTS, "experts_transposed": ["svfit", "rotation+low_rank"]}
 CELLS = [
     (label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS if not testing.refused(CONFIGS[label], kind)
 ]
+RUN = [(label, kind) for label, kind in CELLS if label in ON.get(kind, CONFIGS)]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ CELLS = [
     [
         pytest.param(law, label, kind, id=f"{law}-{label}-{kind}".replace(" ", "_"))
         for law in testing.LAWS
-        for label, kind in CELLS
+        for label, kind in RUN
         if kind in ONLY_ON.get(law, testing.LAYER_KINDS) and label in ONLY_FOR.get(law, CONFIGS)
         if kind not in testing.NOT_ON.get(law, ())
     ],

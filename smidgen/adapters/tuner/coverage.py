@@ -93,7 +93,9 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
                 found.fused += parameter.numel() if fused else 0
         kind = kind_of(inner)
         if kind is not None:
-            own = max(own, prod(kind.geometry(inner)[1:3])) if own else 0  # a packed weight stands for more numbers than it holds
+            own = (
+                max(own, prod(kind.geometry(inner)[1:3])) if own else 0
+            )  # a packed weight stands for more numbers than it holds
             sizes[name] = own
             entry = entries.setdefault(entry_of(name), Entry(entry_of(name)))
             entry.there += 1

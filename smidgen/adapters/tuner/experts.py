@@ -40,7 +40,7 @@ class ExpertStack(nn.Module):
         self.transposed = transposed
 
     def forward(self) -> Tensor:
-        return self.weight
+        return self._parameters["weight"]  # type: ignore[return-value]
 
 
 def stacks(model: nn.Module) -> dict[str, ExpertStack]:
@@ -96,13 +96,16 @@ def close_stacks(model: nn.Module) -> None:
             owner._parameters[key] = stack.weight
         if set(owner.__dict__[_ORDER]) <= owner._parameters.keys():
             owner._parameters = {key: owner._parameters[key] for key in owner.__dict__.pop(_ORDER)}
-            del owner.__dict__[_place(owner)]
-            if _place(owner) != "forward":
-                owner.__dict__[_place(owner)] = type(owner).forward.__get__(owner)
+            if "_old_forward" in owner.__dict__:
+                owner.__dict__["_old_forward"] = type(owner).forward.__get__(owner)
+            else:
+                del owner.__dict__["forward"]
 
 
 def _is_replaced(forward: Any, owner: nn.Module) -> bool:
-    return getattr(forward, "func", None) is not _forward and getattr(forward, "__func__", None) is not type(owner).forward
+    return (
+        getattr(forward, "func", None) is not _forward and getattr(forward, "__func__", None) is not type(owner).forward
+    )
 
 
 def _place(owner: nn.Module) -> str:
@@ -113,11 +116,11 @@ def _place(owner: nn.Module) -> str:
 def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The owner's forward pass on what its stacks give: on a view of it, so that other threads see nothing of this call."""
     view = object.__new__(type(owner))
-    made = {key: child() for key, child in owner._modules.items() if is_stack(child)}
+    made = {key: child() for key, child in owner._modules.items() if child is not None and is_stack(child)}
     view.__dict__.update(owner.__dict__ | made)
     return type(owner).forward(view, *args, **kwargs)
 
 
-def is_stack(module: nn.Module | None) -> bool:
+def is_stack(module: nn.Module) -> bool:
     """Whether a module is a stack of experts, adapted or not."""
     return isinstance(getattr(module, "base_layer", module), ExpertStack)

@@ -159,10 +159,10 @@ class Conv2dKind:
         return y + self.output_shift(factors, x, layer).to(y.dtype)
 
 
-class ExpertsKind:
-    """Fused experts (:class:`~smidgen.adapters.tuner.experts.ExpertStack`): [experts, out, in], each expert its own T and D.
+class ExpertsKind(LinearKind):
+    """Fused experts (:class:`~smidgen.adapters.tuner.experts.ExpertStack`): [experts, out, in], each with its own T and D.
 
-    There are no activations to act on; the layer gives its owner the weight W T + D.
+    Their activations are inside the owner's kernels: the layer gives the owner the weight W T + D instead.
     """
 
     name = "experts"
@@ -179,11 +179,8 @@ class ExpertsKind:
     def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
         return matrix.mT if layer.transposed else matrix
 
-    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
-        return matrix @ excess
 
-
-Kind = LinearKind | Conv2dKind | ExpertsKind
+Kind = LinearKind | Conv2dKind
 
 _LINEAR, _CONV1D, _CONV2D, _EXPERTS = LinearKind(), Conv1DKind(), Conv2dKind(), ExpertsKind()
 

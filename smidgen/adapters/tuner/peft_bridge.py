@@ -33,7 +33,6 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packing
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
-from smidgen.adapters.member import Residual, Transform
 from smidgen.adapters.tuner import bypass, calls, experts, sharing, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh

@@ -43,8 +43,8 @@ class Members(NamedTuple):
         """(prefix, member) of those that are there."""
         return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
 
-    def count(self) -> int:
-        """Trained numbers."""
+    def trained(self) -> int:
+        """How many numbers train."""
         return sum(member.count() * prod(self.lead(prefix)) for prefix, member in self.each())
 
 
@@ -237,7 +237,9 @@ class Slot(nn.Module):
             return factors | found
         each = []
         for i, matrix in enumerate(weight):
-            factors, found = self.residual.decompose(matrix, None if pins is None else {n: p[i] for n, p in pins.items()})
+            factors, found = self.residual.decompose(
+                matrix, None if pins is None else {n: p[i] for n, p in pins.items()}
+            )
             each.append(factors | found)
         return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
@@ -306,4 +308,5 @@ class Slot(nn.Module):
         def each(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {n: t for n, t in residual.factors(tensors)._asdict().items() if t is not None}
 
-        return Factors(**({"diagonal": None} | torch.vmap(each, in_dims=(dims,))(tensors)))
+        found = torch.vmap(each, in_dims=(dims,))(tensors)
+        return Factors(found["up"], found.get("diagonal"), found["down"])
