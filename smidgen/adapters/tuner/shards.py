@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from smidgen.adapters.tuner.experts import ExpertStack
 from smidgen.errors import TargetError
 
 
@@ -31,7 +32,7 @@ def why_partial(layer: Any) -> str | None:
         return f"its weight is a DTensor, in pieces ({', '.join(map(str, weight.placements))}) over {axes}"
     if hasattr(weight, "ds_shape") and tuple(weight.shape) != tuple(weight.ds_shape):
         return f"its weight is empty here, DeepSpeed ZeRO-3 keeps it in pieces (ds_shape {tuple(weight.ds_shape)})"
-    dims = 4 if isinstance(layer, nn.Conv2d) else 2
+    dims = 4 if isinstance(layer, nn.Conv2d) else 3 if isinstance(layer, ExpertStack) else 2
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if plain and (weight.numel() == 0 or weight.dim() != dims):
         return f"its weight has shape {tuple(weight.shape)} here: it is empty, or one process's piece of it"
