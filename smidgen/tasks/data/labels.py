@@ -94,9 +94,7 @@ def lacking(splits: Mapping[str, Iterable[Label]], names: Sequence[str]) -> list
         missing = [name for at, name in enumerate(names) if at not in there]
         if missing:
             effect = "nothing is learnt of it" if split == "train" else "its scores say nothing about it"
-            warnings.append(
-                counted("class", missing, f"without any example in {split}, {effect}").replace("classs", "classes")
-            )
+            warnings.append(counted("label", missing, f"without any example in {split}, {effect}"))
     return warnings
 
 
@@ -105,12 +103,10 @@ def _tidy(text: str) -> str:
 
 
 def _singles(values: Mapping[str, list[Any]]) -> dict[str, list[tuple[str, ...]]]:
-    known = {name_of(value) for some in values.values() for value in some}
-    truth = _truth(known, any(isinstance(value, bool) for some in values.values() for value in some))
-    return {
-        split: [(truth.get(name_of(value).casefold(), name_of(value)),) for value in some]
-        for split, some in values.items()
-    }
+    names = {split: [name_of(value) for value in some] for split, some in values.items()}
+    typed = any(isinstance(value, bool) for some in values.values() for value in some)
+    truth = _truth({name for some in names.values() for name in some}, typed)
+    return {split: [(truth.get(name.casefold(), name),) for name in some] for split, some in names.items()}
 
 
 def _truth(known: set[str], typed: bool) -> dict[str, str]:
