@@ -75,7 +75,7 @@ def test_spellings_and_words_for_nothing_are_warned_about():
     assert "'semi-final' (1), 'semi_final' (1)" in labels("semi-final", "semi_final", "x").warnings[0]
     assert "'01' (1), '1' (1)" in labels("01", "1", "2").warnings[0]
     (warning,) = labels(["x"], ["x", "y"]).warnings
-    assert warning == "1 class that every example of train has: nothing is learnt of it: x."
+    assert warning == "1 label that every example of train has: nothing is learnt of it: x."
     assert not labels(-1, 1, 11).warnings and not labels("c", "c++", "c#").warnings
     (warning,) = labels("None", "x").warnings
     assert warning.startswith("The label 'None' (1) is a class of its own")
@@ -129,6 +129,6 @@ def test_classes_that_a_split_lacks_are_named(tmp_path):
     rows = [{"text": f"t{n}", "label": "rare" if n < 2 else ("cat", "dog")[n % 2]} for n in range(60)]
     warnings = read_texts(jsonl(tmp_path / "a.jsonl", rows), Columns(), 0.1).warnings
     assert warnings == (
-        "1 class without any example in validation, its scores say nothing about it: rare.",
-        "1 class without any example in test, its scores say nothing about it: rare.",
+        "1 label without any example in validation, its scores say nothing about it: rare.",
+        "1 label without any example in test, its scores say nothing about it: rare.",
     )

@@ -120,7 +120,7 @@ def test_held_out_rows_that_are_trained_on_are_counted(tmp_path):
     table(tmp_path / "validation.csv", [*ROWS[:2], ("new", "bad")])
     table(tmp_path / "test.csv", [("newer", "good")])
     warning, other = read(tmp_path).warnings
-    assert other == "1 class without any example in test, its scores say nothing about it: bad."
+    assert other == "1 label without any example in test, its scores say nothing about it: bad."
     assert "2 validation examples also in the train split; its scores flatter: validation.csv row 1" in warning
 
 

@@ -224,10 +224,9 @@ def _written(tokenizer: Any, conversation: Conversation, remarks: Places) -> Con
     texts = [text for text, _ in rendering.examples(conversation.learnt)]
 
     def matters(change: Callable[[Conversation], Conversation]) -> bool:
+        other = _Rendering(tokenizer, change(conversation))
         try:
-            return [
-                text for text, _ in _Rendering(tokenizer, change(conversation)).examples(conversation.learnt)
-            ] != texts
+            return [text for text, _ in other.examples(conversation.learnt)] != texts
         except DataError:
             return True
 
@@ -290,14 +289,10 @@ def _as_text(messages: Sequence[Message]) -> list[Message]:
     """Messages whose calls have their arguments as JSON."""
     found = []
     for message in messages:
-        calls = [
-            call
-            | {
-                "function": call["function"]
-                | {"arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}
-            }
-            for call in message.get("tool_calls", ())
-        ]
+        calls = []
+        for call in message.get("tool_calls", ()):
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            calls.append(call | {"function": call["function"] | {"arguments": arguments}})
         found.append(message | {"tool_calls": calls} if calls else message)
     return found
 
@@ -322,8 +317,8 @@ def _encode_raw(tokenizer: Any, conversation: Conversation) -> Spoken:
 def _tokens(
     tokenizer: Any, text: str, spans: Sequence[Span], special: bool = False
 ) -> tuple[list[int], list[bool], bool]:
-    """Tokens of ``text``, which lie in ``spans``, and whether it had to be cut. Where a token would reach over the border of a span, the text is cut
-    there, as generation cuts it: the prompt is read first, and then the model speaks."""
+    """Tokens of ``text``, which of them lie in ``spans``, and whether it had to be cut. Where a token would reach over the
+    border of a span, the text is cut there, as generation cuts it: the prompt is read first, and then the model speaks."""
 
     def ids(part: str, special: bool = False) -> list[int]:
         return list(tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]) if part else []

@@ -223,11 +223,7 @@ def _warnings(train: Sequence[tuple[str, ...]], several: bool) -> list[str]:
     ]
     always = [name for name, count in found.items() if several and count == len(train)]
     if always:
-        warnings.append(
-            counted("class", always, "that every example of train has: nothing is learnt of it").replace(
-                "classs", "classes"
-            )
-        )
+        warnings.append(counted("label", always, "that every example of train has: nothing is learnt of it"))
     if several and all(len(labels) == 1 for labels in train):
         warnings.append(
             "Every example of train has one label alone, in a list: trained as multi-label. Take it out of the list to train a choice of one."
