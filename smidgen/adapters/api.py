@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smidgen.adapters import hosts
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import checksum, packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
@@ -33,6 +34,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     base_heads,
     check_base,
     check_mergeable,
+    check_saved,
     file_tensors,
     head_tensors,
     inject,
@@ -87,6 +89,7 @@ def adapt(
     if not isinstance(method_or_config, str) and options:
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
     _check_name(target, adapter_name)
+    hosts.check_host(target)
     chosen_here = isinstance(own, SmidgenConfig) and own.target_modules is None
     everything = isinstance(own, SmidgenConfig) and own.target_modules == "all-linear"
     if isinstance(own, SmidgenConfig) and own.target_modules is None:
@@ -96,6 +99,7 @@ def adapt(
         set_active(target, adapter_name)
         for layer in adapted_layers(target, adapter_name).values():
             layer.slot(adapter_name)
+    hosts.follow_trainer(target)
     if chosen_here or everything:
         _say_gaps(target, adapter_name, chosen_here)
     return model
@@ -227,6 +231,7 @@ def _content(
 ) -> tuple[Any, dict[str, Tensor], Any]:
     """(config, tensors, metadata) of an adapter's files."""
     own: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    check_saved(model, adapter_name)
     if not isinstance(own, SmidgenConfig):
         return own, peft_tensors(model, adapter_name, given), {"format": "pt"}
     found = numbers(model, adapter_name, given)

@@ -34,8 +34,10 @@ from smidgen.adapters.tuner.peft_bridge import (
     head_tensors,
     peft_tensors,
     remove,
+    say_unsaved,
     stored_tensors,
     tuner_layers,
+    unsaved,
 )
 from smidgen.errors import AdapterFileError, SmidgenError
 
@@ -308,6 +310,8 @@ def _verify_carried(
         report.fail(f"Adapters are switched off at {len(disabled)} of {len(layers)} layers.")
     if silent:
         report.fail(f"Adapter {same[0]!r} has strength 0 at {len(silent)} of {len(layers)} layers.")
+    if left_out := unsaved(model, same[0]):
+        report.fail(say_unsaved(left_out, same[0]))
     _verify_layers(model, same[0], own, report)
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, TaskType, get_peft_model
@@ -291,24 +290,6 @@ def test_all_linear_leaves_the_head_alone_and_can_be_used_twice() -> None:
 # ---- transformers' own calls -------------------------------------------------------------------------------------------------
 
 
-def host_takes_peft() -> bool:
-    """Whether transformers' own adapter methods accept the installed peft (5.24 asks for a peft that is not out)."""
-    from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
-
-    try:
-        check_peft_version(min_version=MIN_PEFT_VERSION)
-    except ValueError:
-        return False
-    return True
-
-
-hosts_methods = pytest.mark.skipif(
-    not host_takes_peft(),
-    reason=f"transformers {transformers.__version__} refuses peft {peft.__version__} in its own adapter methods",
-)
-
-
-@hosts_methods
 def test_transformers_add_adapter(tmp_path: Path) -> None:
     model = bert()
     base = logits(model)
@@ -326,22 +307,6 @@ def test_transformers_add_adapter(tmp_path: Path) -> None:
     testing.same(logits(model), base, "delete_adapter")
 
 
-@hosts_methods
-def test_transformers_load_adapter_does_not_run_as_the_base_model(tmp_path: Path) -> None:
-    model = bert()
-    model.add_adapter(smidgen.config("svfit", target_modules=["query"]))
-    wanted = logits(testing.perturb(model).eval())
-    model.save_pretrained(tmp_path)
-    other = bert()
-    other.load_adapter(str(tmp_path))  # transformers 5 finds no key it knows and goes on, transformers 4 reads the file
-    if transformers.__version__.startswith("4."):
-        testing.same(logits(other), wanted, "transformers 4's load_adapter")
-    else:
-        with pytest.raises(AdapterFileError, match=r"never arrived.*smidgen.load"):
-            logits(other)
-    testing.close(logits(smidgen.load(bert(), tmp_path)), wanted, "smidgen.load instead")
-
-
 # ---- a process without smidgen, and peft's inside ------------------------------------------------------------------------------
 
 
@@ -357,7 +322,6 @@ def test_a_process_that_has_not_imported_smidgen(tmp_path: Path) -> None:
 
 
 def test_private_names() -> None:
-    import peft
     import peft.mapping
     from peft.tuners import tuners_utils
     from peft.utils import other

@@ -126,14 +126,15 @@ class SmidgenConfig(PeftConfig):
 
         peft's own form costs a kilobyte for nothing; what is left out comes back as its default at load.
         """
-        replace_file(Path(save_directory) / CONFIG_NAME, self.text(kwargs.pop("auto_mapping_dict", None)))
+        by_host = "auto_mapping_dict" not in kwargs  # transformers finds the base of its checkpoints by this path
+        replace_file(Path(save_directory) / CONFIG_NAME, self.text(kwargs.get("auto_mapping_dict"), by_host))
         self.__dict__.pop(_SEAL, None)  # tensors trained further are others
 
-    def text(self, auto_mapping: dict[str, Any] | None = None) -> str:
-        """What ``adapter_config.json`` holds."""
+    def text(self, auto_mapping: dict[str, Any] | None = None, with_path: bool = False) -> str:
+        """What ``adapter_config.json`` holds; the folder that the base lies in on this machine only ``with_path``."""
         data = self.to_dict() | ({} if auto_mapping is None else {"auto_mapping": auto_mapping})
         base = data["base_model_name_or_path"] or ""
-        if os.path.isabs(base):  # where it lay on this machine is nobody else's business
+        if os.path.isabs(base) and not with_path:  # where it lay on this machine is nobody else's business
             data["base_model_name_or_path"] = os.path.basename(os.path.normpath(base))
         tensors = self.__dict__.get(_SEAL) or (self.checksum or {}).get("tensors")
         data[checksums.KEY] = {"options": self._options_sum(), "tensors": tensors} if tensors else None

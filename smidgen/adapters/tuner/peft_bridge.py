@@ -26,7 +26,7 @@ from peft import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, resolve_quantization_backend
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from smidgen.adapters import methods
@@ -318,6 +318,7 @@ class SmidgenModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
+        check_saved(model, adapter_name)
         layers = adapted_layers(model, adapter_name)
         found = numbers(model, adapter_name, state_dict)
         stamp(model, config, layers, adapter_name, found)
@@ -328,7 +329,8 @@ class SmidgenModel(BaseTuner):
             if not any(value.is_meta for value in tensors.values()):
                 config.seal({cls._remove_adapter_name_from_key(name, adapter_name): t for name, t in tensors.items()})
 
-        return _Sealed(file_tensors(config, found), seal)
+        bare = {key: found.heads[name] for name, key in heads.items() if ".modules_to_save." not in key}
+        return _Sealed(file_tensors(config, found) | bare, seal)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -696,16 +698,67 @@ def saved_modules(model: nn.Module, adapter_name: str | None = None) -> dict[str
 
 def named_heads(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
     """Tensors of the heads that an adapter trained: name in any peft file -> (name in the model's state dict, tensor)."""
-    return {
-        f"{_WRAP}{name.removeprefix(_WRAP)}.{key}": (f"{name}.modules_to_save.{adapter_name}.{key}", value.detach())
+    held = {
+        name: (f"{name}.modules_to_save.{adapter_name}", head.modules_to_save[adapter_name])
         for name, head in saved_modules(model, adapter_name).items()
-        for key, value in head.modules_to_save[adapter_name].state_dict().items()
+    }
+    held |= {name: (name, head) for name, head in _bare_heads(model, adapter_name).items()}
+    return {
+        f"{_WRAP}{name.removeprefix(_WRAP)}.{key}": (f"{where}.{key}", value.detach())
+        for name, (where, head) in held.items()
+        for key, value in head.state_dict().items()
     }
 
 
 def head_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Tensors of the heads that an adapter trained, under the names they have in any peft file."""
     return {name: value for name, (_, value) in named_heads(model, adapter_name).items()}
+
+
+def _bare_heads(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """Heads that modules_to_save names and that peft has not wrapped: named after the adapter was put in."""
+    named = tuple(getattr(model.peft_config[adapter_name], "modules_to_save", None) or ())  # type: ignore[index]
+    inside = tuple(
+        f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper | BaseTunerLayer)
+    )
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if n.endswith(named) and not f"{n}.".startswith(inside) and not isinstance(m, BaseTunerLayer)
+    }
+
+
+def unsaved(model: nn.Module, adapter_name: str) -> list[str]:
+    """Parameters of the base that train and that no file of the adapter would hold."""
+    config: Any = model.peft_config[adapter_name]  # type: ignore[index]
+    if getattr(config, "bias", "none") != "none":  # peft trains and saves those itself
+        return []
+    brought: list[nn.Module] = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    brought += [bank for layer in adapted_layers(model).values() for bank in layer.banks.values()]
+    brought += _bare_heads(model, adapter_name).values()
+    saved = {id(p) for p in adapter_parameters(model)} | {id(p) for m in brought for p in m.parameters()}
+    return [n.removeprefix(_WRAP) for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+
+
+def check_saved(model: nn.Module, adapter_name: str) -> None:
+    """Nothing that was trained may be left out of an adapter's file.
+
+    Raises:
+        SmidgenError: a head or another part of the base was unfrozen by hand.
+    """
+    if left_out := unsaved(model, adapter_name):
+        raise SmidgenError(say_unsaved(left_out, adapter_name))
+
+
+def say_unsaved(left_out: list[str], adapter_name: str) -> str:
+    """What to do about parts of the base that train beside an adapter."""
+    owners = list(dict.fromkeys(name.rpartition(".")[0].replace(".base_layer", "") for name in left_out))
+    named = ", ".join(map(repr, owners[:3])) + (f" and {len(owners) - 3} more" if len(owners) > 3 else "")
+    return (
+        f"{len(left_out)} tensors of the base were unfrozen by hand, of {named}, and an adapter's file would hold none of them: "
+        f"name them in modules_to_save (now: model.peft_config[{adapter_name!r}].modules_to_save = {owners[:3]}), or freeze them "
+        "with requires_grad_(False) if they were not trained."
+    )
 
 
 def as_in_file(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

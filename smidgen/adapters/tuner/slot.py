@@ -197,6 +197,7 @@ class Slot(nn.Module):
     # ---- frozen factors --------------------------------------------------------------------------------------------
 
     @torch.compiler.disable
+    @torch.inference_mode(False)  # factors first needed in a draw or an encoding must serve training later
     def prepare(self, weight_matrix: Callable[[], Tensor]) -> None:
         """Makes the frozen factors, from the pins if a file brought them, else from the base weight alone."""
         if self.ready:
