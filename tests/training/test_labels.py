@@ -88,6 +88,18 @@ def jsonl(path, rows):
     return path
 
 
+def test_columns_of_zeros_and_ones_are_labels_together(tmp_path):
+    lines = [f"t{n},{n % 2},{int(n % 3 == 0)},0" for n in range(30)] + ["x,,,"]
+    (tmp_path / "a.csv").write_text("text,toxic,rude,odd\n" + "\n".join(lines))
+    found = read_texts(tmp_path / "a.csv", Columns(label="toxic, rude,odd"), 0.1)
+    assert found.several and found.labels == ("odd", "rude", "toxic")
+    assert {e.label for e in found.splits["train"]} == {(), (1,), (2,), (1, 2)}
+    assert found.warnings[0] == "1 train row without a label, left out: a.csv row 31."
+    assert "1 label without any example in train, nothing is learnt of it: odd." in found.warnings
+    with pytest.raises(DataError, match=r"no column 'rued'\. Did you mean 'rude'"):
+        read_texts(tmp_path / "a.csv", Columns(label="toxic,rued"), 0.1)
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan"), "", "  ", "nan", "null", "<NA>"])
 def test_rows_without_a_label_are_counted(tmp_path, nothing):
     rows = [{"text": f"t{n}", "label": ("cat", "dog")[n % 2]} for n in range(30)] + [{"text": "x", "label": nothing}]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from smidgen.errors import DataError, did_you_mean
-from smidgen.tasks.data.tables import counted, structured
+from smidgen.tasks.data.tables import Row, counted, structured
+from smidgen.tasks.data.tables import column as find_column
 
 MOST_CLASSES = 1000
 MISSING = ("", "nan", "null", "<na>")
@@ -55,6 +56,23 @@ def name_of(value: Any) -> str:
     """
     text = _tidy(str(value))
     return text[: text.index(".")] if re.fullmatch(r"[+-]?\d+\.0+", text) else text
+
+
+def gathered(rows: Sequence[Row], name: str) -> list[Row]:
+    """The rows; where ``name`` is several columns ("toxic,rude"), with an object of their zeros and ones under it.
+
+    Example:
+        >>> gathered([Row({"toxic": "1", "rude": "0"}, "a.csv row 1")], "toxic,rude")[0].values["toxic,rude"]
+        {'toxic': '1', 'rude': '0'}
+    """
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) < 2 or any(name in row.values for row in rows):
+        return list(rows)
+    for part in parts:
+        find_column(rows, part, "label-column")
+    held = [{part: row.values.get(part) for part in parts} for row in rows]
+    cells = [None if all(is_missing(value) for value in one.values()) else one for one in held]
+    return [Row(row.values | {name: cell}, row.where) for row, cell in zip(rows, cells, strict=True)]
 
 
 def read_labels(cells: Mapping[str, Cells], column: str | None, numbers: str = "") -> Labels:
@@ -124,7 +142,7 @@ def _truth(known: set[str], typed: bool) -> dict[str, str]:
 def _sets(
     cells: Mapping[str, Cells], values: Mapping[str, list[Any]], column: str | None
 ) -> tuple[dict[str, list[tuple[str, ...]]], tuple[str, ...]]:
-    """The names that hold, and for rows of zeros and ones all that could: their places."""
+    """The names that hold, and all that could where each row has a zero or one for each: names, or places."""
     every = [value for some in values.values() for value in some]
     hot = _is_hot(every)
     found: dict[str, list[tuple[str, ...]]] = {}
@@ -143,7 +161,10 @@ def _sets(
                     f"{where} has {strange[0]!r} among its labels{_of(column)}: a label is a word, a number or true."
                 )
             found[split].append(tuple(dict.fromkeys(name_of(label) for label in labels)))
-    return found, tuple(str(at) for at in range(len(every[0]))) if hot else ()
+    if hot:
+        return found, tuple(str(at) for at in range(len(every[0])))
+    same = all(isinstance(value, dict) and value.keys() == every[0].keys() for value in every)
+    return found, tuple(sorted(every[0])) if same else ()
 
 
 def _is_hot(every: Sequence[Any]) -> bool:
@@ -159,8 +180,11 @@ def _is_hot(every: Sequence[Any]) -> bool:
 
 
 def _bit(value: Any, whole: Any, where: str, column: str | None) -> bool:
-    if value is None or value in (0, 1):
-        return bool(value)
+    if is_missing(value):
+        return False
+    named = TRUTH.get(name_of(value).casefold()) if not isinstance(value, list | dict) else None
+    if named:
+        return named == "True"
     raise DataError(
         f"{where} has {value!r} in {str(whole)[:60]}{_of(column)}: what names or counts its labels holds 0 and 1."
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smidgen.errors import DataError
 from smidgen.tasks.data import images, splits
-from smidgen.tasks.data.labels import Label, Labels, classes_of, is_missing, lacking, read_labels
+from smidgen.tasks.data.labels import Label, Labels, classes_of, gathered, is_missing, lacking, read_labels
 from smidgen.tasks.data.tables import Row, column, counted, read_rows, split_of
 
 SMALLEST = 8  # pixels on the shorter side
@@ -126,6 +126,7 @@ def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> li
     rows = read_rows(metadata, warnings)
     if not rows:
         raise DataError(f"{metadata} is empty.")
+    rows = gathered(rows, label_column)
     column(rows, "file_name", "data with file_name")
     column(rows, label_column, "label-column")
     bare = [row for row in rows if is_missing(row.values.get(label_column))]

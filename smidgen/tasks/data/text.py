@@ -13,7 +13,7 @@ from typing import Any
 
 from smidgen.errors import DataError
 from smidgen.tasks.data import splits
-from smidgen.tasks.data.labels import classes_of, is_missing, lacking, name_of, read_labels
+from smidgen.tasks.data.labels import classes_of, gathered, is_missing, lacking, name_of, read_labels
 from smidgen.tasks.data.tables import Row, column, counted, read_splits
 
 NUMBERS = "Train on them as numbers with --regression, or name another --label-column."
@@ -61,7 +61,7 @@ def read_texts(path: Path, columns: Columns, held_out: float, most: int | None =
     ``most`` how many train examples are kept. Raises DataError when there is nothing sensible to learn.
     """
     warnings: list[str] = []
-    tables = read_splits(path, warnings)
+    tables = {split: gathered(rows, columns.label) for split, rows in read_splits(path, warnings).items()}
     usable = {split: _usable(rows, columns, split, warnings) for split, rows in tables.items()}
     usable = {split: rows for split, rows in usable.items() if rows}
     names: tuple[str, ...] = ()

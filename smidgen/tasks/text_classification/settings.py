@@ -13,7 +13,7 @@ class TextData:
     path: str | None = None  # packaged name, file (csv, tsv, jsonl, json, parquet) or folder
     text_column: str = "text"
     text_pair_column: str | None = None  # a second text beside the first
-    label_column: str = "label"
+    label_column: str = "label"  # or several of zeros and ones: toxic,rude
     glue_task: Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"] | None = (
         None  # its columns
     )
