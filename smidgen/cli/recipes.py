@@ -91,8 +91,8 @@ def instruction(
 ) -> None:
     """Train an adapter of kilobytes on conversations; only what the assistant says is learnt.
 
-    The data is a packaged name, a file or a folder with messages, or instruction, input and output, or prompt and
-    completion.
+    The data is a packaged name, a file or a folder with messages (tools and thoughts too), a question and its answer
+    in columns, or a prompt and its completion.
 
     Args:
         data: what to learn from.

@@ -171,6 +171,13 @@ def test_what_a_template_does_not_write_is_counted(speaker, name, said):
     assert not any("does not write" in what for what in again.found)
 
 
+def test_a_turn_of_nothing_but_thoughts_that_are_not_written_is_not_learnt(speaker):
+    thought = talk(("u", "1"), ("a", "", {"reasoning_content": "count on"}), ("a", "2"))
+    (spoken,) = encode(speaker(CHATML), thought)
+    learnt = [token for token, target in zip(spoken.ids, spoken.target, strict=True) if target]
+    assert speaker(CHATML).decode(learnt) == "2<|im_end|>"
+
+
 def test_a_system_message_that_is_not_written_is_counted(speaker):
     deaf = CHATML.replace("{{ '<|im_start|>'", "{% if m['role'] != 'system' %}{{ '<|im_start|>'").replace(
         "{% endfor %}", "{% endif %}{% endfor %}", 1

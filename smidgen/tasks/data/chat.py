@@ -218,8 +218,8 @@ def _named(message: Message) -> Message:
 
 
 def _written(tokenizer: Any, conversation: Conversation, remarks: Places) -> Conversation:
-    """The conversation without the turns whose calls the template does not write; whatever else it does not write is
-    remarked."""
+    """The conversation, those turns masked that are calls or nothing but thoughts which the template does not write;
+    whatever else it does not write is remarked."""
     rendering = _Rendering(tokenizer, conversation)
     texts = [text for text, _ in rendering.examples(conversation.learnt)]
 
@@ -232,8 +232,11 @@ def _written(tokenizer: Any, conversation: Conversation, remarks: Places) -> Con
 
     if conversation.tools and not matters(lambda whole: replace(whole, tools=())):
         remarks.add("whose tools the chat template does not write", conversation.where)
-    if _have(conversation, "reasoning_content") and not matters(_without("reasoning_content")):
+    lost: frozenset[int] = frozenset()
+    thinking = _have(conversation, "reasoning_content")
+    if thinking and not matters(_without("reasoning_content")):
         remarks.add("whose reasoning the chat template does not write", conversation.where)
+        lost = thinking - _have(conversation, "content") - _have(conversation, "tool_calls")
     named = any(message.get("name") and message["role"] != "tool" for message in conversation.messages)
     if named and not matters(_without("name")):
         remarks.add("whose names the chat template does not write", conversation.where)
@@ -247,8 +250,8 @@ def _written(tokenizer: Any, conversation: Conversation, remarks: Places) -> Con
         remarks.add(
             "with tool calls that the chat template does not write: those turns are not learnt", conversation.where
         )
-        return replace(conversation, masked=conversation.masked | calling)
-    return conversation
+        lost |= calling
+    return replace(conversation, masked=conversation.masked | lost)
 
 
 def _have(conversation: Conversation, key: str) -> frozenset[int]:

@@ -8,7 +8,7 @@ from smidgen.tasks.finetune.settings import FinetuneConfig
 
 @dataclass(frozen=True)
 class InstructionData:
-    """Conversations: messages, or instruction, input and output, or prompt and completion."""
+    """Conversations: messages, a question and its answer in columns, or a prompt and its completion."""
 
     path: str | None = None  # packaged name, file (jsonl, json, csv, parquet) or folder
     chat_template: Path | None = None  # a Jinja file; None: the tokenizer's own
