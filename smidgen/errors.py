@@ -53,13 +53,51 @@ class MissingExtraError(SmidgenError):
     """An optional dependency is needed; the message names the extra to install."""
 
 
+_RANK, _STEPS = ("rank", "r"), ("max_train_steps",)
+OTHER_NAMES = {  # what other tools call a setting -> our names for it, of which those that are known in a place are offered
+    **dict.fromkeys(("lr", "unet_lr"), ("learning_rate", "invert_rate", "refine_rate")),
+    **dict.fromkeys(
+        ("epochs", "num_epochs", "num_train_epochs", "max_train_epochs", "iterations", "max_steps"), _STEPS
+    ),
+    "steps": ("max_train_steps", "inference_steps", "invert_steps", "refine"),
+    **dict.fromkeys(("num_steps", "num_inference_steps"), ("inference_steps", "steps", "max_train_steps")),
+    **dict.fromkeys(
+        ("batch_size", "bs", "per_device_train_batch_size"), ("train_batch_size", "batch_size", "invert_batch")
+    ),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), ("guidance_scale", "guidance")),
+    **dict.fromkeys(("rank", "r", "lora_r", "lora_rank", "network_dim", "dim"), _RANK),
+    **dict.fromkeys(("lora_alpha", "network_alpha"), ("alpha",)),
+    **dict.fromkeys(("targets", "lora_target_modules", "lora_target", "modules"), ("target_modules",)),
+    **dict.fromkeys(("weight", "scale", "lora_scale", "lora_weight"), ("strength", "control_scale")),
+    **dict.fromkeys(("n", "num", "count", "num_samples"), ("num_images", "num_pictures")),
+    **dict.fromkeys(("output", "output_dir", "o"), ("out",)),
+    "size": ("resolution",),
+    "scheduler": ("lr_scheduler",),
+    **dict.fromkeys(("warmup", "warmup_steps", "warmup_ratio"), ("lr_warmup_steps",)),
+    "wd": ("weight_decay",),
+    **dict.fromkeys(("precision", "dtype", "fp16", "bf16"), ("mixed_precision",)),
+    **dict.fromkeys(("pretrained_model_name_or_path", "model_name_or_path", "base_model"), ("base", "model")),
+    "force": ("overwrite",),
+    "resume": ("resume_from_checkpoint",),
+    "save_steps": ("checkpointing_steps",),
+    **dict.fromkeys(("peft_type", "adapter_type"), ("method",)),
+}
+
+
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     """``" Did you mean 'q_proj'?"`` for the nearest known names, or ``""`` when nothing is near. Never ``name`` itself.
+    What other tools call a setting leads to our name for it.
 
     Example:
         >>> did_you_mean("q_porj", ["q_proj", "v_proj"])
         " Did you mean 'q_proj' or 'v_proj'?"
+        >>> did_you_mean("lr", ["r", "learning_rate"])
+        " Did you mean 'learning_rate'?"
     """
-    folded = {other.casefold(): other for other in sorted(set(known) - {name}, reverse=True)}
+    known = set(known) - {name}
+    ours = [other for other in OTHER_NAMES.get(name.casefold().replace("-", "_"), ()) if other in known]
+    if ours:
+        return f" Did you mean {' or '.join(repr(other) for other in ours[:most])}?"
+    folded = {other.casefold(): other for other in sorted(known, reverse=True)}
     near = [folded[other] for other in get_close_matches(name.casefold(), folded, n=most, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

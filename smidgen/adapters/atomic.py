@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -46,8 +47,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     On an error ``folder`` is as it was; a folder that was not there is not made. Files of other names stay in any case.
     Configs (``.json``) are moved last, so that what they describe is there when they are.
     """
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=above))
+    scratch = _scratch(folder, next(path for path in _above(folder) if path.is_dir()))
     try:
         yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file()]
@@ -66,7 +66,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     On an error ``folder`` is as it was.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = _scratch(folder, folder.parent)
     old = scratch.with_name(f"{scratch.name}.old")
     try:
         yield scratch
@@ -80,6 +80,22 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             os.rename(old, folder)
         for path in (scratch, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _above(folder: Path) -> list[Path]:
+    """``folder`` and those above it, of which none is a file: that is said before anything is made, not after the work."""
+    paths = [folder.absolute(), *folder.absolute().parents]
+    if any(os.path.lexists(path) and not path.is_dir() for path in paths):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    return paths
+
+
+def _scratch(folder: Path, above: Path) -> Path:
+    """A hidden folder in ``above``; an error names ``folder``, which is what the caller knows."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=above))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def write_file(path: Path, content: bytes) -> None:

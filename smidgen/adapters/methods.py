@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from smidgen.adapters.member import Residual, Transform, build
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
-from smidgen.errors import ConfigError, did_you_mean
+from smidgen.errors import OTHER_NAMES, ConfigError, did_you_mean
 
 # What rates differ by: the family of a model that reads texts or images, and for image generators what is learnt on what.
 Kind = Literal["encoder", "vision", "decoder", "picture", "picture_embedded", "control_embedded"]
@@ -321,6 +321,13 @@ def member_options(kind: str, name: str) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in inspect.signature(registry[name]).parameters.items() if k not in geometry}
 
 
+def _meant(option: str, every: Sequence[str]) -> str:
+    """The right name for an option, or that it is one of training."""
+    if {"learning_rate", "max_train_steps", "train_batch_size"} & {option, *OTHER_NAMES.get(option, ())}:
+        return " It belongs to training, which an adapter's config does not decide."
+    return did_you_mean(option, [*every, "target_modules"])
+
+
 def split_options(
     transform: str | None, residual: str | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -346,7 +353,7 @@ def split_options(
             every = sorted({*known["transform"], *known["residual"], "r", "transform_rank", "residual_rank"} - {"rank"})
             raise ConfigError(
                 f"Option {option}={value!r} has no meaning for transform={transform!r} with residual={residual!r}."
-                f"{did_you_mean(option, every)} Known: {', '.join(every)}."
+                f"{_meant(option, every)} Known: {', '.join(every)}."
             )
         for kind, inner in takers:
             if inner in sorted_options[kind] and sorted_options[kind][inner] != value:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from smidgen.cli.extras import check_extras
 from smidgen.cli.flags import BASE, MODEL, familiar, value_of
+from smidgen.cli.parsing import parse
 from smidgen.cli.table import COMMANDS
 from smidgen.errors import ConfigError, did_you_mean
 
@@ -97,6 +98,7 @@ def build(name: str, words: Sequence[str]) -> Callable[..., Any]:
 
     command.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     command.__annotations__ = hints
+    command.prefixed = any(section.prefixed for section in sections(name).values())  # type: ignore[attr-defined]
     command.__doc__ = doc + (_DOCS if chosen else "")
     return command
 
@@ -110,5 +112,5 @@ def run(name: str, words: Sequence[str]) -> None:
     fields = {field for section in found for field in section.load().__dataclass_fields__}
     given = familiar(words, MODEL if "model" in fields and "base" not in fields else BASE)
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    style = (tyro.conf.AvoidSubcommands,) if any(section.prefixed for section in found) else omit
-    tyro.cli(build(name, given), args=given, prog=f"smidgen {name}", config=style)
+    command = build(name, given)
+    parse(command, given, name, (tyro.conf.AvoidSubcommands,) if command.prefixed else omit)()  # type: ignore[attr-defined]

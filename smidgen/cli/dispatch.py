@@ -1,38 +1,40 @@
 """From words to a command, and from errors to an exit status."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
 
+from smidgen.cli.ends import ended
 from smidgen.cli.table import GROUPS, find, overview
-from smidgen.errors import SmidgenError
+from smidgen.errors import ConfigError
 
 HELP = ("-h", "--help", "help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command; returns the exit status. ``--debug`` shows the traceback of what stops it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    _set_up_output()
+    return ended(lambda: _dispatch([word for word in words if word != "--debug"]), debug)
+
+
+def _set_up_output() -> None:
+    """Warnings and progress to stderr. A name that the terminal cannot show is escaped, and stops nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("smidgen").setLevel(logging.INFO)
     # peft imports these where they are installed, and they warn about kernels that nothing here calls
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        return _dispatch(words)
-    except SmidgenError as error:
-        print(f"smidgen: {error}", file=sys.stderr)
-        signum = getattr(error, "signum", None)
-        return 2 if signum is None else 128 + signum
-    except KeyboardInterrupt:
-        print("smidgen: stopped.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 141
 
 
 def _dispatch(words: list[str]) -> int:
+    if any("\0" in word for word in words):
+        raise ConfigError("A word of the command holds a NUL character; no file or option has one.")
     if words and words[0] in ("-V", "--version"):
         from importlib.metadata import version
 

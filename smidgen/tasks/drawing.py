@@ -9,6 +9,7 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.api import read_adapter
+from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
@@ -24,6 +25,7 @@ from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import UNREADABLE, load_picture
 from smidgen.tasks.png import about_adapter, read_facts, write_png
 from smidgen.training import engine
+from smidgen.training.ranges import check_value
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,11 @@ def generate(
     An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
     ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base.
     """
-    if num_images < 1:
-        raise ConfigError(f"num_images must be at least 1, not {num_images}.")
+    if not prompt:
+        raise ConfigError("Give at least one prompt: what is to be drawn?")
+    numbers = {"num_images": num_images, "seed": seed, "steps": steps, "guidance": guidance, "strength": strength}
+    for name, value in (numbers | {"control_scale": control_scale}).items():
+        check_value(name, value)
     single = out.suffix.lower() == ".png"
     if single and len(prompt) * num_images > 1:
         raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
@@ -144,7 +149,8 @@ def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
         known = len(list(folder.glob("*.png")))
         logger.info("%s holds %d pictures already; they are drawn anew.", folder, known)
     identity = world.sample_identity(numpy.random.default_rng(seed), "test")
-    world.write_subject(folder, identity, num_pictures, seed)
+    with new_files(folder) as scratch:
+        world.write_subject(scratch, identity, num_pictures, seed)
     looks = ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in identity.as_dict().items())
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 

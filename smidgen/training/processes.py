@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from smidgen.adapters.atomic import replace_file
-from smidgen.errors import ConfigError, MissingExtraError, SmidgenError
+from smidgen.errors import ConfigError, MissingExtraError
 from smidgen.training.alone import alone
 from smidgen.training.checkpoints import CheckpointStore
 
@@ -169,7 +169,7 @@ def _run_folder(out: Path, resume: str | None, overwrite: bool, *inner: Path, ke
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
-    except SmidgenError:
+    except BaseException:
         if is_main() and store.steps() == steps:
             for path, content in settings.items():
                 replace_file(path, content)

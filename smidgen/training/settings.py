@@ -41,8 +41,10 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"The config {str(path)!r} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text, a date that there is not
         raise ConfigError(f"The config {str(path)!r} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"The config {str(path)!r} is nested too deeply.") from error
     try:
         return from_dict(kind, values or {})
     except ConfigError as error:
@@ -136,7 +138,7 @@ def _fit(hint: Any, value: Any) -> Any:
         except ValueError:
             return _NO
     if hint is Path:
-        return Path(value) if isinstance(value, str | Path) else _NO
+        return Path(value) if isinstance(value, str | Path) and str(value) else _NO
     if hint is int and isinstance(value, bool):
         return _NO
     return value if isinstance(hint, type) and isinstance(value, hint) else _NO

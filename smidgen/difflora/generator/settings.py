@@ -11,6 +11,7 @@ from smidgen.difflora.zoo.settings import Subjects, ZooConfig
 from smidgen.errors import ConfigError
 from smidgen.tasks.personalize.settings import Adapter
 from smidgen.training.loop import LoopConfig
+from smidgen.training.ranges import check
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class GeneratorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self)
         if self.two_stage.zoo is None and self.end_to_end is None:
             raise ConfigError("Nothing to train: give a zoo for the paper's stage, or keep the end-to-end stage.")
 

@@ -23,6 +23,7 @@ from smidgen.difflora.use.sampler import Adapter, Output, Result, Sampler
 from smidgen.difflora.use.sources import Source, latent_of
 from smidgen.errors import ConfigError
 
+FARTHEST = 10  # that a slider or a share goes: beyond it nothing is drawn but noise
 TIMES = (-1.0, 0.0, 1.0, 2.0)  # of the sliders, on the sheet of an edit
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second, on the sheet of a blend
 
@@ -83,6 +84,11 @@ def edit(sources: Sequence[Path], output: Output, wanted: Mapping[str, float], s
     """
     if not wanted:
         raise ConfigError("Which sliders? Give --set ATTRIBUTE=WORD:NUMBER, such as --set skin=dark:1.0.")
+    for name, value in wanted.items():
+        if not abs(value) <= FARTHEST:
+            raise ConfigError(
+                f"--set {name}:{value:g} is too far: a slider goes from -{FARTHEST} to {FARTHEST}, and 1 is enough."
+            )
     with new_folder(output.out, output.overwrite) as scratch:
         sampler, source = _open(output, sources, seed)
         space = load_directions(sampler.folder, sampler.generator)
@@ -103,8 +109,10 @@ def blend(first: Path, second: Path, output: Output, share: float = 0.5, seed: i
         ConfigError: the share is no finite number.
         DataError: as :func:`edit`.
     """
-    if not abs(share) < float("inf"):
-        raise ConfigError(f"--share is a number, 0 for the first and 1 for the second, not {share}.")
+    if not abs(share) <= FARTHEST:
+        raise ConfigError(
+            f"--share is a number from -{FARTHEST} to {FARTHEST}, 0 for the first and 1 for the second, not {share}."
+        )
     with new_folder(output.out, output.overwrite) as scratch:
         sampler, one = _open(output, [first], seed)
         two = latent_of(sampler, [second], seed)
@@ -192,10 +200,10 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, dots, last = part.partition("..")
-            seeds += range(int(first), int(last) + 1) if dots else [int(first)]
+            seeds += range(int(first), min(int(last), int(first) + 1000) + 1) if dots else [int(first)]
     except ValueError:
         seeds = []
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or len(seeds) > 1000:
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**63 or len(seeds) > 1000:
         raise ConfigError(f"--seeds takes different numbers from 0 as in 0..7 or 0,3,5, at most 1,000; not {text!r}.")
     return tuple(seeds)
 

@@ -17,6 +17,7 @@ from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.use.refine import CAPTION, PhotoTask, descend, photo_task
 from smidgen.errors import ConfigError
+from smidgen.training.ranges import check
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +34,7 @@ class Invert:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self)
         if self.invert_steps < 1 or self.invert_batch < 1 or not self.invert_rate > 0 or self.anchor < 0:
             raise ConfigError(
                 f"invert_steps={self.invert_steps}, invert_batch={self.invert_batch}: at least 1; "

@@ -27,6 +27,7 @@ from smidgen.tasks.data.images import fit
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.randomness import derive
+from smidgen.training.ranges import check
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Sheet:
     sheet_seed: int = 0  # of scenes and noise
 
     def __post_init__(self) -> None:
+        check(self)
         if self.num_prompts < 1 or (self.inference_steps is not None and self.inference_steps < 1):
             raise ConfigError(
                 f"num_prompts={self.num_prompts}, inference_steps={self.inference_steps}: both start at 1; --no-sheet "

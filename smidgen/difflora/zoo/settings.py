@@ -12,6 +12,7 @@ from smidgen.errors import ConfigError
 from smidgen.tasks.personalize.settings import Adapter, PersonalizeConfig
 from smidgen.tasks.personalize.settings import rates as personal_rates
 from smidgen.training.loop import LoopConfig
+from smidgen.training.ranges import check
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class ZooConfig:
     gradient_checkpointing: bool = False  # less memory, slower steps, the same numbers
     base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
     out: Path = Path("zoo")  # where everything goes
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 PRESETS = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smidgen.errors import ConfigError
+from smidgen.training.ranges import check
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class EvaluateConfig:
         for name, least in {"people": 1, "photos": 1, "seeds": 1, "refine": 0, "personalize_photos": 0}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        check(self)
         if self.noise < 0:
             raise ConfigError(f"noise is a factor from 0 on, not {self.noise}.")
 

@@ -8,6 +8,7 @@ from smidgen.bases.families import EMBEDDED, learning_kind
 from smidgen.tasks.control.conditions import Control
 from smidgen.tasks.finetune import settings as finetune
 from smidgen.training.loop import LoopConfig
+from smidgen.training.ranges import check
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the papers': all attentions of the UNet
 
@@ -57,6 +58,9 @@ class ControlConfig:
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints
     gradient_checkpointing: bool = False  # less memory, slower steps
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 PUBLISHED = ("tlora(1,2)", "tlora*(1,1)", "tlora*(2,4)", "tlora(2,6)")

@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.budget import parse_bytes
 from smidgen.adapters.methods import Kind, Rates, learning_rates
 from smidgen.training.loop import LoopConfig
+from smidgen.training.ranges import check
 
 PROBE, FULL = "linear_probe", "full"
 
@@ -27,6 +29,10 @@ class Adapter:
     head_learning_rate: float = 2e-3  # of a classifier's head
     weight_decay: float = 0.0  # pulls towards the base
 
+    def __post_init__(self) -> None:
+        if self.budget is not None:
+            parse_bytes(self.budget)  # raises where it is no number of bytes
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
@@ -43,6 +49,9 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False  # less memory, slower steps
     push_to_hub: str | None = None  # repository to upload to, such as me/my-adapter; needs a login
     hub_private: bool = True  # whether a new repository is private
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def rates(adapter: Adapter, family: Kind) -> Rates:

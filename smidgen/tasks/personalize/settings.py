@@ -6,6 +6,7 @@ from pathlib import Path
 from smidgen.adapters.methods import Rates, learning_rates, parse_method
 from smidgen.bases.families import learning_kind
 from smidgen.training.loop import LoopConfig
+from smidgen.training.ranges import check
 
 PEFT_LORA = "peft's LoRA"  # the baseline
 
@@ -70,6 +71,9 @@ class PersonalizeConfig:
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints
     gradient_checkpointing: bool = False  # less memory, slower steps
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 PRESETS = {

@@ -1,0 +1,126 @@
+"""Words become a call, and what is wrong with them one sentence: the parser's own boxes are read, not shown."""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from smidgen.errors import ConfigError, did_you_mean
+from smidgen.training.ranges import check, check_value
+
+_FRAME = "╭╮╰╯│─|+- "
+
+
+def parse(command: Callable[..., Any], words: Sequence[str], name: str, style: Sequence[Any]) -> Callable[[], Any]:
+    """The call of ``command`` that ``words`` ask for; ConfigError in one sentence when they do not fit its signature."""
+    import tyro
+
+    @functools.wraps(command)
+    def later(*given: Any, **named: Any) -> Callable[[], Any]:
+        return functools.partial(command, *given, **named)
+
+    later.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+    _check_words(words, command)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            call = tyro.cli(later, args=list(words), prog=f"smidgen {name}", config=tuple(style))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_sentence(box.getvalue(), words, command, name)) from None
+    for key, value in call.keywords.items():
+        check(value) if dataclasses.is_dataclass(value) else check_value(key, value)
+    return call  # type: ignore[no-any-return]
+
+
+def _check_words(words: Sequence[str], command: Callable[..., Any]) -> None:
+    """What the parser would take without a word: a flag given twice, of which it takes the last, and an empty path, which is
+    the folder one is in."""
+    hints = {flag: str(hint) for flag, hint in _flags(command)}
+    seen: set[str] = set()
+    last = ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            last = flag.replace("_", "-").removeprefix("--")
+            if last in seen and not re.search(r"\b(list|tuple)\b", hints.get(last, "list")):
+                raise ConfigError(f"--{last} is given twice; give it once.")
+            seen.add(last)
+        if not (value if word.startswith("--") and equals else word) and "str" not in hints.get(last, ""):
+            raise ConfigError(f"{'--' + last if last else 'An argument'} is empty; give a value, or leave it out.")
+
+
+def _flags(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """The flags of a command as they are written, without dashes in front, and the types of their values."""
+    start = "." if getattr(command, "prefixed", False) else ""
+    for parameter in inspect.signature(command).parameters.values():
+        hint = command.__annotations__.get(parameter.name, parameter.annotation)
+        kind = getattr(hint, "__origin__", hint)
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(kind, start)
+        elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+            yield from ((alias, hint) for alias in _names(hint, parameter.name))
+
+
+def _fields(kind: Any, start: str = "") -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        parts = [
+            part for part in (hints[field.name], *typing.get_args(hints[field.name])) if dataclasses.is_dataclass(part)
+        ]
+        name = field.name.replace("_", "-")
+        if parts:
+            yield from _fields(parts[0], start and f"{start}{name}.")
+        else:
+            yield start.removeprefix(".") + name, hints[field.name]
+
+
+def _names(hint: Any, name: str) -> list[str]:
+    renamed = [getattr(mark, "name", None) for mark in getattr(hint, "__metadata__", ())]
+    return [next((other for other in renamed if other), name).replace("_", "-")]
+
+
+def _sentence(box: str, words: Sequence[str], command: Callable[..., Any], name: str) -> str:
+    """What the parser says is wrong, in a sentence; for an unknown flag the right name."""
+    text = _unboxed(box)
+    more = f" `smidgen {name} --help` says more."
+    if text.startswith("Unrecognized options:"):
+        unknown = text.removeprefix("Unrecognized options:").strip()
+        flag = next((word for word in words if word.startswith("-") and word.partition("=")[0] in unknown), "")
+        if not flag:
+            return f"`{name}` takes no further argument, but got: {unknown}.{more}"
+        flag = flag.partition("=")[0]
+        return f"`{name}` has no {flag}.{_meant(flag, [known for known, _ in _flags(command)]) or more}"
+    return text.rstrip(".") + "." + ("" if "--help" in text else more)
+
+
+def _meant(flag: str, known: Sequence[str]) -> str:
+    """The flags that are meant by one that there is not; of those in sections the whole names."""
+    section, _, last = flag.lstrip("-").replace("_", "-").rpartition(".")
+    leaves: dict[str, list[str]] = {}
+    for one in known:
+        if one.startswith(section):
+            leaves.setdefault(one.rpartition(".")[2].replace("-", "_"), []).append(f"--{one}")
+    hint = did_you_mean(last.replace("-", "_"), leaves)
+    hint = re.sub(r"'(\w+)'", lambda found: " or ".join(leaves[found[1]]), hint)
+    return hint.replace("max-train-steps?", "max-train-steps (optimizer steps)?") if "epoch" in flag else hint
+
+
+def _unboxed(box: str) -> str:
+    """The first part of a box, without its frame, its title and the hints below; a terminal of ASCII has a frame of spaces."""
+    parts: list[str] = []
+    for line in box.splitlines()[1:]:
+        inner = line[1:-1]
+        if not inner.strip(_FRAME):
+            if "".join(parts).strip():
+                break
+            continue
+        parts.append(inner[1:-1])
+    text = "".join(part if part and part == part.rstrip() else part.rstrip() + " " for part in parts)
+    return re.sub(r"\s+", " ", text).strip()
