@@ -11,7 +11,7 @@ def generate(
     /,
     prompt: list[str],
     base: str = "embedded",
-    out: Path = Path("pictures"),
+    out: Path = Path("generated"),
     num_images: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -22,6 +22,7 @@ def generate(
     edges_of: Path | None = None,
     control_scale: float = 1.0,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    overwrite: bool = False,
 ) -> None:
     """Draw pictures with ADAPTER, the folder that personalize or train control wrote.
 
@@ -29,7 +30,7 @@ def generate(
         adapter: the adapter's folder.
         prompt: one or more prompts.
         base: embedded, a pipeline folder, or a hub name; the one the adapter was trained on.
-        out: a folder, or a .png for a single picture.
+        out: a folder, not one to train on, or a .png for a single picture.
         num_images: pictures for each prompt, with seeds seed, seed + 1, ...
         seed: fixes the noise.
         steps: denoising steps (default: as the base needs).
@@ -40,6 +41,7 @@ def generate(
         edges_of: a picture whose edges are the control picture, for a canny adapter.
         control_scale: 0 leaves the control out, more than 1 exaggerates.
         mixed_precision: precision of the base's weights.
+        overwrite: draw over pictures of the same name.
     """
     from smidgen.tasks.drawing import generate as run
 

@@ -70,5 +70,5 @@ def write_report(folder: Path, report: Any, card: str) -> None:
     """README.md, and in report.json everything that a report's dataclass holds but the path ``adapter``."""
     values = asdict(report) | {"base": public_name(report.base)}
     del values["adapter"]
-    replace_file(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    replace_file(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False, default=sorted) + "\n")
     replace_file(folder / "README.md", card)

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
-from smidgen.errors import AdapterFileError, ConfigError
+from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks import cards
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
-from smidgen.tasks.data.images import UNREADABLE, load_picture
+from smidgen.tasks.data.images import load_picture
+from smidgen.tasks.data.listing import holds_training_data
 from smidgen.tasks.png import about_adapter, read_facts, write_png
 from smidgen.training import engine
 from smidgen.training.ranges import check_value
@@ -34,7 +36,7 @@ def generate(
     adapter: Path,
     prompt: list[str],
     base: str = "embedded",
-    out: Path = Path("pictures"),
+    out: Path = Path("generated"),
     num_images: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -45,11 +47,13 @@ def generate(
     edges_of: Path | None = None,
     control_scale: float = 1.0,
     mixed_precision: str = "no",
+    overwrite: bool = False,
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
     An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
-    ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base.
+    ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base,
+    for an ``out`` among pictures to train on, and for a file that is there already, unless ``overwrite``.
     """
     if not prompt:
         raise ConfigError("Give at least one prompt: what is to be drawn?")
@@ -59,6 +63,10 @@ def generate(
     single = out.suffix.lower() == ".png"
     if single and len(prompt) * num_images > 1:
         raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
+    prompts = [text for text in prompt for _ in range(num_images)]
+    seeds = [seed + number for _ in prompt for number in range(num_images)]
+    places = [out] if single else [out / name for name in _names(prompts, seeds, num_images)]
+    _check_places(out.parent if single else out, places, single, overwrite)
     made = _check_control(adapter, control, edges_of)
     loaded = load_base(base, mixed_precision, default_device())
     if made is not None:
@@ -66,8 +74,6 @@ def generate(
     engine.load(loaded.pipe, adapter)
     if strength != 1.0:
         smidgen.set_strength(loaded.pipe, strength)
-    prompts = [text for text in prompt for _ in range(num_images)]
-    seeds = [seed + number for _ in prompt for number in range(num_images)]
     encoded = loaded.encode_prompts(prompts)
     options = {"negative": loaded.encode_prompts([negative_prompt]), **loaded.sampling.chosen(steps, guidance)}
     if made is None:
@@ -75,10 +81,6 @@ def generate(
     else:
         controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
         images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
-    names = [
-        f"{number // num_images:02d}-{_slug(text)}-{s}.png"
-        for number, (text, s) in enumerate(zip(prompts, seeds, strict=True))
-    ]
     facts = {
         "negative_prompt": negative_prompt,
         **loaded.sampling.chosen(steps, guidance),
@@ -89,8 +91,8 @@ def generate(
         "precision": mixed_precision,
     }
     return [
-        write_png(image, out if single else out / name, {"prompt": text, "seed": number} | facts)
-        for name, image, text, number in zip(names, images, prompts, seeds, strict=True)
+        write_png(image, place, {"prompt": text, "seed": number} | facts)
+        for place, image, text, number in zip(places, images, prompts, seeds, strict=True)
     ]
 
 
@@ -155,6 +157,22 @@ def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 
 
+def _names(prompts: Sequence[str], seeds: Sequence[int], each: int) -> list[str]:
+    drawn = enumerate(zip(prompts, seeds, strict=True))
+    return [f"{number // each:02d}-{_slug(text)}-{seed}.png" for number, (text, seed) in drawn]
+
+
+def _check_places(folder: Path, places: Sequence[Path], single: bool, overwrite: bool) -> None:
+    """Nothing is drawn into a folder to train on, where the next training would meet it, nor over a file."""
+    why = holds_training_data(folder, whole=not single)
+    if why:
+        raise ConfigError(f"{folder} looks like a folder to train on: {why}. Draw into another --out.")
+    there = [path for path in places if path.exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ConfigError(f"{there[0]}{more} is there already; give another --out, or --overwrite to draw it anew.")
+
+
 def _check_control(adapter: Path, control: Path | None, edges_of: Path | None) -> hint.HintConfig | None:
     """The hint encoder's config; refuses a control picture for an adapter without one, and the other way round."""
     made, given = hint.read_config(adapter), [path for path in (control, edges_of) if path is not None]
@@ -175,8 +193,8 @@ def _control_picture(control: Path | None, edges_of: Path | None, resolution: in
         return load_control(control, resolution)
     try:
         return edge_picture(load_picture(str(edges_of), resolution))
-    except UNREADABLE as error:
-        raise ConfigError(f"{edges_of} cannot be read as a picture: {error}") from error
+    except DataError as error:
+        raise DataError(f"{edges_of} cannot be read as a picture: {error}.") from error
 
 
 def _covered(lock: dict[str, Any]) -> list[str]:

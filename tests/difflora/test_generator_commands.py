@@ -220,7 +220,8 @@ def bomb(path: Path) -> None:
     [("1.png", r"1.png does not exist\. Did you mean '0.png'"), ("folder", "is a folder, not a photo"),
      ("text.png", "cannot be read as a photo"), ("cut.png", "cannot be read as a photo"), ("bomb.png", "bomb.png cannot be read"),
      ("large.png", "more than 100 million pixels"), ("dot.png", "smaller than 16 pixels"),
-     ("wall.png", r"No face was found in .*wall.png \(64 x 64 pixels\)")],
+     ("plain.png", r"plain.png \(64 x 64 pixels\) shows nobody: it is of one colour"),
+    ("wall.png", r"No face was found in .*wall.png \(640 x 480 pixels\); give a portrait drawn as the embedded base draws")],
 )  # fmt: skip
 def test_photos_that_are_none(trained, photos, tmp_path, name, message, monkeypatch, capsys):
     folder = tmp_path / "photos"
@@ -232,7 +233,10 @@ def test_photos_that_are_none(trained, photos, tmp_path, name, message, monkeypa
     bomb(folder / "bomb.png")
     Image.new("L", (12_000, 9_000)).save(folder / "large.png")
     Image.new("RGB", (8, 8)).save(folder / "dot.png")
-    Image.new("RGB", (64, 64), "teal").save(folder / "wall.png")
+    Image.new("RGB", (64, 64), "teal").save(folder / "plain.png")
+    wall = Image.new("RGB", (640, 480), "teal")
+    wall.paste((90, 40, 40), (0, 0, 320, 480))
+    wall.save(folder / "wall.png")
     out = tmp_path / "some" / "where"
     with pytest.raises(DataError, match=message):
         commands.predict([photos[1], folder / name], work(out, trained))

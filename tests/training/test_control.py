@@ -58,7 +58,8 @@ def test_what_is_left_behind_and_how_it_draws(sd, pairs, tmp_path):
     hint_numbers = sum(tensor.numel() for name, tensor in stored.items() if "hint" in name)
     assert ours.hint_numbers == hint_numbers > 0 and ours.numbers > 0
     assert report.lines[0].scores == {"iou": 1.0, "f1": 1.0, "f1_1px": 1.0} and 0 <= ours.scores["iou"] < 1
-    assert "verified" in report.notes[0] and float(report.notes[1].rsplit(" ", 1)[1].rstrip(".")) == 0
+    assert report.notes[0].startswith("Trained on 2 pictures with 2 captions, each with its control picture; 2 more")
+    assert "verified" in report.notes[1] and float(report.notes[2].rsplit(" ", 1)[1].rstrip(".")) == 0
     saved = json.loads((out / "report.json").read_text())
     assert saved["control"] == "canny" and str(tmp_path) not in (out / "report.json").read_text()
     card = (out / "README.md").read_text()
@@ -136,6 +137,7 @@ def test_the_command_line_end_to_end(sd, pairs, tmp_path, capsys):
     assert main([*words, "--method", "tlora(1,2)"]) == 0
     assert "| tlora(1,2)" in capsys.readouterr().out
     drawn = ["--base", str(sd), "--steps", "2", "--prompt", "a person", "--out", str(tmp_path / "drawn.png")]
+    drawn.append("--overwrite")
     assert main(["generate", out, *drawn, "--edges-of", str(pairs / "1.png")]) == 0
     assert Image.open(tmp_path / "drawn.png").size == (16, 16)
     assert main(["generate", out, *drawn, "--control", str(tmp_path / "none.png")]) == 2

@@ -9,13 +9,16 @@ import torch
 from PIL import Image
 
 from smidgen.errors import DataError
-from smidgen.tasks.data import images
+from smidgen.tasks.data import images, pixels
 from tests.training import tiny
 
 
 def png(path, size=(40, 30), color=(200, 10, 10), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, color).save(path)
+    image = Image.new(mode, size, color)
+    if mode == "RGB":
+        image.paste((255, 255, 255), (0, 0, 2, 2))
+    image.save(path)
     return path
 
 
@@ -64,7 +67,7 @@ def test_broken_pictures_are_all_named(tmp_path):
 
 
 def test_pictures_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "LARGEST", 1000)
+    monkeypatch.setattr(pixels, "LARGEST", 1000)
     png(tmp_path / "huge.png")
     with pytest.raises(DataError, match="40x30 is more than"):
         images.read_folder(tmp_path, "a person")
@@ -136,7 +139,7 @@ def test_pictures_come_upright_on_white_and_square(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter to the right
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = images.upright(Image.open(tmp_path / "turned.jpg"))
+    upright = pixels.upright(Image.open(tmp_path / "turned.jpg"))
     assert upright.size == (20, 40) and upright.getpixel((10, 2))[2] > 200
     square = images.load_picture(clear, 16)
     assert square.size == (16, 16)

@@ -92,7 +92,8 @@ def test_what_is_left_behind_can_be_read(sd, pictures, tmp_path):
     assert sheet.size[0] > 2 * 128 and sheet.size[1] > 3 * 128  # subject, base, adapter
     assert len({sheet.getpixel((x, y)) for x in range(0, sheet.width, 7) for y in range(0, sheet.height, 7)}) > 50
     assert Image.open(out / "loss.png").size[0] > 400
-    assert "changes the UNet's answer by" in report.notes[1]
+    assert report.notes[0] == "Trained on 3 pictures with 3 captions." and report.notes[0] in card
+    assert "changes the UNet's answer by" in report.notes[2]
 
 
 def test_a_judge_of_your_own_scores_base_adapter_and_lora(sd, pictures, tmp_path):

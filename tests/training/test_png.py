@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 import smidgen
 from smidgen.errors import DataError
 from smidgen.tasks.contact_sheet import loss_plot
-from smidgen.tasks.png import about_adapter, is_ours, read_facts, write_figure, write_png
+from smidgen.tasks.png import about_adapter, is_ours, read_facts, write_figure, write_png, written_by_smidgen
 
 FACTS = {
     "prompt": "a person, smiling\nin the rain",
@@ -27,6 +27,7 @@ FACTS = {
 
 def test_a_drawn_picture_says_how_it_was_made(tmp_path):
     path = write_png(Image.new("RGB", (6, 4)), tmp_path / "a.png", FACTS)
+    assert written_by_smidgen(path) and not written_by_smidgen(tmp_path)
     with Image.open(path) as image:
         assert is_ours(image) and image.info["Software"] == f"smidgen {smidgen.__version__}"
         words = image.info["parameters"].splitlines()
@@ -72,7 +73,7 @@ def test_other_tools_pictures_are_not_ours(tmp_path):
         path = tmp_path / f"{number}.png"
         Image.new("L", (3, 3)).save(path, pnginfo=chunks)
         with Image.open(path) as image:
-            assert not is_ours(image)
+            assert not is_ours(image) and not written_by_smidgen(path)
 
 
 @pytest.mark.parametrize("facts", ["{", "[1]", "[" * 100_000, "null"])

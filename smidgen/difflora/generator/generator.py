@@ -86,6 +86,11 @@ class Generator:
     def _content(self) -> bytes:
         return save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
 
+    @property
+    def _wanted(self) -> str:
+        """The photos it can read."""
+        return getattr(self.face, "reads", "a picture with one face, upright and in front of the camera")
+
     def _encoder(self, side: str) -> PictureEncoder:
         """An encoder with the very weights that the generator was made with."""
         encoder = encoders.load(getattr(self.sees, side))
@@ -105,11 +110,9 @@ class Generator:
         face, image = self.face.encode(photos), self.image.encode(photos)
         for number, seen in enumerate(zip(face, image, strict=True)):
             if any(values.isnan().any() for values in seen):
-                name = names[number] if names else f"photo {number + 1}"
-                raise DataError(
-                    f"No face was found in {name} ({photos[number].width} x {photos[number].height} pixels); give a picture "
-                    "with one face, upright and in front of the camera."
-                )
+                photo = photos[number]
+                name = names[number] if names else f"photo {number + 1} ({photo.width} x {photo.height} pixels)"
+                raise DataError(f"No face was found in {name}; give {self._wanted}.")
         return face[None], image[None]
 
     @torch.no_grad()

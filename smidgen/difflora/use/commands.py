@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from smidgen.difflora.generator.directions import load_directions
-from smidgen.difflora.use.folders import new_folder, read_photos
+from smidgen.difflora.use.folders import new_folder, notes_of, read_photos
 from smidgen.difflora.use.invert import Invert, invert
 from smidgen.difflora.use.refine import Refine, captions_of, refine_rows
 from smidgen.difflora.use.sampler import Adapter, Output, Result, Sampler
@@ -54,7 +54,7 @@ def predict(
         sampler = Sampler(output)
         images = sampler.fitted(found)
         with sampler.timed("prediction"):
-            condition = sampler.generator.condition(images, [str(photo.path) for photo in found])
+            condition = sampler.generator.condition(images, [str(photo) for photo in found])
             latents = [sampler.generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds]
         model = sampler.generator.model
         info = {
@@ -72,7 +72,7 @@ def predict(
             adapters = _refined(
                 sampler, adapters, images, captions_of(sampler.generator.image, images, caption), refine, progress
             )
-        return sampler.finish(scratch, adapters, images)
+        return sampler.finish(scratch, adapters, images, notes_of(found))
 
 
 def edit(sources: Sequence[Path], output: Output, wanted: Mapping[str, float], seed: int = 0) -> Result:
@@ -183,7 +183,7 @@ def invert_photos(
             sampler.adapter(begun, "the prediction" if from_prediction else "the mean"),
             sampler.adapter(latent, "inverted", "", **info),
         ]
-        return sampler.finish(scratch, adapters, images)
+        return sampler.finish(scratch, adapters, images, notes_of(found))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

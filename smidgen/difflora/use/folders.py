@@ -9,7 +9,6 @@ README.md, contact_sheet.png
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,9 @@ from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
 from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.errors import DataError, did_you_mean
-from smidgen.tasks.data.images import LARGEST, SMALLEST, UNREADABLE, upright
+from smidgen.tasks.data.images import remarks
+from smidgen.tasks.data.pixels import Decoded, decode
+from smidgen.tasks.png import written_by_smidgen
 
 RECIPE, CARD, SHEET = "recipe.json", "README.md", "contact_sheet.png"
 FORMAT = 1
@@ -38,11 +39,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo as given, upright and RGB, and the hash of its file."""
+    """A photo as given, upright and RGB, the hash of its file, and what was odd about it."""
 
     path: Path
     image: Image.Image
     digest: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.image.width} x {self.image.height} pixels)"
+
+
+def notes_of(photos: Sequence[Photo]) -> tuple[str, ...]:
+    """What was odd about any of them."""
+    return tuple(note for photo in photos for note in photo.notes)
 
 
 def read_photos(paths: Sequence[Path]) -> list[Photo]:
@@ -62,21 +72,22 @@ def _read_photo(path: Path) -> Photo:
         what = "is a folder, not a photo" if path.is_dir() else "does not exist"
         raise DataError(f"{path} {what}.{did_you_mean(path.name, near)}")
     try:
+        found = decode(path)
         content = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
-            image = Image.open(io.BytesIO(content))
-        with image:
-            width, height = image.size
-            if width * height > LARGEST:
-                raise ValueError(
-                    f"{width} x {height} is more than {LARGEST // 1_000_000} million pixels; make it smaller"
-                )
-            if min(width, height) < SMALLEST:
-                raise ValueError(f"{width} x {height} is smaller than {SMALLEST} pixels")
-            return Photo(path, upright(image), hashlib.sha256(content).hexdigest())
-    except UNREADABLE as error:
+    except (DataError, OSError) as error:
         raise DataError(f"{path} cannot be read as a photo: {error}.") from error
+    if nothing := found.odd & {"transparent", "flat"}:
+        raise DataError(
+            f"{path} ({found.image.width} x {found.image.height} pixels) shows nobody: it is "
+            f"{'transparent throughout' if 'transparent' in nothing else 'of one colour'}."
+        )
+    return Photo(path, found.image, hashlib.sha256(content).hexdigest(), tuple(_remarks(path, found)))
+
+
+def _remarks(path: Path, found: Decoded) -> list[str]:
+    """What was odd about a photo, for the result's notes."""
+    written = [f"{path} was drawn by Smidgen; it is read as any photo."] if written_by_smidgen(path) else []
+    return written + [f"{path}: {one}" for one in remarks({path.name: (found.odd, found.image.size)})]
 
 
 @contextmanager

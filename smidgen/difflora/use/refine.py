@@ -28,7 +28,7 @@ from smidgen.difflora.weightspace.canonical import canonical_rows, refactor
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, DataError
-from smidgen.tasks.data.images import fit, upright
+from smidgen.tasks.data.pixels import fit, upright
 from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.loop import LoopConfig, train
 

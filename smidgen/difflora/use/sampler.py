@@ -23,7 +23,7 @@ from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
 from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet
-from smidgen.tasks.data.images import fit
+from smidgen.tasks.data.pixels import fit
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.randomness import derive

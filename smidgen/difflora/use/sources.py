@@ -15,7 +15,7 @@ from torch import Tensor
 import smidgen
 from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.use.folders import read_photos, read_recipe
+from smidgen.difflora.use.folders import notes_of, read_photos, read_recipe
 from smidgen.difflora.use.sampler import Sampler
 from smidgen.difflora.weightspace.layout import Layout, plain_config
 from smidgen.errors import DataError
@@ -47,8 +47,12 @@ def latent_of(sampler: Sampler, sources: Sequence[Path], seed: int = 0) -> Sourc
     if not adapters:
         photos = read_photos(sources)
         images = sampler.fitted(photos)
-        latents = sampler.generator.latents(sampler.generator.condition(images, [str(p.path) for p in photos]), [seed])
-        return Source(latents[0], {"photos": [photo.digest for photo in photos], "seed": seed}, images)
+        latents = sampler.generator.latents(
+            sampler.generator.condition(images, [str(photo) for photo in photos]), [seed]
+        )
+        return Source(
+            latents[0], {"photos": [photo.digest for photo in photos], "seed": seed}, images, notes_of(photos)
+        )
     if len(sources) > 1:
         raise DataError(f"Give one adapter folder, or photos of one person; got {', '.join(map(str, sources))}.")
     recipe = read_recipe(adapters[0])

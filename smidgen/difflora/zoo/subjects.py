@@ -8,6 +8,7 @@ Everything of one person is on one side: a split over files would put checkpoint
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from smidgen.errors import DataError
 from smidgen.training.randomness import derive
 
 TABLE = "subjects.parquet"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,10 @@ def _from_folder(folder: Path, wanted: Subjects) -> list[Subject]:
         raise DataError(f"{folder} holds no folders; it must hold one folder of pictures for each person.")
     found = []
     for path in people:
-        kept = images.read_folder(path, wanted.instance_prompt).pictures
+        read = images.read_folder(path, wanted.instance_prompt)
+        kept = read.pictures
+        for warning in read.warnings:
+            logger.warning("%s: %s", path.name, warning)
         found.append(
             Subject(
                 id=path.name,

@@ -1,7 +1,8 @@
 """Pictures with their control pictures: read from a folder, or drawn from the embedded base's world.
 
-A folder is an imagefolder whose ``metadata.jsonl`` (or .csv) has ``file_name``, ``control_file_name`` and ``text``.
-Without control pictures their edges are found on the fly.
+A folder is an imagefolder whose ``metadata.jsonl`` (or .csv) has ``file_name``, ``control_file_name`` and ``text``, or one
+whose folder ``control`` (``conditioning``, ...) holds a control picture of each picture's name. Without control pictures
+their edges are found on the fly.
 """
 
 import hashlib
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor
 
 from smidgen.adapters.atomic import new_files
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.control.conditions import check, dot_picture, edge_picture
-from smidgen.tasks.data import images
+from smidgen.tasks.data import images, metadata
+from smidgen.tasks.data.listing import TABLES
+from smidgen.tasks.data.pixels import decode, fit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +42,9 @@ class ControlPairs:
 
     def __len__(self) -> int:
         return len(self.pictures)
+
+    def __str__(self) -> str:
+        return str(images.PictureFolder(self.pictures))
 
     def digests(self) -> list[list[str]]:
         """What decides a training: each picture's digest, caption and control."""
@@ -66,12 +73,13 @@ def read_pairs(folder: Path, control: str, prompt: str | None = None, resolution
     or of another size than their picture, and what `images.read_folder` raises.
     """
     check(control)
-    found = images.read_folder(folder, prompt, resolution)
+    found = images.read_folder(folder, prompt, resolution, conditioned=True)
     without = [picture.path for picture in found.pictures if picture.control is None]
     if without and (control != "canny" or len(without) < len(found.pictures)):
         raise DataError(
             f"{len(without)} picture(s) of {folder} have no control picture, for example {without[0].name}: name one "
-            f"in the column {images.CONTROL_COLUMN} of metadata.jsonl. Only canny is drawn from the pictures themselves, "
+            f"in the column {metadata.CONTROL} of metadata.jsonl, or put it under the same name into a folder "
+            f"{CONTROL_FOLDER}. Only canny is drawn from the pictures themselves, "
             "and only when none has one."
         )
     if without:
@@ -82,14 +90,7 @@ def read_pairs(folder: Path, control: str, prompt: str | None = None, resolution
 
 def load_control(path: Path, resolution: int) -> "Image":
     """A control picture, scaled and cropped as pictures are, but to the nearest pixel: colours have a meaning."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            upright = images.upright(image)
-    except images.UNREADABLE as error:
-        raise DataError(f"The control picture {path} cannot be read: {error}") from error
-    return ImageOps.fit(upright, (resolution, resolution), Image.Resampling.NEAREST)
+    return fit(_read_control(path), resolution, Resampling.NEAREST)
 
 
 def as_controls(controls: "Sequence[Image]") -> Tensor:
@@ -129,17 +130,25 @@ def write_pairs(folder: Path, control: str, num_pictures: int, seed: int) -> str
             name = f"{number:05d}.png"
             portrait.picture().save(scratch / name)
             control_of(portrait, control).save(scratch / CONTROL_FOLDER / name)
-            row: dict[str, Any] = {"file_name": name, images.CONTROL_COLUMN: f"{CONTROL_FOLDER}/{name}"}
+            row: dict[str, Any] = {"file_name": name, metadata.CONTROL: f"{CONTROL_FOLDER}/{name}"}
             lines.append(json.dumps(row | {"text": world.caption(portrait.scene)}))
-        (scratch / images.METADATA[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (scratch / TABLES[0]).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return (
         f"{folder}: {num_pictures} portraits with {control} controls, the last {unseen} of people the base never saw."
     )
 
 
-def _load_controls(pictures: Sequence[images.Picture], resolution: int) -> "tuple[Image, ...]":
-    from PIL import Image
+def _read_control(path: Path) -> "Image":
+    try:
+        found = decode(path)
+    except DataError as error:
+        raise DataError(f"The control picture {path} cannot be read: {error}.") from error
+    if "transparent" in found.odd:
+        raise DataError(f"The control picture {path} cannot be used: it is transparent throughout.")
+    return found.image
 
+
+def _load_controls(pictures: Sequence[images.Picture], resolution: int) -> "tuple[Image, ...]":
     missing = [p.control for p in pictures if p.control is not None and not p.control.is_file()]
     if missing:
         raise DataError(f"{len(missing)} control picture(s) are not there, for example {missing[0]}.")
@@ -147,13 +156,11 @@ def _load_controls(pictures: Sequence[images.Picture], resolution: int) -> "tupl
     for picture in pictures:
         path = picture.control
         assert path is not None
-        loaded = load_control(path, resolution)
-        with Image.open(path) as image:
-            size = images.upright(image).size
-        if size != picture.size:
+        control = _read_control(path)
+        if control.size != picture.size:
             raise DataError(
-                f"{path.name} is {size[0]}x{size[1]} pixels, but its picture {picture.path.name} is "
+                f"{path.name} is {control.width}x{control.height} pixels, but its picture {picture.path.name} is "
                 f"{picture.size[0]}x{picture.size[1]}: a control picture has its picture's size."
             )
-        controls.append(loaded)
+        controls.append(fit(control, resolution, Resampling.NEAREST))
     return tuple(controls)

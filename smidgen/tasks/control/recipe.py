@@ -58,6 +58,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     for warning in pairs.warnings:
         logger.warning("%s", warning)
     seen, held_out = pairs.split(data.num_held_out)
+    logger.info("Training on %s of %s.", seen, data.folder)
     made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
 
     with run_folder(config.out, config.resume_from_checkpoint, config.overwrite) as out:
@@ -74,7 +75,8 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     base = load_base(config.base, config.train.mixed_precision, device)
     drawn = {"real pictures": [images.load_picture(picture.path, resolution) for picture in held_out.pictures]}
     drawn["base without control"] = plain = scenes.draw(base, steer=False)
-    notes = _proved(config, base, made, scenes, trained)
+    said = f"Trained on {seen}, each with its control picture; {len(held_out)} more were kept from training."
+    notes = (said, *_proved(config, base, made, scenes, trained))
     drawn[fitted.name] = ours = scenes.draw(base)
     if all(a.tobytes() == b.tobytes() for a, b in zip(plain, ours, strict=True)):
         raise AdapterFileError(f"{out} draws exactly what the base draws: nothing steers.")

@@ -1,45 +1,43 @@
-"""Folders of pictures: what they hold, what is wrong with them, and pictures as tensors.
+"""Folders of pictures of one subject: what they hold and what is wrong with them, and pictures as tensors.
 
-Three layouts are read: an imagefolder (``metadata.jsonl`` or ``metadata.csv`` with ``file_name`` and ``text``),
-captions beside the pictures (``portrait.png`` and ``portrait.txt``), and bare pictures that share one prompt.
-Everything wrong is found before anything is trained: what cannot be used raises DataError, what is merely odd becomes
-a warning that counts and names the files.
+Four layouts are read: an imagefolder (``metadata.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` with ``file_name`` and ``text``, in
+the folder or in folders below), captions beside the pictures (``portrait.png`` and ``portrait.txt`` or ``.caption``),
+kohya's folders (``10_ann person``), and bare pictures that share one prompt. Everything wrong is found before anything is
+trained: what cannot be used raises DataError, what is merely odd or left out becomes a warning that counts and names the
+files.
 """
 
-import csv
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from smidgen.errors import DataError, did_you_mean
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-METADATA = ("metadata.jsonl", "metadata.csv")
-CONTROL_COLUMN = "control_file_name"
-COLUMNS = ("file_name", "text", CONTROL_COLUMN)
-SMALLEST = 16  # pixels on the shorter side
-LARGEST = 100_000_000  # pixels in all
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what a broken picture makes Pillow say
+from smidgen.tasks.data import metadata
+from smidgen.tasks.data.decoding import mended, read_text
+from smidgen.tasks.data.listing import CONDITIONING, Listing, captions_beside, list_folder, repeats, sort_out
+from smidgen.tasks.data.pixels import ODD, decode, fit, known_endings
+from smidgen.tasks.data.tables import counted
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One training picture: where it lies, its caption, its size (width, height), the SHA-256 of its file, and the
-    control picture that its metadata names."""
+    """One training picture: where it lies, its caption, its size (width, height), the SHA-256 of its file, the control
+    picture that its metadata names, and how often it counts beside the others."""
 
     path: Path
     caption: str
     size: tuple[int, int]
     digest: str
     control: Path | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,35 +51,55 @@ class PictureFolder:
     def captions(self) -> list[str]:
         return [picture.caption for picture in self.pictures]
 
+    def __str__(self) -> str:
+        """How many pictures, captions and repeats: what a report says was trained on."""
+        number, captions = len(self.pictures), len(set(self.captions))
+        said = f"{_many(number, 'picture')} with {_many(captions, 'caption')}"
+        times = Counter(picture.repeats for picture in self.pictures)
+        if set(times) != {1}:
+            said += ", counted " + ", ".join(f"{n} times ({_many(k, 'picture')})" for n, k in sorted(times.items()))
+        return said
 
-def read_folder(folder: str | Path, instance_prompt: str | None = None, resolution: int = 0) -> PictureFolder:
+    def identity(self) -> list[list[str | int]]:
+        """What decides a training: each picture's digest and caption, and its repeats where it has any."""
+        return [
+            [picture.digest[:16], picture.caption, *([picture.repeats] if picture.repeats > 1 else [])]
+            for picture in self.pictures
+        ]
+
+
+def read_folder(
+    folder: str | Path, instance_prompt: str | None = None, resolution: int = 0, conditioned: bool = False
+) -> PictureFolder:
     """Read and check every picture and caption of ``folder``.
 
     ``instance_prompt`` is the caption of pictures that have none. ``resolution`` (pixels, 0: unknown) is what the base
-    draws; smaller pictures are warned about. Raises DataError for an empty or missing folder, broken pictures, pictures
-    named in the metadata that do not exist, and pictures left without a caption.
+    draws; smaller pictures are warned about. ``conditioned`` pairs pictures with those of their name in a folder of
+    conditioning pictures. Raises DataError for an empty or missing folder, broken pictures, tables that do not fit the
+    files (see ``metadata``), and pictures left without a caption.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder of pictures." + did_you_mean(folder.name, _siblings(folder)))
-    controls = _controls(folder)
-    named = set(controls.values())
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not _hidden(path, folder))
-    files = sorted(path for path in found if path not in named)
-    warnings: list[str] = []
-    captions = _captions(folder, files, warnings)
-    if not files:
-        raise DataError(f"{folder} holds no pictures; known endings are {', '.join(SUFFIXES)}.")
-    listed = [path for path in files if path in captions] if _metadata_file(folder) else files
-    if len(listed) < len(files):
-        warnings.append(_counted("picture", set(files) - set(listed), "not named in the metadata and left out"))
-    pictures = _open_all(listed, captions, instance_prompt, folder)
-    pictures = [replace(picture, control=controls.get(picture.path)) for picture in pictures]
-    pictures = _without_duplicates(pictures, warnings)
-    small = [p.path for p in pictures if min(p.size) < resolution]
-    if small:
-        warnings.append(_counted("picture", small, f"smaller than the base's {resolution} pixels and will be enlarged"))
-    return PictureFolder(tuple(pictures), tuple(warnings))
+        raise DataError(
+            f"{folder} is not a folder of pictures.{' It is a file.' if folder.is_file() else _near(folder)}"
+        )
+    found, warnings = list_folder(folder), list[str]()
+    described, captions, controls = _described(found, warnings)
+    found.pictures = [path for path in found.pictures if path not in set(controls.values())]
+    twins = sort_out(found, described)
+    if conditioned and not controls:
+        controls = twins
+        found.left_out.pop(("picture", CONDITIONING), None)
+    unlisted = [path for path in found.pictures if path not in described and found.table_of(path)]
+    if unlisted:
+        warnings.append(counted("picture", map(found.name, unlisted), "not named in the metadata and left out"))
+    found.pictures = [path for path in found.pictures if path not in set(unlisted)]
+    captions = _beside(found, captions, instance_prompt, warnings)
+    if not found.pictures:
+        endings, told = ", ".join(sorted(known_endings())), [*warnings, *found.warnings()]
+        raise DataError(" ".join([f"{folder} holds no pictures to train on; known endings are {endings}.", *told]))
+    pictures = _opened(found, captions, instance_prompt, resolution, warnings)
+    return PictureFolder(tuple(replace(one, control=controls.get(one.path)) for one in pictures), tuple(warnings))
 
 
 def bind(captions: Sequence[str], class_word: str, placeholder: str) -> list[str]:
@@ -104,23 +122,7 @@ def bind(captions: Sequence[str], class_word: str, placeholder: str) -> list[str
 def load_picture(path: "str | Path | IO[bytes]", resolution: int) -> "Image.Image":
     """The picture upright, on white where transparent, its shorter side scaled to ``resolution``, cropped to the
     centre."""
-    with Image.open(path) as image:
-        return fit(upright(image), resolution)
-
-
-def upright(image: "Image.Image") -> "Image.Image":
-    """RGB, turned as its EXIF says, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def fit(image: "Image.Image", resolution: int) -> "Image.Image":
-    """Scaled and centre-cropped to ``resolution`` x ``resolution`` pixels."""
-    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
+    return fit(decode(path).image, resolution)
 
 
 def to_tensor(images: Iterable["Image.Image"]) -> Tensor:
@@ -131,132 +133,126 @@ def to_tensor(images: Iterable["Image.Image"]) -> Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
-def _captions(folder: Path, files: Sequence[Path], warnings: list[str]) -> dict[Path, str]:
-    metadata = _metadata_file(folder)
-    if metadata is not None:
-        return _metadata_captions(metadata, files, warnings)
-    beside = {path.with_suffix(".txt"): path for path in files}
-    orphans = [path for path in sorted(folder.rglob("*.txt")) if path not in beside and not _hidden(path, folder)]
-    if orphans:
-        warnings.append(_counted("caption file", orphans, "without a picture beside it and ignored"))
-    texts = {path: text for text, path in beside.items() if text.is_file()}
-    return {path: _read_text(text) for path, text in texts.items()}
+def remarks(seen: Mapping[str, tuple[frozenset[str], tuple[int, int]]], resolution: int = 0) -> list[str]:
+    """Warnings about decoded pictures: name -> (what is odd about it, width and height), with the square that is trained on.
+
+    Example:
+        >>> remarks({"a.gif": (frozenset({"animated"}), (64, 64)), "b.png": (frozenset(), (4000, 40))})
+        ['1 picture of several frames, of which the first is taken: a.gif.', '1 picture that loses most of itself to the \
+crop to its centre square: b.png (4000x40, 1 % is kept).']
+    """
+    told = {odd: [name for name, (found, _) in seen.items() if odd in found] for odd in ODD}
+    if "transparent" in told:
+        told["flat"] = [name for name in told["flat"] if name not in told["transparent"]]
+    warnings = [counted("picture", names, ODD[odd]) for odd, names in told.items() if names]
+    shares = {name: (size, min(size) / max(size)) for name, (_, size) in seen.items()}
+    cut = [f"{name} ({w}x{h}, {share:.0%} is kept)" for name, ((w, h), share) in shares.items() if share < 0.5]
+    if cut:
+        warnings.append(counted("picture", cut, "that loses most of itself to the crop to its centre square"))
+    small = [name for name, (size, _) in shares.items() if min(size) < resolution]
+    if small:
+        warnings.append(counted("picture", small, f"smaller than the base's {resolution} pixels and will be enlarged"))
+    return warnings
 
 
-def _metadata_captions(metadata: Path, files: Sequence[Path], warnings: list[str]) -> dict[Path, str]:
-    rows = _rows(metadata)
-    if not rows:
-        raise DataError(f"{metadata} is empty.")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    if "file_name" not in columns:
-        raise DataError(f"{metadata} has no column 'file_name'; it has {columns}." + did_you_mean("file_name", columns))
-    unknown = [column for column in columns if column not in COLUMNS]
-    if unknown:
-        near = "".join(did_you_mean(name, COLUMNS) for name in unknown) if "text" not in columns else ""
-        warnings.append(
-            f"{metadata.name}: unknown column(s) {', '.join(map(repr, unknown))} ignored; 'text' is read.{near}"
-        )
-    captions = {metadata.parent / str(row["file_name"]): str(row.get("text") or "").strip() for row in rows}
-    missing = [path for path in captions if not path.is_file()]
-    if missing:
-        raise DataError(_counted("picture", missing, f"named in {metadata.name} but not in the folder"))
-    strange = [path for path in captions if path not in set(files)]
-    if strange:
-        raise DataError(
-            _counted("file", strange, f"named in {metadata.name} that no picture reader knows by its ending")
-        )
-    return {path: text for path, text in captions.items() if text} if "text" in columns else dict.fromkeys(captions, "")
+def _described(found: Listing, warnings: list[str]) -> tuple[set[Path], dict[Path, str], dict[Path, Path]]:
+    """What the folder's tables say: the pictures they name, captions, and control pictures."""
+    named, captions, controls = set[Path](), dict[Path, str](), dict[Path, Path]()
+    for table in found.tables:
+        entries = metadata.read_entries(found, table, warnings)
+        warnings += metadata.repeated(entries, table)
+        column = metadata.caption_column(table, metadata.columns_of(entries), warnings)
+        named |= {entry.path for entry in entries}
+        for path, text in metadata.captions_of(table, entries, column).items():
+            if captions.setdefault(path, text) != text:
+                raise DataError(
+                    f"{table} describes {found.name(path)} as {text[:60]!r}, another table as {captions[path][:60]!r}. Keep one."
+                )
+        controls |= metadata.controls_of(found, table, entries)
+    return named, captions, controls
 
 
-def _controls(folder: Path) -> dict[Path, Path]:
-    """Picture -> control picture, where the metadata names one."""
-    metadata = _metadata_file(folder)
-    rows = [row for row in _rows(metadata) if row.get("file_name") and row.get(CONTROL_COLUMN)] if metadata else []
-    return {folder / str(row["file_name"]): folder / str(row[CONTROL_COLUMN]) for row in rows}
+def _beside(found: Listing, captions: dict[Path, str], prompt: str | None, warnings: list[str]) -> dict[Path, str]:
+    """``captions`` of the tables, completed by the files beside the pictures and, without a ``prompt`` for all, by kohya's folder
+    names."""
+    files = captions_beside(found)
+    texts = _read_texts(files, warnings)
+    double = [found.name(files[path]) for path, text in texts.items() if captions.get(path, text) != text]
+    if double:
+        warnings.append(counted("caption file", double, "beside a picture that the metadata describes, not read"))
+    words: dict[str, list[str]] = {}
+    complete = texts | captions
+    empty = [found.name(files[path]) for path in texts if not complete[path]]
+    if empty:
+        warnings.append(counted("caption file", empty, "that is empty"))
+    for path in found.pictures:
+        _, said = repeats(found, path)
+        if said and not prompt and not complete.get(path):
+            words.setdefault(said, []).append(found.name(path))
+            complete[path] = said
+    warnings += [counted("picture", names, f"captioned {said!r} by its folder's name") for said, names in words.items()]
+    return complete
 
 
-def _rows(metadata: Path) -> list[dict]:
-    if metadata.suffix == ".csv":
-        with open(metadata, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    rows = []
-    for number, line in enumerate(_read_text(metadata).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{metadata} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{metadata} line {number} must be an object with 'file_name' and 'text', not {line[:60]!r}."
-            )
-        rows.append(row)
-    return rows
-
-
-def _open_all(files: Sequence[Path], captions: dict[Path, str], prompt: str | None, folder: Path) -> list[Picture]:
-    bare = [path for path in files if not captions.get(path)]
+def _opened(
+    found: Listing, captions: dict[Path, str], prompt: str | None, resolution: int, warnings: list[str]
+) -> list[Picture]:
+    bare = [path for path in found.pictures if not captions.get(path)]
     if bare and not prompt:
         raise DataError(
-            _counted("picture", bare, "without a caption")
-            + " Add metadata.jsonl or .txt files beside the pictures, or one prompt for all with --instance-prompt."
+            " ".join(
+                [
+                    counted("picture", map(found.name, bare), "without a caption"),
+                    "Add metadata.jsonl or .txt files beside the pictures, or one prompt for all with --instance-prompt.",
+                    *([counted("file", found.others, "of no kind that is read")] if found.others else []),
+                    *warnings,
+                    *found.warnings(),
+                ]
+            )
         )
-    pictures, broken = [], []
-    for path in files:
+    if bare and len(bare) < len(found.pictures):
+        warnings.append(counted("picture", map(found.name, bare), f"captioned {prompt!r}, the prompt for all"))
+    pictures, broken, seen, first = [], [], {}, dict[str, Path]()
+    for path in found.pictures:
         try:
-            size, digest = _check(path)
-        except UNREADABLE as error:
-            broken.append(f"{path.relative_to(folder)} ({error})")
+            decoded = decode(path)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (DataError, OSError) as error:
+            broken.append(f"{found.name(path)} ({error})")
             continue
-        pictures.append(Picture(path, captions.get(path) or str(prompt), size, digest))
+        if first.setdefault(digest, path) != path:
+            found.leave_out(path, "byte for byte a copy of another and left out")
+            continue
+        seen[found.name(path)] = decoded.odd, decoded.image.size
+        if "transparent" not in decoded.odd:
+            caption, (times, _) = captions.get(path) or str(prompt), repeats(found, path)
+            pictures.append(Picture(path, caption, decoded.image.size, digest, repeats=times))
     if broken:
         raise DataError(f"{len(broken)} picture(s) cannot be read: {'; '.join(broken[:8])}. Repair or remove them.")
+    warnings += [*found.warnings(), *remarks(seen, resolution)]
+    if not pictures:
+        raise DataError(" ".join([f"{found.folder} holds no picture with anything to see.", *warnings]))
     return pictures
 
 
-def _check(path: Path) -> tuple[tuple[int, int], str]:
-    """Size and digest of a picture that decodes fully; raises what Pillow raises otherwise."""
-    with Image.open(path) as image:
-        width, height = image.size
-        if width * height > LARGEST:
-            raise ValueError(f"{width}x{height} is more than {LARGEST // 1_000_000} million pixels")
-        if min(width, height) < SMALLEST:
-            raise ValueError(f"{width}x{height} is smaller than {SMALLEST} pixels")
-        image.load()
-        return ImageOps.exif_transpose(image).size, hashlib.sha256(path.read_bytes()).hexdigest()
+def _read_texts(texts: Mapping[Path, Path], warnings: list[str]) -> dict[Path, str]:
+    """Captions by picture, of the files beside them."""
+    found: dict[Path, str] = {}
+    for text in dict.fromkeys(texts.values()):
+        try:
+            read, broken = mended(read_text(text, warnings))
+        except OSError as error:
+            raise DataError(f"{text} cannot be read: {error.strerror}.") from error
+        if broken:
+            warnings.append(f"{text.name} holds half a character, a broken byte or a NUL, read as U+FFFD.")
+        found[text] = read.strip()
+    return {path: found[text] for path, text in texts.items()}
 
 
-def _without_duplicates(pictures: Sequence[Picture], warnings: list[str]) -> list[Picture]:
-    first: dict[str, Picture] = {}
-    for picture in pictures:
-        first.setdefault(picture.digest, picture)
-    doubles = [picture.path for picture in pictures if first[picture.digest] is not picture]
-    if doubles:
-        warnings.append(_counted("picture", doubles, "byte for byte a copy of another and left out"))
-    return list(first.values())
+def _near(folder: Path) -> str:
+    above = folder.parent
+    return did_you_mean(folder.name, [path.name for path in above.iterdir() if path.is_dir()]) if above.is_dir() else ""
 
 
-def _counted(noun: str, paths: Iterable[Path], what: str) -> str:
-    names = sorted(path.name for path in paths)
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} {what}: {shown}."
-
-
-def _metadata_file(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _siblings(folder: Path) -> list[str]:
-    return [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
-
-
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

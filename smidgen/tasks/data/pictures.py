@@ -4,7 +4,7 @@ A broken picture is left out and named; what cannot be learnt from is an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor
 from smidgen.errors import DataError
 from smidgen.tasks.data import images, splits
 from smidgen.tasks.data.labels import Label, Labels, classes_of, gathered, is_missing, lacking, read_labels
-from smidgen.tasks.data.tables import Row, column, counted, read_rows, split_of
+from smidgen.tasks.data.listing import Listing, list_folder, masks_of_classes
+from smidgen.tasks.data.metadata import read_entries, repeated
+from smidgen.tasks.data.pixels import Decoded, decode, fit, known_endings
+from smidgen.tasks.data.tables import Row, column, counted, split_of
 
 SMALLEST = 8  # pixels on the shorter side
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def read_pictures(
     if not any(listed.values()):
         raise DataError(
             f"{folder} holds no labelled pictures: class folders (cat/1.png or train/cat/1.png), or metadata.csv with "
-            f"file_name and {label_column}. Known endings are {', '.join(images.SUFFIXES)}."
+            f"file_name and {label_column}. Known endings are {', '.join(sorted(known_endings()))}. {' '.join(warnings)}".rstrip()
         )
     if not listed.get("train"):
         raise DataError(f"{folder} has no train split; it has {', '.join(listed)}.")
@@ -81,7 +83,7 @@ def read_pictures(
     warnings += lacking({split: [one.label for one in some] for split, some in complete.items()}, known.names)
 
     def pixels(picture: LabelledPicture) -> Tensor:
-        return _pixels(picture.path, resolution) if kept is None else kept[picture.path]
+        return _tensor(decode(picture.path, SMALLEST), resolution) if kept is None else kept[picture.path]
 
     return Pictures(complete, known.names, tuple(warnings), pixels, known.several)
 
@@ -94,58 +96,72 @@ def count_labels(pictures: Sequence[LabelledPicture], labels: Sequence[str]) -> 
 
 def _listed(folder: Path, label_column: str, warnings: list[str]) -> dict[str, list[tuple[Path, Any]]]:
     """(file, label as it is written) by split."""
-    metadata = _metadata(folder)
-    if metadata is not None:
-        return {"train": _from_metadata(metadata, label_column, warnings)}
+    found = list_folder(folder)
+    if any(table.parent == folder for table in found.tables):
+        return {"train": _told(found, _from_metadata(found, folder, label_column, warnings), warnings)}
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     named = [path for path in inner if split_of(path.name)]
     if not any(split_of(path.name) == "train" for path in named):
-        return {"train": _from_class_folders(folder, warnings)}
+        return {"train": _told(found, _from_class_folders(found, folder, warnings), warnings)}
     strange = [path.name for path in inner if path not in named]
     if strange:
         warnings.append(counted("folder", strange, "beside the splits and left out"))
-    found: dict[str, list[tuple[Path, Any]]] = {}
+    pairs: dict[str, list[tuple[Path, Any]]] = {}
     for path in named:
-        own = _metadata(path)
-        pairs = _from_metadata(own, label_column, warnings) if own else _from_class_folders(path, warnings)
-        found.setdefault(split_of(path.name), []).extend(pairs)
-    return found
+        tabled = any(table.parent == path for table in found.tables)
+        read = (
+            _from_metadata(found, path, label_column, warnings)
+            if tabled
+            else _from_class_folders(found, path, warnings)
+        )
+        pairs.setdefault(split_of(path.name), []).extend(read)
+    _told(found, [pair for some in pairs.values() for pair in some], warnings)
+    return pairs
 
 
-def _from_class_folders(folder: Path, warnings: list[str]) -> list[tuple[Path, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in images.SUFFIXES)
-    parts = [(path, path.relative_to(folder).parts) for path in files]
-    parts = [(path, part) for path, part in parts if not any(name.startswith(".") for name in part)]
+def _from_class_folders(found: Listing, folder: Path, warnings: list[str]) -> list[tuple[Path, Any]]:
+    parts = [(path, path.relative_to(folder).parts) for path in found.pictures if folder in path.parents]
     loose = [path.name for path, part in parts if len(part) == 1]
     if loose:
         warnings.append(counted("picture", loose, f"in {folder.name} outside any class folder, left out"))
-    return [(path, part[0]) for path, part in parts if len(part) > 1]
+    pairs = [(path, part[0]) for path, part in parts if len(part) > 1]
+    masks = masks_of_classes(pairs)
+    for path in sorted(masks):
+        found.leave_out(path, "that are masks of other classes' pictures, left out")
+    return [pair for pair in pairs if pair[0] not in masks]
 
 
-def _from_metadata(metadata: Path, label_column: str, warnings: list[str]) -> list[tuple[Path, Any]]:
-    rows = read_rows(metadata, warnings)
-    if not rows:
-        raise DataError(f"{metadata} is empty.")
-    rows = gathered(rows, label_column)
-    column(rows, "file_name", "data with file_name")
+def _from_metadata(found: Listing, folder: Path, label_column: str, warnings: list[str]) -> list[tuple[Path, Any]]:
+    table = next(table for table in found.tables if table.parent == folder)
+    entries = read_entries(found, table, warnings)
+    rows = gathered([Row(entry.values, entry.where) for entry in entries], label_column)
     column(rows, label_column, "label-column")
-    bare = [row for row in rows if is_missing(row.values.get(label_column))]
+    entries = [replace(entry, values=row.values) for entry, row in zip(entries, rows, strict=True)]
+    bare = [entry.where for entry in entries if is_missing(entry.values.get(label_column))]
     if bare:
-        warnings.append(counted("row", [row.where for row in bare], f"of {metadata.name} without a label, left out"))
-    missing = [row for row in rows if not _file(metadata, row).is_file()]
-    if missing:
-        names = [str(row.values["file_name"]) for row in missing]
-        raise DataError(counted("picture", names, f"named in {metadata.name} but not in the folder"))
-    out = {row.where for row in bare}
-    return [(_file(metadata, row), row.values[label_column]) for row in rows if row.where not in out]
+        warnings.append(counted("row", bare, f"of {table.name} without a label, left out"))
+    warnings += repeated(entries, table)
+    labels: dict[Path, tuple[Any, str]] = {}
+    for entry in entries:
+        value = entry.values.get(label_column)
+        if is_missing(value):
+            continue
+        label, where = labels.setdefault(entry.path, (value, entry.where))
+        if label != value:
+            raise DataError(
+                f"{table}: {where} and {entry.where} give {found.name(entry.path)} two labels, {label!r} and {value!r}. Keep one."
+            )
+    unlisted = [path for path in found.pictures if folder in path.parents and path not in {e.path for e in entries}]
+    for path in unlisted:
+        found.leave_out(path, f"not named in {table.name} and left out")
+    return [(path, label) for path, (label, _) in labels.items()]
 
 
-def _file(metadata: Path, row: Row) -> Path:
-    return metadata.parent / str(row.values["file_name"])
-
-
-def _metadata(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+def _told(found: Listing, pairs: list[tuple[Path, Any]], warnings: list[str]) -> list[tuple[Path, Any]]:
+    """``pairs``, and a warning of everything else that looked like a picture."""
+    found.pictures = [path for path, _ in pairs]
+    warnings += found.warnings()
+    return pairs
 
 
 def _labels(folder: Path, listed: Mapping[str, Sequence[tuple[Path, Any]]], column: str) -> Labels:
@@ -169,18 +185,23 @@ def _open(
     kept: dict[Path, Tensor] | None,
     warnings: list[str],
 ) -> list[LabelledPicture]:
-    found, broken = [], []
+    found, broken, seen = [], [], {}
     for (path, _), label in zip(pairs, labels, strict=True):
         where = path.relative_to(folder).as_posix()
         try:
-            pixels = _pixels(path, resolution)
-        except images.UNREADABLE as error:
+            decoded = decode(path, SMALLEST)
+        except DataError as error:
             broken.append(f"{where} ({error})")
             continue
+        seen[where] = decoded.odd, decoded.image.size
+        if "transparent" in decoded.odd:
+            continue
+        pixels = _tensor(decoded, resolution)
         if kept is not None:
             kept[path] = pixels
         digest = splits.digest(pixels.numpy().tobytes())
         found.append(LabelledPicture(path, label, digest, where))
+    warnings += images.remarks(seen)
     if not found:
         raise DataError(f"No picture of {split} can be read: {'; '.join(broken[:8])}.")
     if broken:
@@ -188,12 +209,8 @@ def _open(
     return found
 
 
-def _pixels(path: Path, resolution: int) -> Tensor:
+def _tensor(decoded: Decoded, resolution: int) -> Tensor:
+    """[3, resolution, resolution] bytes."""
     import numpy
 
-    with images.Image.open(path) as image:
-        width, height = image.size
-        if width * height > images.LARGEST or min(width, height) < SMALLEST:
-            raise ValueError(f"{width}x{height} pixels are too many or too few")
-        picture = images.fit(images.upright(image), resolution)
-    return torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(numpy.asarray(fit(decoded.image, resolution)).copy()).permute(2, 0, 1).contiguous()

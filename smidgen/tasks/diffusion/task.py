@@ -7,8 +7,10 @@ looking as it did.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,24 @@ from smidgen.training.randomness import examples, stream
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded examples: ``mean``, ``std`` [n, ...] of the latents, prompts, and names for messages."""
+    """Encoded examples: ``mean``, ``std`` [n, ...] of the latents, prompts, names for messages, and how often each counts
+    beside the others (empty: all the same)."""
 
     mean: Tensor
     std: Tensor
     prompts: Prompts
     names: tuple[str, ...]
+    repeats: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """The examples of one pass, each as often as it counts beside the others."""
+        shared = math.gcd(*self.repeats)
+        times = [count // shared for count in self.repeats] or [1] * len(self)
+        return [place for place, count in enumerate(times) for _ in range(count)]
 
     def rows(self, picks: Sequence[int], noise: torch.Generator) -> dict[str, Any]:
         """A batch of the examples ``picks``; the latents are drawn from the VAE's distribution with ``noise``."""
@@ -52,7 +63,8 @@ def encode_examples(base: ImageBase, pictures: Sequence[Picture], captions: Sequ
     ]
     mean, std = (torch.cat(found) for found in zip(*parts, strict=True))
     prompts = base.sized(base.encode_prompts(captions), [picture.size for picture in pictures], resolution)
-    return Encoded(mean, std, prompts, tuple(picture.path.name for picture in pictures))
+    names, repeats = [picture.path.name for picture in pictures], [picture.repeats for picture in pictures]
+    return Encoded(mean, std, prompts, tuple(names), tuple(repeats))
 
 
 def encode_prior(base: ImageBase, scenes: Scenes, cache: Path, key: str) -> Encoded:
@@ -101,10 +113,10 @@ class PersonalizeTask:
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "noise", index)
-        parts = [self.subject.rows(self._picks(index, len(self.subject), self.batch_size), noise)]
+        parts = [self.subject.rows(self._picks(index, self.subject, self.batch_size), noise)]
         weights = [torch.full((self.batch_size,), 1 / self.batch_size)]
         if self.prior is not None:
-            parts.append(self.prior.rows(self._picks(index, len(self.prior), self.prior_batch_size), noise))
+            parts.append(self.prior.rows(self._picks(index, self.prior, self.prior_batch_size), noise))
             weights.append(torch.full((self.prior_batch_size,), self.prior_weight / self.prior_batch_size))
         batch = {key: join([part[key] for part in parts]) for key in parts[0]}
         batch["noise"] = torch.randn(batch["latents"].shape, generator=noise)
@@ -129,8 +141,8 @@ class PersonalizeTask:
         if self.previewer is not None:
             self.previewer(model, step, folder)
 
-    def _picks(self, index: int, total: int, size: int) -> list[int]:
-        return examples(self.seed, index, size, total)
+    def _picks(self, index: int, some: Encoded, size: int) -> list[int]:
+        return [some.places[at] for at in examples(self.seed, index, size, len(some.places))]
 
     def levels(self, count: int, noise: torch.Generator) -> Tensor:
         """Noise levels in 0..1 spread evenly from one random start: uniform each, with less variance between batches."""

@@ -202,10 +202,20 @@ def _report(
         problem=prepared.problem,
         counts=prepared.counts,
         warnings=prepared.warnings,
-        notes=tuple(notes),
+        notes=(_trained_on(kind, prepared), *notes),
         settings=identity,
         coverage=fitted.coverage,
     )
+
+
+def _trained_on(kind: str, prepared: Prepared) -> str:
+    """How many examples were learnt from, and how many measured on."""
+    nouns = {"image-classification": "pictures", "text-classification": "texts", "instruction": "conversations"}
+    noun = nouns.get(kind, "examples")
+    sizes = {split: counts.get(noun, sum(counts.values())) for split, counts in prepared.counts.items()}
+    others = ", ".join(f"{size:,} of {split}" for split, size in sizes.items() if split != "train")
+    labels = f" of {len(prepared.labels)} labels" if prepared.labels else ""
+    return f"Trained on {sizes.get('train', 0):,} {noun}{labels}; measured on {others}."
 
 
 def _identity(config: FinetuneConfig, prepared: Prepared, rate: Rates) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
     for warning in found.warnings:
         logger.warning("%s", warning)
+    logger.info("Training on %s of %s.", found, config.data.folder)
     captions = _bound(found.captions, config.data)
     judge = judge or base.judge()
     scenes, asked = _scenes(config, base, judge, found, resolution)
@@ -75,7 +76,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
     write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
-    notes = (f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
+    notes = (f"Trained on {found}.", f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
     told = (shown.entries, found.warnings, notes, bool(shown.proof), identity, runs[0].coverage)
     report = Report(config.adapter.method, config.base, out, *told)
     write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), _subject_words(config.data)))
@@ -169,5 +170,5 @@ def _subject_words(data: Data) -> str:
 
 def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    pictures = [[picture.digest[:16], picture.caption] for picture in found.pictures]
-    return decisive(config, "base", *to_dict(config.show)) | {"pictures": pictures, "base_weights": base.fingerprint()}
+    known = {"pictures": found.identity(), "base_weights": base.fingerprint()}
+    return decisive(config, "base", *to_dict(config.show)) | known

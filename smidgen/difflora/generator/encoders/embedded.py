@@ -35,6 +35,11 @@ class _Embedded:
 class EmbeddedFace(_Embedded):
     """Who; NaN where there is no face."""
 
+    reads = (
+        "a portrait drawn as the embedded base draws them, invented people of 64 x 64 pixels (`smidgen subject` draws some); "
+        "photographs of real people this generator cannot read"
+    )
+
     def __init__(self, options: str = "") -> None:
         super().__init__("embedded-face", "face")
 
