@@ -700,6 +700,17 @@ DIFFUSERS: dict[str, Make] = {
     ),
 }
 
+# Inputs of those that take others than a config tells.
+INPUTS: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
+    "HiDream": lambda: {
+        "hidden_states": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timesteps": torch.tensor([5]),
+        "encoder_hidden_states_t5": torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states_llama3": torch.randn(4, 1, 6, 24, generator=torch.Generator().manual_seed(2)),
+        "pooled_embeds": torch.randn(1, 16, generator=torch.Generator().manual_seed(3)),
+    },
+}
+
 
 def library(name: str) -> str:
     """The package that holds the class of a model of this module."""

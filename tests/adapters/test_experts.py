@@ -126,8 +126,8 @@ def test_each_expert_has_its_own_numbers_and_count() -> None:
 @pytest.mark.parametrize(
     ("targets", "layers", "kept"),
     [
-        (["experts"], 8, {"gate_up_proj", "down_proj"}),
-        (["mlp.experts"], 8, {"gate_up_proj", "down_proj"}),
+        (["experts"], 8, {"experts.gate_up_proj", "experts.down_proj"}),
+        (["mlp.experts"], 8, {"experts.gate_up_proj", "experts.down_proj"}),
         (["experts.gate_up_proj"], 4, {"experts.gate_up_proj"}),
         (["mlp.experts.down_proj", "q_proj"], 8, {"mlp.experts.down_proj", "q_proj"}),
         (["model.layers.1.mlp.experts"], 2, {f"model.layers.1.mlp.experts.{n}_proj" for n in ("gate_up", "down")}),
@@ -151,6 +151,19 @@ def test_other_lists_reach_them() -> None:
     assert all(1 <= layer.r["default"] < 16 for layer in adapted_layers(energy).values())
     with pytest.raises(TargetError, match=r"no module is named 'expert'. Did you mean 'experts'"):
         smidgen.adapt(moe(), "lora", target_modules=["expert"])
+
+
+def test_a_bare_name_means_other_layers() -> None:
+    model = smidgen.adapt(moe("DeepSeek-V3"), "lora", r=2, target_modules=["q_a_proj", "down_proj"])
+    found = adapted_layers(model)
+    assert len(found) == 8 and not any(experts.is_stack(layer) for layer in found.values())
+    smidgen.adapt(model, "lora", "second", r=2, target_modules=["experts"])
+    smidgen.adapt(model, "lora", "third", r=2, target_modules=["down_proj"])  # the experts are layers now
+    assert not any(experts.is_stack(layer) for layer in adapted_layers(model, "third").values())
+    pattern = smidgen.adapt(moe("DeepSeek-V3"), "lora", r=2, target_modules=r".*\.down_proj")
+    assert not any(experts.is_stack(layer) for layer in adapted_layers(pattern).values())
+    with pytest.raises(TargetError, match=r"only fused experts are named 'down_proj'.*write 'experts\.down_proj'"):
+        smidgen.adapt(moe(), "lora", target_modules=["q_proj", "down_proj"])
 
 
 def test_several_adapters_and_strengths() -> None:

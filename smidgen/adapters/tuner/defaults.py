@@ -102,13 +102,17 @@ def _inner(module: nn.Module) -> nn.Module:
 def _known(
     names: Iterable[str], more: Iterable[str], layers: Iterable[str], towers: tuple[str, ...]
 ) -> tuple[set[str], set[str]] | None:
-    """Layers of a convention outside the towers: those that must be there, and those taken along."""
-    hits = {
-        end: {n for n in layers if f".{n}".endswith(f".{end}") and not n.startswith(towers)} for end in (*names, *more)
-    }
-    if not all(hits[end] for end in names):
+    """Layers of a convention outside the towers: those that must be there, and those beside them that are taken along."""
+
+    def hits(ends: Iterable[str]) -> dict[str, set[str]]:
+        return {e: {n for n in layers if f".{n}".endswith(f".{e}") and not n.startswith(towers)} for e in ends}
+
+    there = hits(names)
+    if not all(there.values()):
         return None
-    return set().union(*(hits[end] for end in names)), set().union(*(hits[end] for end in more))
+    owners = {n.removesuffix(end) for end, found in there.items() for n in found}
+    along = {n for end, found in hits(more).items() for n in found if n.removesuffix(end) in owners}
+    return set().union(*there.values()), along
 
 
 def main_blocks(model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> list[Block]:

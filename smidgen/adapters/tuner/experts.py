@@ -68,6 +68,18 @@ def inside(name: str, names: Any) -> list[str]:
     return [n for n in names if n.startswith(start) and "." not in n[len(start) :]]
 
 
+def is_named(targets: Any, name: str) -> bool:
+    """Whether targets that match the stack ``name`` mean it: they name its owner, as "experts" and "experts.down_proj" do.
+
+    A bare "down_proj" is that of other layers: it meant them before experts could be adapted.
+    """
+    owner, _, _ = name.rpartition(".")
+    if isinstance(targets, str):
+        return owner.rpartition(".")[2] in targets
+    own = [entry for entry in targets if "." in entry or not owner]
+    return any(f".{name}".endswith(f".{e}") for e in own) or any(f".{owner}".endswith(f".{e}") for e in targets)
+
+
 def open_stacks(model: nn.Module, names: Any) -> None:
     """Makes layers of parameters that :func:`stacks` found, in place.
 

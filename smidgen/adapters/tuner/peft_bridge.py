@@ -290,6 +290,8 @@ class SmidgenModel(BaseTuner):
     def _create_and_replace(  # type: ignore[no-untyped-def,override]
         self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs
     ) -> None:
+        if experts.is_stack(target) and not experts.is_named(peft_config.target_modules, current_key):
+            return
         layer = target if isinstance(target, AdaptedLayer) else adapted_layer(target)
         layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
         if peft_config.base_lock and peft_config.inference_mode:
@@ -401,7 +403,9 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
         config, modules, target_modules=wanted, **dict.fromkeys(("exclude_modules", "layers_to_transform"))
     )
     chosen = _matches(config, modules, target_modules=wanted)
-    targets.check_names(config.target_modules, list(modules), list(adaptable), sharing.aliases(model))
+    meant = [n for n, m in modules.items() if n in adaptable or not experts.is_stack(m)]
+    targets.check_fused(config.target_modules, meant, modules.keys() - meant)
+    targets.check_names(config.target_modules, meant, list(adaptable), sharing.aliases(model))
     if config.base_lock is None:  # what a file lists was checked when it was made, and is held against its tensors
         targets.check_lists(config, list(modules), list(adaptable), list(chosen))
     targets.check_any(config.target_modules, list(chosen))
@@ -422,6 +426,8 @@ def _matches(config: Any, modules: dict[str, nn.Module], **changes: Any) -> dict
     matched = {n: m for n, m in modules.items() if SmidgenModel._check_target_module_exists(own, n)}
     fused = [n for n, m in modules.items() if experts.is_stack(m)]
     for name in list(matched) if fused else ():
+        if name in fused and not experts.is_named(own.target_modules, name):
+            del matched[name]
         if owned := experts.inside(name, fused):
             del matched[name]
             matched |= {n: modules[n] for n in owned}
@@ -436,7 +442,8 @@ def _naming_stacks(config: Any, model: nn.Module, chosen: dict[str, nn.Module], 
     owners = {name.rpartition(".")[0] for name in stacked}
     kept = {t for t in config.target_modules if not any(f".{owner}".endswith(f".{t}") for owner in owners)}
     rest = chosen.keys() - _matches(config, modules, target_modules=kept).keys()
-    return kept | targets.shortest_names(set(rest), modules)
+    fused = stacked & rest
+    return kept | targets.shortest_names(fused, modules, 2) | targets.shortest_names(rest - fused, modules)
 
 
 def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Module) -> None:

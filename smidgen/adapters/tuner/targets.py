@@ -47,6 +47,27 @@ def check_names(
             raise _no_module("target_modules", entry, names, ends)
 
 
+def check_fused(target_modules: Iterable[str] | str | None, names: list[str], fused: Iterable[str]) -> None:
+    """A bare name that only fused experts have does not mean them.
+
+    Args:
+        target_modules: names or ends of names, or one regular expression.
+        names: names of all other modules of the model.
+        fused: names of fused experts that no entry means.
+
+    Raises:
+        TargetError: saying which entry would.
+    """
+    for entry in () if isinstance(target_modules, str) or target_modules is None else sorted(target_modules):
+        hit = sorted(n for n in fused if f".{n}".endswith(f".{entry}"))
+        if hit and not any(f".{n}".endswith(f".{entry}") for n in names):
+            whole = ".".join(hit[0].split(".")[-2:])
+            raise TargetError(
+                f"target_modules: only fused experts are named {entry!r}; they are adapted when their owner is named too: "
+                f"write {whole!r}."
+            )
+
+
 def check_any(target_modules: Iterable[str] | str, matched: list[str]) -> None:
     """The other lists must leave a target.
 
@@ -192,8 +213,8 @@ def parse_energy(r: str, residual: str | None) -> float:
     return share
 
 
-def shortest_names(chosen: set[str], modules: Iterable[str]) -> set[str]:
-    """Ends of names, as short as possible, that match exactly the ``chosen`` of all ``modules``.
+def shortest_names(chosen: set[str], modules: Iterable[str], least: int = 1) -> set[str]:
+    """Ends of names, as short as possible, that match exactly the ``chosen`` of all ``modules``; of ``least`` words or more.
 
     Example:
         >>> sorted(shortest_names({"a.0.q", "b.0.q", "a.0.out.0"}, ["a.0.q", "b.0.q", "a.0.out.0", "b.0"]))
@@ -201,7 +222,7 @@ def shortest_names(chosen: set[str], modules: Iterable[str]) -> set[str]:
     """
     paths = {name: name.split(".") for name in modules if name}
     entries, left = set(), set(chosen)
-    for depth in range(1, max(map(len, paths.values()), default=0) + 1):
+    for depth in range(least, max(map(len, paths.values()), default=0) + 1):
         hits: dict[str, set[str]] = {}
         for name, path in paths.items():
             if len(path) >= depth:
