@@ -52,9 +52,11 @@ def test_a_report_tells_no_local_path(tmp_path):
         base: str
         adapter: Path
         score: float
+        names: set[str]
 
-    cards.write_report(tmp_path, Report(str(tmp_path), tmp_path, 0.5), "# Card\n")
-    assert json.loads((tmp_path / "report.json").read_text()) == {"base": tmp_path.name, "score": 0.5}
+    cards.write_report(tmp_path, Report(str(tmp_path), tmp_path, 0.5, {"b", "a"}), "# Card\n")
+    found = {"base": tmp_path.name, "score": 0.5, "names": ["a", "b"]}
+    assert json.loads((tmp_path / "report.json").read_text()) == found
     assert (tmp_path / "README.md").read_text() == "# Card\n"
 
 
