@@ -5,13 +5,16 @@ import dataclasses
 import functools
 import inspect
 import io
+import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from smidgen.errors import ConfigError, did_you_mean
 from smidgen.training.ranges import check, check_value
+from smidgen.training.settings import check_file
 
 _FRAME = "╭╮╰╯│─|+- "
 
@@ -36,6 +39,8 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str, style: S
         raise ConfigError(_sentence(box.getvalue(), words, command, name)) from None
     for key, value in call.keywords.items():
         check(value) if dataclasses.is_dataclass(value) else check_value(key, value)
+    for path in _paths([*call.args, *call.keywords.values()]):
+        check_file(path)
     return call  # type: ignore[no-any-return]
 
 
@@ -54,6 +59,21 @@ def _check_words(words: Sequence[str], command: Callable[..., Any]) -> None:
             seen.add(last)
         if not (value if word.startswith("--") and equals else word) and "str" not in hints.get(last, ""):
             raise ConfigError(f"{'--' + last if last else 'An argument'} is empty; give a value, or leave it out.")
+
+
+def _paths(values: Iterable[Any]) -> Iterator[Path]:
+    """The paths among values, their sections and lists; a text counts where something lies at it."""
+    for value in values:
+        if dataclasses.is_dataclass(value):
+            yield from _paths(vars(value).values())
+        elif isinstance(value, list | tuple):
+            yield from _paths(value)
+        elif isinstance(value, Path):
+            yield value
+        elif isinstance(value, str) and os.sep in value:
+            with contextlib.suppress(OSError):  # a text that is too long for a name
+                if os.path.lexists(value):
+                    yield Path(value)
 
 
 def _flags(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

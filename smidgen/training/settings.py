@@ -37,6 +37,7 @@ def from_dict(kind: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 def load_yaml(kind: type[C], path: str | Path) -> C:
     """Read a config file. ConfigError for a file that is missing, not YAML, or holds an unknown key or wrong type."""
+    check_file(Path(path))
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -49,6 +50,12 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
         return from_dict(kind, values or {})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def check_file(path: Path) -> None:
+    """ConfigError for a pipe, socket or device: reading one may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path} is a pipe or a device; give a file (what a pipe says can be saved in one).")
 
 
 def dump_yaml(config: Any) -> str:

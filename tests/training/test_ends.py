@@ -147,6 +147,16 @@ def test_config_files_that_are_no_yaml_are_refused_in_words(tmp_path, text):
         load_yaml(PersonalizeConfig, tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("words", [
+    "personalize {}", "personalize x --config {}", "personalize x --out {}", "train instruction {}", "zoo status {}", "config show {}",
+    "train instruction x --chat-template {}", "predict {} --out o", "generate x --prompt a --control {}", "compare {}",
+])  # fmt: skip
+def test_a_pipe_is_not_waited_for(capsys, tmp_path, words):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        assert "is a pipe or a device" in refused(capsys, *words.format(path).split())
+
+
 # ---- places that cannot be written
 
 
@@ -180,7 +190,9 @@ def test_a_full_disk_leaves_nothing(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(atomic, "flush", full)
     said = refused(capsys, "pairs", tmp_path / "pairs", "--num-pictures", 2)
-    assert "No space left on device (free some space" in said and not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert "No space left on device (free some space" in said and not any(
+        path.is_file() for path in tmp_path.rglob("*")
+    )
     said = refused(capsys, "subject", tmp_path / "pictures", "--num-pictures", 2)
     assert "No space left on device" in said and not any(path.is_file() for path in tmp_path.rglob("*"))
 

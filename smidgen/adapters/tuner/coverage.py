@@ -57,7 +57,7 @@ class Coverage:
     share: float = 0.0
     left: float = 0.0
     experts: float = 0.0
-    owners: set[str] = field(default_factory=set)
+    owners: list[str] = field(default_factory=list)
     fused: float = 0.0
     stacks: list[Stack] = field(default_factory=list)
 
@@ -104,7 +104,8 @@ def coverage(model: nn.Module, adapter_name: str) -> Coverage:
                 entry.share += own
             elif experts.is_stack(inner):
                 found.experts += own
-                found.owners.add(name.rpartition(".")[0].rpartition(".")[2] or name)
+                owner = name.rpartition(".")[0].rpartition(".")[2] or name
+                found.owners += [owner] if owner not in found.owners else []
         owned[name] = own
         total += own
     total = max(total, 1)

@@ -8,6 +8,8 @@ Killed at any moment, the same call goes on from the last checkpoint. Read from 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,18 +58,37 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     seen = encoders.load(config.encoders.face), encoders.load(config.encoders.image)
     adapter = adapter_config(ZooConfig(adapter=config.adapter))
     pipeline = AdaptedPipeline.load(config.base, adapter, _precision(config))
-    replace_file(config.out / "config.yaml", dump_yaml(config))
     codec: Codec | None = None
     network: Network | None = None
-    if config.two_stage.zoo is not None:
-        codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, pipeline, seen, progress)
-    if config.end_to_end is not None:
-        codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
+    with _settings(config):
+        if config.two_stage.zoo is not None:
+            codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, pipeline, seen, progress)
+        if config.end_to_end is not None:
+            codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
     assert codec is not None and network is not None
     generator = Generator(config.base, codec, network, config.encoders, config.model)
     generator.save(config.out)
     write_card(generator, config.out)
     return load_generator(config.out)  # what was written has 16 bits
+
+
+@contextmanager
+def _settings(config: GeneratorConfig) -> Iterator[None]:
+    """The settings lie in ``config.out`` while it is trained; they go again when it is refused before there is anything to
+    go on from."""
+    made = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
+    written = config.out / "config.yaml"
+    before = written.read_bytes() if written.is_file() else None
+    replace_file(written, dump_yaml(config))
+    try:
+        yield
+    except BaseException:
+        if before is None and [path.name for path in config.out.iterdir()] == [written.name]:
+            written.unlink()
+            for folder in made:
+                with suppress(OSError):  # another's
+                    folder.rmdir()
+        raise
 
 
 def _precision(config: GeneratorConfig) -> Any:

@@ -46,7 +46,8 @@ def compare(
     Raises:
         TrainingError: a worker died; what it had finished is kept.
     """
-    replace_file(folder / "experiment.yaml", dump_yaml(experiment))
+    if stage != "report":
+        replace_file(folder / "experiment.yaml", dump_yaml(experiment))
     if stage in (None, "search"):
         _finish("search", experiment, folder, workers, work)
     if stage == "search":
