@@ -101,3 +101,9 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
     folded = {other.casefold(): other for other in sorted(known, reverse=True)}
     near = [folded[other] for other in get_close_matches(name.casefold(), folded, n=most, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A value as a message shows it: what it is in code, cut where it goes on and on."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

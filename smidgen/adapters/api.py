@@ -20,10 +20,17 @@ from torch import Tensor, nn
 
 from smidgen.adapters import hosts
 from smidgen.adapters.atomic import new_files
-from smidgen.adapters.checkpoint import checksum, packing
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
-from smidgen.adapters.tuner import sharing
-from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig, config
+from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
+from smidgen.adapters.tuner import patterns, sharing
+from smidgen.adapters.tuner.config import (
+    PEFT_TYPE_NAME,
+    SmidgenConfig,
+    check_ranks,
+    config,
+    read_adapter,
+    read_smidgen_config,
+)
 from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
 from smidgen.adapters.tuner.defaults import default_targets
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
@@ -40,6 +47,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     inject,
     matched_layers,
     numbers,
+    outside_adapters,
     peft_tensors,
     put_peft_tensors,
     remove,
@@ -214,15 +222,13 @@ def save(
         )
     read = [state_dict.values()] if state_dict is not None else [part.parameters() for part in carrying.values()]
     together = any(in_pieces(value) for values in read for value in values)
+    gone = [f"{where}/{name}" for where in everything.keys() - carrying.keys() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     content = {where: _content(part, adapter_name, state_dict) for where, part in carrying.items()}
     with one_writer(together) as writes:
         if writes:
-            with new_files(folder) as scratch:
+            with new_files(folder, [name.removeprefix("/") for name in gone]) as scratch:  # what an earlier save left
                 for where, (own, tensors, metadata) in content.items():
                     _write(own, tensors, metadata, scratch / where)
-            for where in everything.keys() - carrying.keys():  # what an earlier save left would come back at load
-                for name in (CONFIG_NAME, WEIGHTS_NAME):
-                    (folder / where / name).unlink(missing_ok=True)
     return folder
 
 
@@ -288,7 +294,7 @@ def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Modu
     Raises:
         AdapterFileError: the folder holds nothing, or something for a component that the pipeline has not.
     """
-    own, folder = parts(model), Path(path)
+    own, folder = parts(model), as_folder(path)
     inside = [] if isinstance(model, nn.Module) else _component_folders(folder)
     for name in inside:
         if name not in own:
@@ -312,6 +318,7 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
     if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
         return _checked_of_peft(model, path, adapter_name)
     own, tensors = read_adapter(path)
+    own.checksum = None  # what is trained from here on are other numbers
     unpacked, heads = _fit(model, own, tensors, str(path))
 
     def put_in() -> None:
@@ -333,9 +340,12 @@ def _checked_of_peft(model: nn.Module, path: Path, adapter_name: str) -> Callabl
         raise AdapterFileError(f"{path} holds an adapter of type {kind!r}, which this peft does not know.")
     tensors = read_tensors(path)
     try:
-        own = PeftConfig.from_pretrained(str(path))
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        own: Any = PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # whatever peft makes of it
         raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
+    check_ranks(vars(own), tensors, path)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    patterns.name_modules(own, list(outside_adapters(inner)))
 
     def put_in() -> None:
         inject(model, own, adapter_name)
@@ -345,49 +355,12 @@ def _checked_of_peft(model: nn.Module, path: Path, adapter_name: str) -> Callabl
     return put_in
 
 
-def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str, Tensor]]:
-    """(config, tensors) of an adapter folder, whichever library wrote it: the one reader of ``load`` and ``verify``.
-
-    Raises:
-        AdapterFileError: a missing, truncated or hostile file, or another kind of adapter.
-    """
-    own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
-    if own.checksum:
-        checksum.check_tensors(own.checksum["tensors"], tensors, str(path))
-    return replace(own, checksum=None), tensors
-
-
-def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
-    """The config of an adapter folder.
-
-    Raises:
-        AdapterFileError: no folder, no config, or another kind of adapter.
-    """
-    data = read_config(path)
-    kind = data.get("peft_type")
-    if kind != PEFT_TYPE_NAME:
-        raise AdapterFileError(
-            f"{path} holds a peft adapter of type {kind!r}, not one of smidgen's; smidgen.load puts it into a model."
-        )
-    known = set(SmidgenConfig.__dataclass_fields__)
-    unknown = sorted(set(data) - known)
-    if unknown:
-        hint = did_you_mean(unknown[0], known)
-        raise AdapterFileError(f"{path}: adapter_config.json has unknown keys {unknown}.{hint}")
-    fields = {k: v for k, v in data.items() if k not in ("peft_type", "auto_mapping")}
-    try:
-        return SmidgenConfig(**fields)
-    except (ConfigError, AdapterFileError) as error:
-        raise AdapterFileError(f"{path}: {error}") from error
-    except (TypeError, AttributeError, ValueError) as error:
-        raise AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
-
-
 def _fit(
     model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Checks a file against a model without touching it: (tensors by target, heads in modules_to_save)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    patterns.name_modules(own, list(outside_adapters(inner)))
     chosen = matched_layers(None, own, inner)
     check_base(own, chosen, inner)
     layout = {name: slot_layout(own, layer, name) for name, layer in chosen.items()}

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+_WORK, _RECORD = ".saving", ".record"
 
 
 @contextmanager
@@ -41,22 +45,124 @@ def replace_file(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
-def new_files(folder: Path) -> Iterator[Path]:
+def new_files(folder: Path, gone: Collection[str] = ()) -> Iterator[Path]:
     """Gives a scratch folder whose files, sub-folders included, are in ``folder`` when the block ends well.
 
-    On an error ``folder`` is as it was; a folder that was not there is not made. Files of other names stay in any case.
-    Configs (``.json``) are moved last, so that what they describe is there when they are.
+    On an error ``folder`` is as it was; a folder that was not there is not made. Files of other names stay in any case, but
+    for those named in ``gone``. A process that is killed leaves the old files or the new: until they are all in place, the
+    new ones lie in ``folder/.saving`` beside a record of what they replace, and whoever reads or writes the folder next
+    finishes the work (:func:`settle`). Configs (``.json``) are moved last.
     """
+    if folder.is_dir():
+        settle(folder)
     scratch = _scratch(folder, next(path for path in _above(folder) if path.is_dir()))
     try:
         yield scratch
-        files = [path for path in scratch.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-            place = folder / path.relative_to(scratch)
-            with new_file(place) as beside:
-                os.replace(path, beside)
+        files = sorted(path for path in scratch.rglob("*") if path.is_file())
+        _make_ordinary(scratch, files)
+        if folder.is_dir():
+            _commit(scratch, folder, [path.relative_to(scratch).as_posix() for path in files], gone)
+            settle(folder)
+        else:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(scratch, folder)
+            flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Finishes what a killed writer of ``folder`` began: its new files are moved into place, those that are gone removed.
+
+    A file that somebody else wrote since wins, and all of the unfinished work is dropped. Nothing is done without such work.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    work = folder / _WORK
+    if not work.is_dir() or work.is_symlink():
+        return
+    record = _read_record(work)
+    steps = [(name, old, new, work / name, folder / name) for name, (old, new) in record.items()]
+    steps.sort(key=lambda step: (step[0].endswith(".json"), step[0]))
+    inside = folder.resolve()
+    for name, old, new, staged, place in steps:
+        waits = staged.is_file() if new else place.exists()
+        if (
+            _mark(place) != (old if waits else new)
+            or not _is_inside(name)
+            or not place.resolve().is_relative_to(inside)
+        ):
+            break
+    else:
+        for _, _, new, staged, place in steps:
+            with suppress(FileNotFoundError):  # another process was here first
+                if new is None:
+                    place.unlink()
+                elif staged.is_file():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(staged, place)
+        flush(folder)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _commit(scratch: Path, folder: Path, names: list[str], gone: Collection[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "A folder is in the way of a file", str(folder / name))
+        if (folder / name).parent.exists() and not (folder / name).parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "A file is in the way of a folder", str((folder / name).parent))
+    record = {name: (_mark(folder / name), _mark(scratch / name)) for name in names}
+    record |= {name: (_mark(folder / name), None) for name in gone if (folder / name).is_file()}
+    write_file(scratch / _RECORD, json.dumps(record).encode())
+    for _ in range(100):
+        try:
+            os.rename(scratch, folder / _WORK)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            settle(folder)  # of another writer
+    flush(folder)
+
+
+def _read_record(work: Path) -> dict[str, tuple[str | None, str | None]]:
+    """What a writer was about to do; nothing when its record is not whole."""
+    try:
+        record = json.loads((work / _RECORD).read_bytes()[: 2**20])
+        return {str(name): (old, new) for name, (old, new) in record.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _mark(path: Path) -> str | None:
+    """A fingerprint of a file: its size and what stands at its two ends; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = hashlib.sha256(str(size).encode() + file.read(2**20))
+            file.seek(max(0, size - 2**20))
+            digest.update(file.read(2**20))
+            return digest.hexdigest()
+    except OSError:
+        return None
+
+
+def _is_inside(name: str) -> bool:
+    return not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
+
+
+def _make_ordinary(scratch: Path, files: list[Path]) -> None:
+    """Gives files the mode of ordinary ones, whatever the writing library gave them, and has them on the disk."""
+    probe = scratch / _RECORD
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in files:
+        path.chmod(mode)
+        flush(path)
+    scratch.chmod(mode | (mode & 0o444) >> 2)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.base_groups import Part
+from smidgen.adapters.tuner import patterns
 from smidgen.adapters.tuner.config import SmidgenConfig, config
 from smidgen.adapters.tuner.peft_bridge import base_matrices, base_parts, matched_layers, rest_of, slot_layout
 from smidgen.errors import ConfigError
@@ -153,6 +154,8 @@ def _bytes(
     lock = base_lock.blank_lock({name: matrices[name] for name in chosen}, rest_of(parts, own, chosen))
     where = own.base_model_name_or_path or model.__dict__.get("name_or_path")
     saved = replace(own, base_lock=lock, canary=_CANARY, inference_mode=True, base_model_name_or_path=where)
+    if patterns.held(own):  # as at save
+        saved.target_modules = set(chosen)
     saved.seal(tensors)
     return len(save(tensors)) + len(saved.text().encode())
 

@@ -39,7 +39,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     tuner_layers,
     unsaved,
 )
-from smidgen.errors import AdapterFileError, SmidgenError
+from smidgen.errors import SmidgenError
 
 # Largest relative error of the rebuilt delta: same base (other thread count or device), same base re-cast (what
 # benchmarks/portability.py measures, with stored pivots).
@@ -169,15 +169,18 @@ def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = Non
     Returns:
         A report with ``.verdict``, ``.ok`` and ``.reasons``; ``print(report)`` is a table.
     """
-    report = VerifyReport()
     try:
         found = api.folders(model, path)
-    except AdapterFileError as error:
-        report.fail(str(error))
-        return report
-    whole = None if isinstance(model, nn.Module) else model
-    reports = {name: _verify_part(part, folder, inputs, whole) for name, (part, folder) in found.items()}
-    return reports[""] if len(reports) == 1 and "" in reports else _together(reports)
+        whole = None if isinstance(model, nn.Module) else model
+        reports = {name: _verify_part(part, folder, inputs, whole) for name, (part, folder) in found.items()}
+        return reports[""] if len(reports) == 1 and "" in reports else _together(reports)
+    except SmidgenError as error:
+        why = str(error)
+    except Exception as error:  # whatever a stranger's model, path or inputs do: a report, never a traceback
+        why = f"The check could not be made: {type(error).__name__}: {str(error).strip() or 'no words'}"
+    report = VerifyReport()
+    report.fail(why)
+    return report
 
 
 def _together(reports: dict[str, VerifyReport]) -> VerifyReport:
@@ -217,17 +220,19 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
             _verify_pass(model, report.adapter_name, inputs, whole, report)
         return report
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    taken = set(api.names(model))
+    name = next(name for k in range(len(taken) + 1) if (name := f"verify{k or ''}") not in taken)
     try:
-        api.load(model, path, adapter_name="verify")
-        _verify_layers(model, "verify", own, report)
-        _verify_pass(model, "verify", inputs, whole, report)
+        api.load(model, path, adapter_name=name)
+        _verify_layers(model, name, own, report)
+        _verify_pass(model, name, inputs, whole, report)
     except SmidgenError as error:
         report.fail(str(error))
         lock = getattr(error, "report", None)
         if lock is not None:
             report.compared(lock)
     finally:
-        remove(model, "verify")
+        remove(model, name)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return report

@@ -117,7 +117,7 @@ def test_targets_that_other_options_leave_out() -> None:
         ({"relativ": True}, "Did you mean 'relative'"),
         ({"alpha": "two"}, "wrong type"),
         ({"target_modules": "("}, "no regular expression"),
-        ({"rank_pattern": {"*": 3}}, "no regular expression"),
+        ({"rank_pattern": {"*": 3}}, "is a regular expression"),
     ],
 )
 def test_wrong_options_change_nothing(options: dict[str, Any], match: str) -> None:
@@ -304,7 +304,6 @@ def test_a_pickle_beside_the_file_is_not_opened(folder: Path) -> None:
         ({"r": True}, "whole number|shape"),
         ({"target_modules": ["q_proj"]}, "lacks 2 of 4"),
         ({"target_modules": 7}, "target_modules"),
-        ({"target_modules": None}, "target_modules"),
         ({"base_lock": {"targets": []}}, "base_lock.*damaged"),
         ({"base_lock": "x"}, "base_lock must be"),
         ({"bias": "all"}, "bias must be 'none'"),
@@ -321,7 +320,7 @@ def test_damaged_configs(folder: Path, changes: dict[str, Any], match: str) -> N
 def test_a_rank_of_a_billion_is_refused_without_making_it(tmp_path: Path) -> None:
     smidgen.save(trained("lora", r=2), tmp_path)
     edit_config(tmp_path, r=10**9, checksum=None)
-    refuses(tmp_path, AdapterFileError, "shape")
+    refuses(tmp_path, AdapterFileError, "r is 1000000000, more than")
 
 
 def test_a_config_that_is_no_object_or_nests_deeply(folder: Path) -> None:

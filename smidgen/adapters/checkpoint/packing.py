@@ -17,6 +17,20 @@ from smidgen.errors import AdapterFileError, did_you_mean
 
 Layout = Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]]  # target -> tensor name -> (shape, dtype)
 STORED = {"float32": torch.float32, "float16": torch.float16}
+_FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
+_WHOLE = frozenset(
+    (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
+)
 _PREFIXES = ("transform_", "residual_")
 
 
@@ -116,7 +130,7 @@ def check_tensor(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.
             f"{where}: tensor {name!r} has shape {tuple(value.shape)}, this base model and config call for {shape}. "
             "The base has other layers or widths than the one the adapter was made for, or the file was changed."
         )
-    if value.dtype.is_floating_point != dtype.is_floating_point:
+    if (value.dtype in _FLOATS) != dtype.is_floating_point or not (value.dtype in _FLOATS or value.dtype in _WHOLE):
         raise AdapterFileError(f"{where}: tensor {name!r} is {value.dtype}, expected {dtype}.")
     if value.dtype.is_floating_point and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())

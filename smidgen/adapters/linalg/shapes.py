@@ -13,6 +13,9 @@ FACTOR_TABLE: dict[int, tuple[int, ...]] = {
 }
 """Shapes of the released TLoRA code, order 3. Four of five minimise the sum of squares; 320 does not, hence a table."""
 
+MOST_MODES = 16
+"""Factors of a width: 2^16 is wider than any layer, and more factors would all be 1."""
+
 ROUGH = 4.0
 """A width is rough when its largest mode exceeds this many times the order-th root of the width."""
 
@@ -77,5 +80,7 @@ def _squares(factors: tuple[int, ...]) -> int:
 
 
 def _check(width: int, order: int) -> None:
-    if width < 1 or order < 1:
-        raise ConfigError(f"a mode shape needs width >= 1 and order >= 1, got width {width} and order {order}")
+    if not isinstance(order, int) or width < 1 or not 1 <= order <= MOST_MODES:
+        raise ConfigError(
+            f"a mode shape needs width >= 1 and an order of 1 to {MOST_MODES}, got width {width} and order {order!r}"
+        )

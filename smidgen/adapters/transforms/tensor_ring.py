@@ -11,15 +11,17 @@ Widths with large prime factors are padded: T acts on the padded space, restrict
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from smidgen.adapters.linalg.kronecker import kronecker_apply
-from smidgen.adapters.linalg.shapes import factorize, smooth_width
+from smidgen.adapters.linalg.shapes import MOST_MODES, factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_matrix
 from smidgen.adapters.member import Tensors, Transform, stable_noise
-from smidgen.errors import ConfigError
+from smidgen.errors import ConfigError, shown
 
 
 class TensorRingTransform(Transform):
@@ -47,8 +49,12 @@ class TensorRingTransform(Transform):
         self.padded = smooth_width(width, order)
         self.modes = tuple(mode_shape) if mode_shape else factorize(self.padded, order)
         if mode_shape:
-            self.padded = int(torch.tensor(self.modes).prod())
-            if self.padded < width:
+            if len(self.modes) > MOST_MODES or not all(type(n) is int and 0 < n <= 4 * width for n in self.modes):
+                raise ConfigError(
+                    f"mode_shape is a list of at most {MOST_MODES} whole numbers from 1 to {4 * width}, got {shown(mode_shape)}."
+                )
+            self.padded = prod(self.modes)
+            if not width <= self.padded <= 64 * width:
                 raise ConfigError(f"mode_shape {list(self.modes)} spans {self.padded} features, the width is {width}.")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

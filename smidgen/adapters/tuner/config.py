@@ -18,7 +18,9 @@ from smidgen.adapters import methods
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.checkpoint import checksum as checksums
 from smidgen.adapters.checkpoint import packing
-from smidgen.adapters.checkpoint.files import CONFIG_NAME
+from smidgen.adapters.checkpoint.base_lock import read_lock
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, check_values, read_config, read_tensors
+from smidgen.adapters.tuner import patterns
 
 PEFT_TYPE_NAME = "SMIDGEN"
 _SEAL = "_tensors_sum"
@@ -66,11 +68,18 @@ class SmidgenConfig(PeftConfig):
     bias: str = "none"
 
     def __post_init__(self) -> None:
+        self.from_file = self.peft_type is not None
+        try:
+            check_values([vars(self)])
+        except (ValueError, RecursionError) as error:
+            raise errors.ConfigError(f"An option has a value that none can have: {error}.") from error
         super().__post_init__()
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         self._check_forms()
+        if self.target_modules is None and self.base_lock:  # as a file of ours says it, see text()
+            self.target_modules = set(read_lock(self.base_lock).targets)
         if not self.transform and not self.residual:
             raise errors.ConfigError("An adapter needs a transform, a residual or both; the config names neither.")
         for kind, name, options in (
@@ -93,13 +102,15 @@ class SmidgenConfig(PeftConfig):
     def _check_forms(self) -> None:
         for name, (fits, form) in _FORMS.items():
             if not fits(getattr(self, name)):
-                raise errors.ConfigError(f"{name} must be {form}, got {getattr(self, name)!r}.")
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern"):
+                raise errors.ConfigError(f"{name} must be {form}, got {errors.shown(getattr(self, name))}.")
+        patterns.check_names("modules_to_save", self.modules_to_save or ())
+        patterns.check_names("rank_pattern", self.rank_pattern)
+        for name in () if self.from_file else ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
-            for pattern in [value] if isinstance(value, str) else value if name == "rank_pattern" else ():
+            for pattern in [value] if isinstance(value, str) else ():
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, RecursionError, OverflowError) as error:
                     raise errors.ConfigError(f"{name}: {pattern!r} is no regular expression ({error}).") from error
 
     def _check_options(self) -> None:
@@ -136,11 +147,32 @@ class SmidgenConfig(PeftConfig):
         base = data["base_model_name_or_path"] or ""
         if os.path.isabs(base) and not with_path:  # where it lay on this machine is nobody else's business
             data["base_model_name_or_path"] = os.path.basename(os.path.normpath(base))
+        targets = data["target_modules"]
+        if self.base_lock and isinstance(targets, set) and targets == set(read_lock(self.base_lock).targets):
+            data["target_modules"] = None  # the base lock names them already, in fewer bytes
         tensors = self.__dict__.get(_SEAL) or (self.checksum or {}).get("tensors")
         data[checksums.KEY] = {"options": self._options_sum(), "tensors": tensors} if tensors else None
         defaults = _defaults(type(self))
         kept = {n: value for n, value in data.items() if n == "peft_type" or value != defaults.get(n, MISSING)}
         return json.dumps(kept, separators=(",", ":"), sort_keys=True, default=sorted)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As peft reads a config; of a folder on this machine both files are read before, as :func:`smidgen.load` does.
+
+        Through peft this is where a file is first asked whose it is: no model has been touched yet.
+
+        Raises:
+            AdapterFileError: a missing, truncated or hostile file, or one that was not saved with this config.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if os.path.lexists(folder / CONFIG_NAME):
+            own = read_smidgen_config(folder)
+            if os.path.lexists(folder / WEIGHTS_NAME):
+                check_tensors(own, packing.plain_keys(read_tensors(folder)), folder)
+        return super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
 
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
@@ -148,6 +180,72 @@ class SmidgenConfig(PeftConfig):
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str, Tensor]]:
+    """(config, tensors) of an adapter folder, whichever library wrote it: the one reader of ``load`` and ``verify``.
+
+    Raises:
+        AdapterFileError: a missing, truncated or hostile file, another kind of adapter, or files of two saves.
+    """
+    own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
+    check_tensors(own, tensors, path)
+    return own, tensors
+
+
+def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
+    """The config of an adapter folder.
+
+    Raises:
+        AdapterFileError: no folder, no config, or another kind of adapter.
+    """
+    data = read_config(path)
+    kind = data.get("peft_type")
+    if kind != PEFT_TYPE_NAME:
+        raise errors.AdapterFileError(
+            f"{path} holds a peft adapter of type {errors.shown(kind)}, not one of smidgen's; smidgen.load puts it into a model."
+        )
+    known = set(SmidgenConfig.__dataclass_fields__)
+    unknown = sorted(set(data) - known)
+    if unknown:
+        hint = errors.did_you_mean(unknown[0], known)
+        raise errors.AdapterFileError(f"{path}: adapter_config.json has unknown keys {errors.shown(unknown)}.{hint}")
+    try:
+        return SmidgenConfig(**{k: v for k, v in data.items() if k != "auto_mapping"})
+    except (errors.ConfigError, errors.AdapterFileError) as error:
+        raise errors.AdapterFileError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise errors.AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
+
+
+def check_tensors(own: SmidgenConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Holds the tensors of a file against the checksum and the ranks of its config.
+
+    Raises:
+        AdapterFileError: they were not saved together.
+    """
+    if own.checksum:
+        checksums.check_tensors(own.checksum["tensors"], tensors, str(path))
+    check_ranks({"r": own.r, "rank_pattern": own.rank_pattern, **own.transform_options}, tensors, path)
+
+
+_RANKS_OF = ("r", "rank", "rank_pattern", "init_r", "target_r", "n_frequency", "num_virtual_tokens")
+
+
+def check_ranks(options: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """A rank is at most the number of numbers in the file, whatever the method: seen before anything is made of it.
+
+    Raises:
+        AdapterFileError: naming the option.
+    """
+    most = max(4096, sum(tensor.numel() for tensor in tensors.values()))
+    for name in _RANKS_OF:
+        value = options.get(name)
+        for rank in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(rank, int | float) and not rank <= most:
+                raise errors.AdapterFileError(
+                    f"{path}: {name} is {errors.shown(rank)}, more than the file holds numbers; restore adapter_config.json."
+                )
 
 
 def _defaults(kind: type[SmidgenConfig]) -> dict[str, Any]:
@@ -172,6 +270,7 @@ _NAMES = (lambda v: v is None or _text(v) or _all(v, _LISTS, _text), "a list of 
 _OPTIONS = (lambda v: _all(v, dict, _text), "options by name")
 _RECORD = (lambda v: v is None or isinstance(v, dict), "what smidgen.save wrote")
 _RANKS = (lambda v: _all(v, dict, _text) and all(_whole(r) or _text(r) for r in v.values()), "ranks by module name")
+_TEXT_OR_NONE = (lambda v: v is None or _text(v), "a text")
 # field -> (whether a value fits, what would): a config file is anybody's JSON.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "method": _NAME,
@@ -189,6 +288,12 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (lambda v: v is None or _whole(v) or _all(v, _LISTS, _whole), "layer numbers"),
     "store_factors": (lambda v: isinstance(v, bool), "true or false"),
     "store_dtype": (lambda v: v in packing.STORED, f"one of {', '.join(packing.STORED)}"),
+    "task_type": _TEXT_OR_NONE,
+    "revision": _TEXT_OR_NONE,
+    "peft_version": _TEXT_OR_NONE,
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str | os.PathLike), "a name or a path"),
+    "inference_mode": (lambda v: isinstance(v, bool), "true or false"),
+    "auto_mapping": (lambda v: v is None or isinstance(v, dict), "names by name"),
     "base_lock": _RECORD,
     "canary": _RECORD,
     "checksum": (

@@ -33,19 +33,13 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packing
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
-from smidgen.adapters.tuner import bypass, calls, experts, sharing, targets
-from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
-from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
-from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
-from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
-from smidgen.adapters.tuner.shards import check_whole, whole
-from smidgen.adapters.tuner.slot import Members, Slot, Spec, layout_of
-from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError
+from smidgen.adapters.tuner import bypass, calls, experts, patterns, sharing, targets
 
 logger = logging.getLogger("smidgen")
 
 TESTED_PEFT = ("0.21.0", "0.21.1", "0.21.2")
 PREFIX = "smidgen_"
+_MOST_NUMBERS = 64  # trained for each number of a weight, more than any adapter has use for: before they are made
 _WRAP = "base_model.model."
 _OWNER = "_smidgen_peft_model"
 
@@ -264,6 +258,9 @@ class SmidgenModel(BaseTuner):
         return ".parametrizations." not in key and BaseTuner._check_target_module_exists(peft_config, key)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        own: Any = self.peft_config[adapter_name]
+        if own.from_file:
+            patterns.name_modules(own, list(outside_adapters(model)))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -390,7 +387,7 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
     """
     if config.target_modules is None:
         raise TargetError("The config names no target_modules; smidgen.adapt and peft fill them in for known models.")
-    modules = _outside_adapters(model)
+    modules = outside_adapters(model)
     targets.check_shapes(modules)
     if _all_linear(config):
         heads = [*(config.modules_to_save or ()), *(SEQ_CLS_HEAD_NAMES if config.task_type == "SEQ_CLS" else ())]
@@ -412,7 +409,7 @@ def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[
     return {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in chosen.items()}
 
 
-def _outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
+def outside_adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of a model by name and its fused experts, adapted ones as they are, without what is inside them."""
     modules = {n: m for n, m in model.named_modules() if n and ".smidgen_slots" not in n} | experts.stacks(model)
     inside = tuple(f"{n}." for n, m in modules.items() if isinstance(m, BaseTunerLayer))
@@ -436,7 +433,7 @@ def _matches(config: Any, modules: dict[str, nn.Module], **changes: Any) -> dict
 
 def _naming_stacks(config: Any, model: nn.Module, chosen: dict[str, nn.Module], stacked: set[str]) -> set[str]:
     """Targets that name fused experts themselves, where those of a config name the modules that own them."""
-    modules = _outside_adapters(model)
+    modules = outside_adapters(model)
     if isinstance(config.target_modules, str):
         return set(chosen)
     owners = {name.rpartition(".")[0] for name in stacked}
@@ -635,9 +632,16 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
         members = methods.make_members(
             config.transform, config.residual, config.transform_options, options, width, rows, cols
         )
-    except TypeError as error:
-        given = config.transform_options | options
+        numbers = sum(member.count() for member in members if member is not None)
+    except SmidgenError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+        given = shown(config.transform_options | options)
         raise ConfigError(f"An option of {config.label()} has a value of the wrong type: {given} ({error}).") from error
+    if numbers > _MOST_NUMBERS * rows * cols + 2**20:
+        raise ConfigError(
+            f"{config.label()} would train {numbers:,} numbers for a weight of {rows} x {cols} at {target!r}; take a smaller rank."
+        )
     return Members(*members, groups, stacked=kind.name == "experts")
 
 
@@ -819,6 +823,9 @@ def stamp(
 
     if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return
+    if patterns.held(config):  # a file names its modules
+        config.target_modules = set(layers)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     matrices = {n: layer.base_matrix(found.weights.get(n)).flatten(0, -2) for n, layer in layers.items()}
     config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model, found), config, layers))
     config.canary = make_canary(layers, adapter_name, found)
@@ -900,7 +907,7 @@ def _check_lists_of_peft(model: nn.Module, config: Any) -> None:
         or getattr(config, "target_parameters", None)
     ):
         return
-    modules = {n: m for n, m in _outside_adapters(model).items() if not n.endswith(".base_layer")}
+    modules = {n: m for n, m in outside_adapters(model).items() if not n.endswith(".base_layer")}
     names, nothing = list(modules), dict.fromkeys(("exclude_modules", "layers_to_transform"))
     adaptable = list(_matches(config, modules, **nothing))
     targets.check_names(own, names, adaptable, sharing.aliases(model))
