@@ -34,6 +34,13 @@ from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packin
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.tuner import bypass, calls, experts, patterns, sharing, targets
+from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
+from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
+from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
+from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
+from smidgen.adapters.tuner.shards import check_whole, whole
+from smidgen.adapters.tuner.slot import Members, Slot, Spec, layout_of
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, shown
 
 logger = logging.getLogger("smidgen")
 
@@ -632,15 +639,15 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
         members = methods.make_members(
             config.transform, config.residual, config.transform_options, options, width, rows, cols
         )
-        numbers = sum(member.count() for member in members if member is not None)
+        trained = sum(member.count() for member in members if member is not None)
     except SmidgenError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
         given = shown(config.transform_options | options)
         raise ConfigError(f"An option of {config.label()} has a value of the wrong type: {given} ({error}).") from error
-    if numbers > _MOST_NUMBERS * rows * cols + 2**20:
+    if trained > _MOST_NUMBERS * rows * cols + 2**20:
         raise ConfigError(
-            f"{config.label()} would train {numbers:,} numbers for a weight of {rows} x {cols} at {target!r}; take a smaller rank."
+            f"{config.label()} would train {trained:,} numbers for a weight of {rows} x {cols} at {target!r}; take a smaller rank."
         )
     return Members(*members, groups, stacked=kind.name == "experts")
 
