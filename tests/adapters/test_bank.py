@@ -303,7 +303,10 @@ def test_a_file_of_other_layers_or_half_a_head_is_refused(tmp_path: Path) -> Non
     smidgen.save(smidgen.adapt(Equal(), "lora", target_modules=["q", "k"]), tmp_path / "qk")
     config = tmp_path / "qk" / "adapter_config.json"
     config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"base_lock": None, "canary": None, "checksum": None})
+        json.dumps(
+            json.loads(config.read_text())
+            | {"base_lock": None, "canary": None, "checksum": None, "target_modules": ["k", "q"]}
+        )
     )
     model = smidgen.adapt(Equal(), "lora", target_modules=["q", "v"])
     with pytest.raises(SmidgenError, match="does not fit the bank at 'k'"):

@@ -103,7 +103,7 @@ def deep(width: int = 16) -> nn.Module:
 def test_no_expression_keeps_a_loader_busy(
     folder: Path, field: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     foreign(folder, **FIELDS[field](pattern))
     for route in ROUTES.values():
         started = time.monotonic()
@@ -119,7 +119,7 @@ def test_no_expression_keeps_a_loader_busy(
     "field", ["target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"]
 )
 def test_nor_one_of_a_file_of_peft_s_own(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     smidgen.save(smidgen.adapt(Net(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])), tmp_path)
     changes = {"alpha_pattern": {"(?R)*a": 2}} if field == "alpha_pattern" else FIELDS[field]("(?R)*a")
     file = tmp_path / CONFIG
