@@ -199,6 +199,12 @@ class PipelineBase:
     def judge(self) -> Judge | None:
         return None
 
+    def foreign(self, images: Sequence[Image]) -> list[bool]:
+        return [False] * len(images)
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        return []
+
 
 def _at_once(batch: int, size: int) -> int:
     """Images that a VAE takes at once: two of 1024 pixels, whose activations are gigabytes each."""

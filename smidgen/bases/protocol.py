@@ -162,6 +162,12 @@ class ImageBase(Protocol):
     def judge(self) -> Judge | None:
         """Who scores what it draws, None when nobody was trained to."""
 
+    def foreign(self, images: Sequence[Image]) -> list[bool]:
+        """Which images of its resolution are of no kind that it was taught to draw; none for a base of many kinds."""
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Words that its text encoder never saw in training, each once; none for an encoder of a whole language."""
+
 
 class ReadingBase(Protocol):
     """A loaded base that answers about texts or images: ``model`` with the head of its task, the ``heads`` to train beside

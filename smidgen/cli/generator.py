@@ -78,7 +78,8 @@ def predict(
     """Predict the adapter of the person in PHOTOS, without training; one adapter for each seed.
 
     Args:
-        photos: one or more photos of one person.
+        photos: one or more photos of one person; for the generator that ships, portraits as the embedded base draws them
+            (invented people, 64 x 64 pixels).
         output: where results go, and what makes them.
         seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
         refine: steps of training on the photos afterwards, such as 25.
@@ -163,7 +164,8 @@ def invert(
     """Find the adapter that draws PHOTOS best among those that the generator can make: its latent alone is trained.
 
     Args:
-        photos: one or more photos of one person.
+        photos: one or more photos of one person; for the generator that ships, portraits as the embedded base draws them
+            (invented people, 64 x 64 pixels).
         output: where results go, and what makes them.
         settings: how it is sought.
         from_prediction: start from the prediction (otherwise from the mean adapter).

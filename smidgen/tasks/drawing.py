@@ -25,6 +25,7 @@ from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import load_picture
 from smidgen.tasks.data.listing import holds_training_data
+from smidgen.tasks.diffusion.limits import unknown_words
 from smidgen.tasks.png import about_adapter, read_facts, write_png
 from smidgen.training import engine
 from smidgen.training.ranges import check_value
@@ -74,6 +75,8 @@ def generate(
     engine.load(loaded.pipe, adapter)
     if strength != 1.0:
         smidgen.set_strength(loaded.pipe, strength)
+    for warning in unknown_words(loaded, [*prompt, negative_prompt]):
+        logger.warning("%s", warning)
     encoded = loaded.encode_prompts(prompts)
     options = {"negative": loaded.encode_prompts([negative_prompt]), **loaded.sampling.chosen(steps, guidance)}
     if made is None:

@@ -42,9 +42,10 @@ def gallery(
     asked: Sequence[str],
     subject: Sequence[Image.Image],
     judge: Judge | None,
+    references: Sequence[Image.Image],
 ) -> Gallery:
     """Prove each run's file on a fresh base and draw ``scenes`` with it. ``asked`` are their prompts as a judge knows them,
-    ``subject`` holds the subject's own pictures."""
+    ``subject`` holds the subject's own pictures, ``references`` those that the judge can read."""
     rows: list[tuple[Entry, list[Image.Image]]] = []
     entries: list[Entry] = []
     proof: tuple[str, ...] = ()
@@ -56,13 +57,13 @@ def gallery(
             proof = said
             with api.disabled(fresh.model):
                 images = draw()
-            entries.append(_entry(Entry("base model", 0, 0), images, asked, subject, judge))
+            entries.append(_entry(Entry("base model", 0, 0), images, asked, references, judge))
             rows.append((entries[-1], images))
         images = draw()
         _check_difference(rows[0][1], images, run)
         last = sum(run.losses[-20:]) / len(run.losses[-20:])
         entry = Entry(run.name, run.trained_numbers, run.bytes, run.seconds, final_loss=last)
-        entries.append(_entry(entry, images, asked, subject, judge))
+        entries.append(_entry(entry, images, asked, references, judge))
         rows.append((entries[-1], images))
     return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
 
@@ -123,8 +124,8 @@ def _sheet(
     shown = [Row("the subject", list(subject)[:across], f"{len(subject)} pictures")]
     for entry, images in rows:
         note = f"{entry.bytes_on_disk / 1000:.1f} kB" if entry.bytes_on_disk else ""
-        if entry.identity is not None and entry.caption is not None:
-            note += f" identity {entry.identity:.2f} captions {entry.caption:.2f}"
+        scores = {"identity": entry.identity, "captions": entry.caption}
+        note += "".join(f" {name} {score:.2f}" for name, score in scores.items() if score is not None)
         shown.append(Row(entry.name, images[:across], note.strip()))
     return contact_sheet(
         f"{rows[1][0].name} on {public_name(base)}: same noise in each column", shown, scenes.prompts[:across]

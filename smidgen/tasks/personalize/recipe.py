@@ -21,6 +21,7 @@ from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
+from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
@@ -50,11 +51,16 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     base = load_base(config.base, config.train.mixed_precision, device)
     resolution = config.data.resolution or base.resolution
     found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
-    for warning in found.warnings:
+    subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
+    foreign, strange = foreign_pictures(base, found.pictures, subject)
+    captions = _bound(found.captions, config.data)
+    words = [*captions, *config.show.validation_prompt, *filter(None, [config.data.class_prompt])]
+    warnings = (*found.warnings, *strange, *unknown_words(base, words))
+    for warning in warnings:
         logger.warning("%s", warning)
     logger.info("Training on %s of %s.", found, config.data.folder)
-    captions = _bound(found.captions, config.data)
-    judge = judge or base.judge()
+    blind = judge is None and all(foreign)
+    judge = judge or (None if blind else base.judge())
     scenes, asked = _scenes(config, base, judge, found, resolution)
 
     folders = config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora"
@@ -70,14 +76,19 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
         again = load_base(config.base, config.train.mixed_precision, device)
         runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
 
-    subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
-    shown = gallery(config.base, config.train.mixed_precision, device, runs, scenes, asked, subject, judge)
+    known = [image for image, other in zip(subject, foreign, strict=True) if not other]
+    readable = known if any(foreign) and known else subject
+    precision = config.train.mixed_precision
+    shown = gallery(config.base, precision, device, runs, scenes, asked, subject, judge, readable)
     facts: dict[str, Any] = {"shows": "the subject, the base, each adapter", "base": public_name(config.base)}
     facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
     write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
-    notes = (f"Trained on {found}.", f"Scored by {judge.name}." if judge else NO_JUDGE, *shown.proof)
-    told = (shown.entries, found.warnings, notes, bool(shown.proof), identity, runs[0].coverage)
+    unscored = UNSCORED.format(public_name(config.base)) if blind else NO_JUDGE
+    scored = [f"Scored by {judge.name}."] if judge else [unscored]
+    scored += [OWN_PROMPTS] if judge and shown.entries[-1].caption is None else []
+    notes = (f"Trained on {found}.", *scored, *shown.proof)
+    told = (shown.entries, warnings, notes, bool(shown.proof), identity, runs[0].coverage)
     report = Report(config.adapter.method, config.base, out, *told)
     write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), _subject_words(config.data)))
     return report

@@ -1,0 +1,47 @@
+"""What a base cannot do with a user's pictures and words, said before anything is trained or drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from smidgen.bases.protocol import ImageBase
+from smidgen.tasks.cards import public_name
+from smidgen.tasks.data.images import Picture
+from smidgen.tasks.data.tables import counted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+UNSCORED = (
+    "Nothing was scored: the judge of {} reads portraits drawn in its own style alone, and none of these pictures is one. "
+    "Look at contact_sheet.png."
+)
+OWN_PROMPTS = "Captions were not scored: the judge knows what its own scenes should show, not what these prompts say."
+
+
+def foreign_pictures(
+    base: ImageBase, pictures: Sequence[Picture], images: Sequence[Image]
+) -> tuple[list[bool], list[str]]:
+    """Which pictures are of no kind that ``base`` draws, and a warning of them with their true sizes."""
+    foreign = base.foreign(images)
+    names = [
+        f"{picture.path.name} ({picture.size[0]} x {picture.size[1]} pixels)"
+        for picture, strange in zip(pictures, foreign, strict=True)
+        if strange
+    ]
+    if not names:
+        return foreign, []
+    why = (
+        f"without a face as {public_name(base.name)} draws them: that base was taught invented people in one drawn style, "
+        f"{base.resolution} x {base.resolution} pixels, and learns little from photographs; for those give a Stable Diffusion "
+        "or SDXL model with --base"
+    )
+    return foreign, [counted("picture", names, why)]
+
+
+def unknown_words(base: ImageBase, prompts: Sequence[str]) -> list[str]:
+    """A warning of words in ``prompts`` that mean nothing to ``base``."""
+    words = base.unknown_words(prompts)
+    why = f"that {public_name(base.name)} has never seen and reads as meaningless pieces"
+    return [counted("word", map(repr, words), why)] if words else []
