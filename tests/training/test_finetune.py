@@ -450,9 +450,8 @@ def test_a_diverging_run_names_its_rows(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_refusals_come_before_any_training(tmp_path, kind, section, change, error, message):
     made = config(kind, tmp_path / "out")
-    made = replace(made, **({section: replace(getattr(made, section), **change)} if section else change))
     with pytest.raises(error, match=message):
-        run(kind, made)
+        run(kind, replace(made, **({section: replace(getattr(made, section), **change)} if section else change)))
     assert not list((tmp_path / "out").glob("checkpoint-*")) and not (tmp_path / "out" / ADAPTER[2]).exists()
 
 
