@@ -145,6 +145,18 @@ def test_a_tied_model_whose_tied_weights_are_not_adapted_stays_tied() -> None:
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
 
 
+def test_a_merge_that_one_layer_refuses_changes_none() -> None:
+    model = testing.perturb(get_peft_model(Twice(), smidgen.config("lora", target_modules=["first", "steps.1"])))
+    with torch.no_grad():
+        next(iter(adapted_layers(model)["steps.1"].smidgen_slots["default"].parameters()))[0, 0] = float("nan")
+    before = testing.snapshot(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="seems to be broken"):
+            merge(safe_merge=True)
+        testing.unchanged(before, model, "a refused merge")
+        assert not any(layer.merged for layer in adapted_layers(model).values())
+
+
 # ---- one layer in two places -----------------------------------------------------------------------------------------
 
 

@@ -239,7 +239,7 @@ def test_sharded_after_adapt_needs_whole_weights_to_save(method, tmp_path):
         layer.get_base_layer().weight.ds_shape = layer.get_base_layer().weight.shape
         layer.get_base_layer().weight.data = torch.empty(0)
     for state in (None, {k: v for k, v in full.items() if "base_layer.weight" not in k}):
-        with pytest.raises(SmidgenError, match="'up.weight' of the base is not here whole"):
+        with pytest.raises(SmidgenError, match=r"'up.weight' of the base is not here whole"):
             smidgen.save(model, tmp_path / "no", state_dict=state)
     assert not (tmp_path / "no").exists()
     smidgen.save(model, tmp_path / "given", state_dict=full)

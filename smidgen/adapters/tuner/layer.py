@@ -191,6 +191,8 @@ class ShiftLayer(nn.Module):
         slot = term.slot
         if slot.transform is not None or type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
             return False
+        if "weight" not in self.base_layer._parameters:  # made by the layer's call
+            return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
         if term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor):  # torchao's have no addmm

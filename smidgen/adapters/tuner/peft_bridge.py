@@ -280,11 +280,33 @@ class SmidgenModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         """What peft warns of, tied embeddings, is no matter here: merging unties."""
-        check_mergeable(self.model)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges at all layers or, when one refuses, at none."""
+        check_mergeable(self.model, adapter_names)
+        before = [(m, list(m.merged_adapters)) for m in self.model.modules() if isinstance(m, AdaptedLayer)]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            for layer, merged in before:
+                if layer.merged_adapters != merged:
+                    layer.unmerge()
+                    layer.merge(adapter_names=merged)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
         layers = [m for m in self.model.modules() if isinstance(m, AdaptedLayer)]
-        base: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        if merge:  # before the first layer is replaced
+            self.merge_adapter(adapter_names, safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            base: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[func-returns-value]
         sharing.put_back(base, {id(layer): layer.get_base_layer() for layer in layers})
         sharing.settle(base)
         experts.close_stacks(base)
