@@ -26,7 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ def trained(method: str, head: bool, seed: int, **options: Any) -> nn.Module:
     return net
 
 
-def saved_adapters(root: Path) -> Iterator[tuple[Path, Path]]:
+def saved_adapters(root: Path, methods: Sequence[str] = METHODS) -> Iterator[tuple[Path, Path]]:
     """Folders of one config and two seeds each."""
     variants: list[dict[str, Any]] = [{"store_dtype": "float32"}, {"store_dtype": "float16"}, {"store_factors": True}]
-    for method in METHODS:
+    for method in methods:
         for head in (False, True):
             for number, options in enumerate(variants):
                 if "store_factors" in options and method not in ("svfit", "loldu"):
@@ -313,9 +313,9 @@ DAMAGE = (
 class Fuzz:
     """Gives damaged folders to both routes and counts."""
 
-    def __init__(self, root: Path, seed: int) -> None:
+    def __init__(self, root: Path, seed: int, methods: Sequence[str] = METHODS) -> None:
         self.root, self.rng = root, random.Random(seed)
-        self.pairs = list(saved_adapters(root / "saved"))
+        self.pairs = list(saved_adapters(root / "saved", methods))
         self.x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
         self.wanted = {(folder, route): self.run(route, folder) for folder, _ in self.pairs for route in ROUTES}
         self.untouched, self.before = base(), testing.snapshot(base())

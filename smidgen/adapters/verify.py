@@ -21,7 +21,7 @@ from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass
-from smidgen.adapters.tuner.canary import delta_error, delta_sketches, read_canary
+from smidgen.adapters.tuner.canary import delta_error, delta_sketches, head_sketches, read_canary
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.experts import is_stack
@@ -34,6 +34,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     head_tensors,
     peft_tensors,
     remove,
+    saved_modules,
     say_unsaved,
     stored_tensors,
     tuner_layers,
@@ -347,6 +348,7 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
     report.layers = report.targets = len(tuner_layers(model, name))
     if own is None:  # the pass alone proves peft's
         return
+    _verify_heads(model, name, own, report)
     layers = adapted_layers(model, name)
     report.coverage = coverage(model, name)
     matrices = base_matrices(dict(layers))
@@ -379,6 +381,27 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
         report.output_error = max(report.output_error, error)
         if not error <= most:
             report.fail(f"Layer {target!r} does not apply its delta: output shift is off by {error:.1%}.")
+
+
+def _verify_heads(model: nn.Module, name: str, own: SmidgenConfig, report: VerifyReport) -> None:
+    """The heads that the adapter trained are in use, are not empty, and are those that were saved."""
+    for head, wrapper in saved_modules(model, name).items():
+        where = head.removeprefix("base_model.model.")
+        if wrapper.disable_adapters or name not in wrapper.active_adapters:
+            report.fail(f"Head {where!r} is loaded but not in use.")
+        values = [value for value in wrapper.modules_to_save[name].state_dict().values() if value.numel()]
+        if values and not any(bool(value.any()) for value in values):
+            report.fail(f"Head {where!r} holds nothing but zeros: it gives the same answer to every input.")
+        if not all(bool(torch.isfinite(value).all()) for value in values if value.is_floating_point()):
+            report.fail(f"Head {where!r} holds numbers that are not finite.")
+    held = head_tensors(model, name)
+    if own.canary and own.canary.get("heads") is not None and held:
+        error = delta_error(read_canary(own.canary, "heads"), head_sketches(held))
+        cast = any(value.is_floating_point() and value.dtype.itemsize < 4 for value in held.values())
+        if not error <= (CANARY_CAST if cast else CANARY_SAME):
+            report.fail(
+                f"The heads {', '.join(own.modules_to_save or ())} differ by {error:.1%} from those that were saved."
+            )
 
 
 @contextmanager

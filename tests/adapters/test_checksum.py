@@ -238,3 +238,39 @@ def test_the_checksum_of_tensors_knows_names_formats_shapes_and_bytes() -> None:
         own | {"e": torch.ones(0)},
     ]
     assert len({first, *map(checksum.of_tensors, others)}) == 1 + len(others)
+
+
+# ---- heads, where a checksum does not speak -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["a head of zeros", "a head of another save", "half"])
+def test_a_head_that_was_not_saved_is_not_on(folder: Path, damage: str) -> None:
+    assert smidgen.verify(Net(), folder).ok
+    edit(folder, checksum=None)
+    tensors = load_file(folder / WEIGHTS)
+    change = {"a head of zeros": 0.0, "a head of another save": -1.0, "half": 0.5}[damage]
+    save_file({n: t * change if "head" in n else t for n, t in tensors.items()}, folder / WEIGHTS)
+    report = smidgen.verify(Net(), folder)
+    assert not report.ok and any("ead" in reason and "saved" in reason for reason in report.reasons)
+    if damage == "a head of zeros":
+        assert any("nothing but zeros" in reason for reason in report.reasons)
+        edit(folder, canary=None)
+        assert not smidgen.verify(Net(), folder).ok
+
+
+def test_a_head_that_is_loaded_and_not_in_use_is_not_on(folder: Path) -> None:
+    net = smidgen.load(Net(), folder)
+    assert smidgen.verify(net, folder).ok
+    net.head.set_adapter([])
+    assert "Head 'head' is loaded but not in use." in smidgen.verify(net, folder).reasons
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_head_that_is_not_finite_is_refused(folder: Path, route: str, value: float) -> None:
+    edit(folder, checksum=None)
+    tensors = load_file(folder / WEIGHTS)
+    tensors[HEAD][0, 0] = value
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterFileError, match=r"head.*1 NaN or infinite"):
+        ROUTES[route](folder)

@@ -29,17 +29,24 @@ def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers:
 def make_canary(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers) -> dict[str, Any]:
     """The canary of an adapter with these numbers, JSON-ready."""
     with torch.no_grad():
-        return {"sketch": encode(pool(delta_sketches(layers, adapter_name, numbers)), "<f4")}
+        made = {"sketch": encode(pool(delta_sketches(layers, adapter_name, numbers)), "<f4")}
+        return made | ({"heads": encode(pool(head_sketches(numbers.heads)), "<f4")} if numbers.heads else {})
 
 
-def read_canary(canary: Mapping[str, Any]) -> Tensor:
-    """[1 + PROBES] of a stored canary.
+def head_sketches(heads: Mapping[str, Tensor]) -> Tensor:
+    """[tensors, 2 + PROBES] fp32 over the sorted names: norm and probes of each tensor of the heads."""
+    values = [heads[name] for name in sorted(heads)]
+    return torch.stack([sketch(value.flatten(1) if value.ndim > 1 else value.reshape(1, -1)) for value in values])
+
+
+def read_canary(canary: Mapping[str, Any], of: str = "sketch") -> Tensor:
+    """[1 + PROBES] of a stored canary: of the deltas, or of the ``heads``.
 
     Raises:
         AdapterFileError: damaged.
     """
     try:
-        return decode(canary["sketch"], "<f4", 1 + PROBES)
+        return decode(canary[of], "<f4", 1 + PROBES)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"canary in adapter_config.json is damaged ({error}); restore the file.") from error
 
