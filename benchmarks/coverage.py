@@ -10,6 +10,7 @@ Writes results/coverage.json and docs/coverage.md.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -173,6 +174,7 @@ def main() -> None:
     from benchmarks._harness import write_result
 
     warnings.simplefilter("ignore")
+    logging.getLogger("smidgen").setLevel(logging.ERROR)
     tables = {
         "Transformers": [examine(name) for name in tiny_models.TRANSFORMERS],
         "Diffusers": [examine(name) for name in tiny_models.DIFFUSERS],

@@ -91,7 +91,7 @@ def default_targets(model: nn.Module) -> set[str]:
     ends = sorted({end for name in modules if (end := name.rpartition(".")[2]) and not end.isdigit()})
     raise TargetError(
         f"A {type(model).__name__} has no attention projections of a known name and no repeated blocks; name "
-        f"target_modules. Modules end in: {', '.join(ends[:20])}."
+        f"target_modules.{' Modules end in: ' + ', '.join(ends[:20]) + '.' if ends else ''}"
     )
 
 
