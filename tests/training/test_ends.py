@@ -211,6 +211,25 @@ def test_files_that_may_not_grow(capsys, tmp_path):
     assert status == 2 and "File too large" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_training_leaves_nothing(capsys, tmp_path):
+    """What is refused after the settings were written, before there is anything to go on from."""
+    (tmp_path / "people").mkdir()
+    words = (
+        "generator",
+        "train",
+        "--preset",
+        "debug",
+        "--end-to-end.people.folder",
+        tmp_path / "people",
+        "--out",
+        tmp_path / "new" / "out",
+    )
+    assert "holds no folders" in refused(capsys, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["people"]
+    refused(capsys, "compare", "debug", "--stage", "report", "--workers", "1", "--out", tmp_path / "compared")
+    assert [path.name for path in tmp_path.iterdir()] == ["people"]
+
+
 # ---- ends that are nobody's mistake
 
 

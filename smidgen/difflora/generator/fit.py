@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from smidgen.difflora.zoo.store import Zoo
 from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import PersonalizeTask
-from smidgen.training.alone import runs_alone
+from smidgen.training.alone import LOCK, OWNER, runs_alone
 from smidgen.training.loop import train
 from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
@@ -76,18 +76,14 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
 def _settings(config: GeneratorConfig) -> Iterator[None]:
     """The settings lie in ``config.out`` while it is trained; they go again when it is refused before there is anything to
     go on from."""
-    made = [folder for folder in (config.out, *config.out.parents) if not folder.exists()]
     written = config.out / "config.yaml"
     before = written.read_bytes() if written.is_file() else None
     replace_file(written, dump_yaml(config))
     try:
         yield
     except BaseException:
-        if before is None and [path.name for path in config.out.iterdir()] == [written.name]:
+        if before is None and all(path == written or path.name in (LOCK, OWNER) for path in config.out.iterdir()):
             written.unlink()
-            for folder in made:
-                with suppress(OSError):  # another's
-                    folder.rmdir()
         raise
 
 
