@@ -318,7 +318,8 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
     if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
         return _checked_of_peft(model, path, adapter_name)
     own, tensors = read_adapter(path)
-    own.checksum = None  # what is trained from here on are other numbers
+    if own.checksum:
+        own.mark_current().checksum = None  # what is trained from here on are other numbers
     unpacked, heads = _fit(model, own, tensors, str(path))
 
     def put_in() -> None:
@@ -406,6 +407,11 @@ def set_active(model: Any, adapter_names: str | list[str]) -> None:
     for _, name, trained in heads:
         if len(trained) > 1:
             raise SmidgenError(f"{name!r} was trained by each of {trained}; heads do not add, make one of them active.")
+    merged = {n: layer for part in parts(model).values() for n, layer in tuner_layers(part).items() if layer.merged}
+    if merged:
+        logger.warning("Adapters are set while others are merged, which are unmerged first, as in peft.")
+    for layer in merged.values():
+        layer.unmerge()
     for part in parts(model).values():
         for layer in tuner_layers(part).values():
             layer.set_adapter(wanted)
@@ -499,21 +505,48 @@ def parameter_groups(
 
 
 def merge(model: Any, adapter_names: list[str] | None = None) -> Any:
-    """Merges adapters into the base weights and takes the adapted layers away, in place.
+    """Merges adapters into the base weights and takes the adapted layers away, in place: the active ones unless named.
+
+    Adapters that are not merged go with the layers; a warning names them. Returns the model; of a ``PeftModel``, which is
+    nothing without adapters, the model within.
 
     A weight that an adapted layer shares with others (tied embeddings, an encoder and its decoder) is theirs alone
     afterwards: the adapted layer gets one of its own, and a warning says so.
 
     Raises:
         SmidgenError: before anything is changed: rounding to the weights' dtype would lose more than half of an update, the
-            weight is quantised, or it is made anew for each call (weight_norm, pruning).
+            weight is quantised, or it is made anew for each call (weight_norm, pruning); an active adapter would be lost, or
+            a bank its layers.
     """
     _check_carried(model, adapter_names or ())
+    _check_left(model, adapter_names)
     for part in parts(model).values():
         _check_merge(part, adapter_names)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for part in parts(model).values():
         _merge(part, adapter_names)
-    return model
+    return inner
+
+
+def _check_left(model: Any, adapter_names: list[str] | None) -> None:
+    """Merging takes the adapted layers away: what else is on them is named, and refused where it is at work."""
+    layers = [layer for part in parts(model).values() for layer in tuner_layers(part).values()]
+    active = list(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+    merged = active if adapter_names is None else adapter_names
+    lost = [name for name in active if name not in merged]
+    if lost and set(active) & set(merged):
+        raise SmidgenError(
+            f"Merging {', '.join(merged)} takes the adapted layers away, and {', '.join(lost)} is active too: merge all of "
+            f"{active}, or make only what you merge active (set_active), or merge for a while with peft's merge_adapter."
+        )
+    if any(getattr(layer, "banks", None) for layer in layers):
+        raise SmidgenError(
+            "A bank is on this model, and merging takes its layers away: delete the bank first (del bank), or let it answer "
+            "the merged adapter as one of its rows."
+        )
+    left = [name for name in names(model) if name not in merged]
+    if left:
+        logger.warning("Merging %s takes %s out of the model too.", ", ".join(merged), ", ".join(left))
 
 
 def _check_merge(model: nn.Module, adapter_names: list[str] | None) -> None:

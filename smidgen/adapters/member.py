@@ -86,16 +86,28 @@ class Transform(Member):
 
 
 class Factors(NamedTuple):
-    """A residual as a product: D = up @ diag(diagonal) @ down; up [rows, k], diagonal [k] or None, down [k, cols]."""
+    """A residual as a product: D = up @ diag(diagonal) @ down; up [rows, k], diagonal [k] or None, down [k, cols].
+
+    ``floor`` [k] is the least that the diagonal may be, the adapter's weight included; :meth:`weighed` sees to it.
+    """
 
     up: Tensor
     diagonal: Tensor | None
     down: Tensor
+    floor: Tensor | None = None
+
+    def weighed(self, weight: float | Tensor = 1.0) -> Factors:
+        """The factors of s D at a weight s, none of them below the floor."""
+        one = not isinstance(weight, Tensor) and weight == 1
+        if self.diagonal is None:
+            return self if one else self._replace(up=self.up * weight)
+        diagonal = self.diagonal if one else self.diagonal * weight
+        return Factors(self.up, diagonal if self.floor is None else torch.maximum(diagonal, self.floor), self.down)
 
     def dense(self) -> Tensor:
         """D [rows, cols]; of factors that lead with an axis [experts], one D each."""
-        up = self.up if self.diagonal is None else self.up * self.diagonal[..., None, :]
-        return up @ self.down
+        own = self.weighed()
+        return (own.up if own.diagonal is None else own.up * own.diagonal[..., None, :]) @ own.down
 
 
 class Residual(Member):
@@ -127,12 +139,35 @@ class Residual(Member):
         return factors
 
 
+def whole_rank(r: Any, what: str, full: int | None = None) -> int:
+    """A rank as it was asked for; ``full`` is what "full" stands for, where it means something.
+
+    Raises:
+        ConfigError: no whole number of at least 1.
+
+    Example:
+        >>> whole_rank("full", "r of a 'seeded' residual", 16)
+        16
+    """
+    if r == "full" and full is not None:
+        return full
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        also = "" if full is None else " or 'full'"
+        raise ConfigError(f"{what} must be a whole number of at least 1{also}, got {r!r}.")
+    return r
+
+
 def scale_of(alpha: float | None, rank: int, scaling: str) -> float:
-    """The factor s in front of a residual: 1 without alpha, else alpha/r (``plain``) or alpha/sqrt(r) (``rslora``)."""
+    """The factor s in front of a residual: 1 without alpha, else alpha/r (``plain``) or alpha/sqrt(r) (``rslora``).
+
+    ``rank`` is the r that was asked for, as in the released code of LoRA and LoLDU, also where a matrix has fewer directions.
+    """
     if scaling not in ("plain", "rslora"):
         raise ConfigError(f"scaling must be 'plain' (alpha/r) or 'rslora' (alpha/sqrt(r)), got {scaling!r}.")
     if alpha is None:
         return 1.0
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < float("inf"):
+        raise ConfigError(f"alpha must be a finite number other than 0, or None, got {alpha!r}.")
     return alpha / rank if scaling == "plain" else alpha / rank**0.5
 
 

@@ -6,14 +6,14 @@ B_i^T G A_i^T needs no dense update. Both methods run through the same layer; on
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from smidgen.adapters.member import Factors, Residual, Tensors, scale_of
-from smidgen.errors import ConfigError
+from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, whole_rank
 
 
 class DiagonalInBasis(Residual):
-    """D = s up diag(delta) down with frozen ``up`` and ``down``. Trained: delta [r]. Count: min(r, rows, cols)."""
+    """D = s up diag(delta) down with frozen ``up`` and ``down``. Trained: delta [r]. Count: min(r, rows, cols).
+
+    s is alpha over the r that was asked for, also at a matrix that has fewer directions.
+    """
 
     decomposes = True
     diagonal_between = stacks = True
@@ -21,12 +21,9 @@ class DiagonalInBasis(Residual):
     def __init__(self, rows: int, cols: int, r: int | str = 64, alpha: float | None = None, scaling: str = "plain"):
         super().__init__(rows, cols)
         most = min(rows, cols)
-        if r == "full":
-            r = most
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"r of {self.name!r} must be a whole number of at least 1 or 'full', got {r!r}.")
-        self.r = min(r, most)
-        self.scale = scale_of(alpha, self.r, scaling)
+        self.asked = whole_rank(r, f"r of a {self.name!r} residual", full=most)
+        self.r = min(self.asked, most)
+        self.scale = scale_of(alpha, self.asked, scaling)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"delta": (self.r,)}
@@ -34,10 +31,6 @@ class DiagonalInBasis(Residual):
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"up": (self.rows, self.r), "down": (self.r, self.cols)}
 
-    def diagonal(self, tensors: Tensors) -> Tensor:
-        """The trained diagonal before scaling, [r]."""
-        return tensors["delta"]
-
     def factors(self, tensors: Tensors) -> Factors:
-        diagonal = self.diagonal(tensors)
-        return Factors(tensors["up"], diagonal * self.scale if self.scale != 1 else diagonal, tensors["down"])
+        delta = tensors["delta"]
+        return Factors(tensors["up"], delta * self.scale if self.scale != 1 else delta, tensors["down"])

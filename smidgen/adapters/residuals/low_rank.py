@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise
-from smidgen.errors import ConfigError
+from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise, whole_rank
 
 
 class LowRank(Residual):
@@ -27,8 +26,7 @@ class LowRank(Residual):
 
     def __init__(self, rows: int, cols: int, r: int = 8, alpha: float | None = None, scaling: str = "plain") -> None:
         super().__init__(rows, cols)
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"r of a low-rank residual must be a whole number of at least 1, got {r!r}.")
+        whole_rank(r, "r of a low-rank residual")
         self.r, self.scale = r, scale_of(alpha, r, scaling)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_signs
-from smidgen.errors import ConfigError
+from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_signs, whole_rank
 
 
 class Seeded(Residual):
@@ -32,11 +31,8 @@ class Seeded(Residual):
         self, rows: int, cols: int, r: int | str = 64, alpha: float | None = 16.0, scaling: str = "rslora"
     ) -> None:
         super().__init__(rows, cols)
-        if r == "full":
-            r = min(rows, cols)
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"r of a seeded residual must be a whole number of at least 1 or 'full', got {r!r}.")
-        self.r, self.scale = r, scale_of(alpha, r, scaling)
+        self.r = whole_rank(r, "r of a 'seeded' residual", full=min(rows, cols))
+        self.scale = scale_of(alpha, self.r, scaling)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"delta": (self.r,)}

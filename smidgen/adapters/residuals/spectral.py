@@ -2,18 +2,18 @@
 
 SVFit (arXiv 2409.05926) trains s from S_r in W - W_r + U_r diag(s) V_r^T; delta = s - S_r is the same function with the
 same gradients, exact at the start in any dtype and on quantised bases. Trained: delta [r]. Count: min(r, rows, cols).
-Options: ``relative`` (delta_i = rho_i S_i), ``nonneg`` (S + delta clamped at zero, as SVDiff does). r may be a whole
+Options: ``relative`` (delta_i = rho_i S_i), ``nonneg`` (relu(S + s delta) with alpha's and the adapter's own weight in s, as
+SVDiff's released code has it; several adapters at once are each clamped, not their sum). r may be a whole
 number, "full" (the paper's 16x setting) or "energy:0.99" (resolved per layer by the tuner, see ``energy_rank``).
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from smidgen.adapters.linalg.cache import cached
 from smidgen.adapters.linalg.svd import truncated_svd
-from smidgen.adapters.member import Tensors
+from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 
 
@@ -45,8 +45,8 @@ class Spectral(DiagonalInBasis):
 
         return cached(("svd", self.r), weight, compute), {}
 
-    def diagonal(self, tensors: Tensors) -> Tensor:
-        delta, values = tensors["delta"], tensors["values"]
-        if self.relative:
-            delta = delta * values
-        return torch.maximum(delta, -values) if self.nonneg else delta
+    def factors(self, tensors: Tensors) -> Factors:
+        found, values = super().factors(tensors), tensors["values"]
+        if self.relative and found.diagonal is not None:
+            found = found._replace(diagonal=found.diagonal * values)
+        return found._replace(floor=-values) if self.nonneg else found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smidgen.adapters.linalg.shapes import factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_vector_factors
-from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise
+from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise, whole_rank
 from smidgen.errors import ConfigError
 
 
@@ -41,8 +41,7 @@ class TensorRingResidual(Residual):
         order: int = 3,
     ) -> None:
         super().__init__(rows, cols)
-        if not isinstance(r, int) or r < 1:
-            raise ConfigError(f"residual_rank must be a whole number of at least 1, got {r!r}.")
+        whole_rank(r, "residual_rank")
         if std not in ("code", "text"):
             raise ConfigError(f"std of a tensor-ring residual is 'code' or 'text', got {std!r}.")
         self.r, self.scale, self.std = r, scale_of(alpha, r, scaling), std

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from smidgen.adapters.linalg.kronecker import kronecker_apply
 from smidgen.adapters.linalg.shapes import MOST_MODES, factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_matrix
-from smidgen.adapters.member import Tensors, Transform, stable_noise
+from smidgen.adapters.member import Tensors, Transform, stable_noise, whole_rank
 from smidgen.errors import ConfigError, shown
 
 
@@ -41,8 +41,7 @@ class TensorRingTransform(Transform):
         self, width: int, rank: int = 1, init: str = "triangular", order: int = 3, mode_shape: list[int] | None = None
     ) -> None:
         super().__init__(width)
-        if not isinstance(rank, int) or rank < 1:
-            raise ConfigError(f"transform_rank must be a whole number of at least 1, got {rank!r}.")
+        whole_rank(rank, "transform_rank")
         if init not in ("triangular", "paper"):
             raise ConfigError(f"init of a tensor-ring transform is 'triangular' or 'paper', got {init!r}.")
         self.rank, self.init = rank, init

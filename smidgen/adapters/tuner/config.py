@@ -23,6 +23,7 @@ from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, check_v
 from smidgen.adapters.tuner import patterns
 
 PEFT_TYPE_NAME = "SMIDGEN"
+_CURRENT = "_current"
 _SEAL = "_tensors_sum"
 
 
@@ -77,6 +78,8 @@ class SmidgenConfig(PeftConfig):
         self.peft_type = PEFT_TYPE  # type: ignore[assignment]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+        if hasattr(self.r, "__index__") and not isinstance(self.r, bool):
+            self.r = int(self.r)  # numpy's whole numbers are no int
         self._check_forms()
         if self.target_modules is None and self.base_lock:  # as a file of ours says it, see text()
             self.target_modules = set(read_lock(self.base_lock).targets)
@@ -127,6 +130,16 @@ class SmidgenConfig(PeftConfig):
 
     def _options_sum(self) -> str:
         return checksums.of_options(self.to_dict(), _defaults(type(self)))
+
+    def mark_current(self) -> SmidgenConfig:
+        """Says that this config was saved, or read with a checksum, as files are now; see :attr:`old`."""
+        self.__dict__[_CURRENT] = True
+        return self
+
+    @property
+    def old(self) -> bool:
+        """Whether this is the config of a file from before there were checksums."""
+        return bool(self.base_lock) and self.checksum is None and _CURRENT not in self.__dict__
 
     def seal(self, tensors: Mapping[str, Tensor]) -> None:
         """Remembers the checksum of the tensors that this config is about to be saved with."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from smidgen.adapters.member import Factors, Tensors
+from smidgen.adapters.member import Tensors
 from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
 from smidgen.adapters.tuner.rows import Rows
@@ -168,23 +168,25 @@ class ShiftLayer(nn.Module):
         """y + D x, in one pass over y where that can be."""
         slot, rows = term.slot, term.at
         if rows is None:
-            return self.kind.add_output_shift(y, _weighted(slot.factors(term.trained), term.weight), x, self.base_layer)
+            return self.kind.add_output_shift(y, slot.factors(term.trained).weighed(term.weight), x, self.base_layer)
         if isinstance(rows, Tensor):
-            factors = _weighted(slot.factors(term.trained), term.weight)
+            factors = slot.factors(term.trained).weighed(term.weight)
             return y.index_add(0, rows, self.kind.output_shift(factors, x[rows], self.base_layer).to(y.dtype))
         assert term.trained is not None and slot.residual is not None
         if isinstance(self.kind, LinearKind) and slot.residual.stacks:
-            up, diagonal, down = slot.residual.stacked(slot.factors(term.trained))
-            if diagonal is None:
-                up = rows.weighed(up)
+            factors = slot.residual.stacked(slot.factors(term.trained))
+            if factors.diagonal is None:
+                factors = factors._replace(up=rows.weighed(factors.up))
             else:
-                diagonal = rows.weighed(diagonal)
-            factors = Factors(up, diagonal, down)
+                factors = factors._replace(diagonal=rows.weighed(factors.diagonal)).weighed()
             return rows.leading(self.kind.add_output_shifts(rows.leading(y), factors, rows.leading(x)))
-        shift = rows.apply(
-            lambda run, t: self.kind.output_shift(slot.factors(t), run, self.base_layer), rows.leading(x), term.trained
-        )
-        return y + rows.leading(rows.weighed(shift)).to(y.dtype)
+        weight = torch.ones(len(rows.index)) if rows.weight is None else rows.weight
+
+        def of_run(run: Tensor, own: Tensors) -> Tensor:
+            return self.kind.output_shift(slot.factors(own).weighed(own["weight"]), run, self.base_layer)
+
+        shift = rows.apply(of_run, rows.leading(x), {**term.trained, "weight": weight.to(x.device)})
+        return y + rows.leading(shift).to(y.dtype)
 
     def _composes(self, term: Term, x: Tensor) -> bool:
         """Whether the composed form is exact here and cheaper: a plain frozen linear layer, a diagonal, many tokens."""
@@ -209,20 +211,23 @@ class ShiftLayer(nn.Module):
         return getattr(slot.residual, "r", 0)
 
     def _composed(self, term: Term, x: Tensor) -> Tensor:
-        factors = _weighted(term.slot.factors(term.trained), term.weight)
+        factors = term.slot.factors(term.trained).weighed(term.weight)
         weight, bias = self.base_layer.weight, self.base_layer.bias
         up, diagonal, down = (t.to(x.dtype) for t in factors if t is not None)
         return compose.ComposedLinear.apply(x, weight, bias, up, diagonal, down)  # type: ignore[no-any-return,arg-type]
 
     # ---- the matrix form -------------------------------------------------------------------------------------------
 
-    def delta_matrix(self, name: str, trained: Tensors | None = None, weight: Tensor | None = None) -> Tensor:
-        """W (T - I) + D as a matrix [rows, cols] in fp32 or better, without the adapter's strength.
+    def delta_matrix(
+        self, name: str, trained: Tensors | None = None, weight: Tensor | None = None, strength: float = 1.0
+    ) -> Tensor:
+        """s (W (T - I) + D) as a matrix [rows, cols] in fp32 or better, at strength one unless given.
 
         Args:
             name: of the adapter.
             trained: in place of its own trained tensors.
             weight: in place of the base weight.
+            strength: s.
         """
         slot = self.slot(name)
         device = next(slot.parameters()).device
@@ -233,8 +238,9 @@ class ShiftLayer(nn.Module):
             w = self.base_matrix(weight).detach().to(excess.device)
             w = w.to(torch.promote_types(torch.promote_types(w.dtype, excess.dtype), torch.float32))
             total = self.kind.transform_matrix(w, excess.to(w.dtype), self.base_layer)
+            total = total if strength == 1 else strength * total
         if slot.residual is not None:
-            dense = slot.factors(trained).dense()
+            dense = slot.factors(trained).weighed(strength).dense()
             total = dense if total is None else total + dense.to(total.dtype)
         assert total is not None
         return total
@@ -254,7 +260,7 @@ class ShiftLayer(nn.Module):
 
     def delta_weight(self, name: str) -> Tensor:
         """The update of an adapter in the base weight's own layout, with its strength."""
-        return self.scaling[name] * self.kind.unmatrix(self.delta_matrix(name), self.base_layer)
+        return self.kind.unmatrix(self.delta_matrix(name, strength=self.scaling[name]), self.base_layer)
 
     @torch.no_grad()
     def merged_weight(self, names: Sequence[str]) -> tuple[Tensor, float]:
@@ -296,12 +302,3 @@ def _following(kept: Tensor, now: Tensor) -> Tensor:
 def _each(function: Callable[[Tensor], Tensor], x: Tensor, rows: Rows) -> Tensor:
     """A function of activations whose first axis are the rows, over activations as the layer has them."""
     return rows.leading(function(rows.leading(x)))
-
-
-def _weighted(factors: Factors, weight: float) -> Factors:
-    """The factors of s D."""
-    if weight == 1:
-        return factors
-    if factors.diagonal is not None:
-        return factors._replace(diagonal=factors.diagonal * weight)
-    return factors._replace(up=factors.up * weight)

@@ -33,6 +33,7 @@ from smidgen.adapters import methods
 from smidgen.adapters.checkpoint import base_groups, base_lock, checksum, packing
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
+from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 from smidgen.adapters.tuner import bypass, calls, experts, patterns, sharing, targets
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
@@ -40,7 +41,7 @@ from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
 from smidgen.adapters.tuner.shards import check_whole, whole
 from smidgen.adapters.tuner.slot import Members, Slot, Spec, layout_of
-from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, shown
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean, shown
 
 logger = logging.getLogger("smidgen")
 
@@ -72,6 +73,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self.in_features, self.out_features = kind.geometry(inner)[0], kind.geometry(inner)[1]
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._replaced: list[str] = []  # active when others were merged in their place
         self.cast_input_dtype_enabled = True
         self.kwargs: dict[str, Any] = {}
         self.setup(kind, self._read, self._swap)
@@ -116,9 +118,13 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        names = self.active_adapters
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        return self.shifted(x, self.active_adapters, *args, **kwargs)
+            beside = [n for n in names if n in self.smidgen_slots and n not in (*self.merged_adapters, *self._replaced)]
+            if not beside:
+                return self.base_layer(x, *args, **kwargs)
+            names = [*self.merged_adapters, *beside]
+        return self.shifted(x, names, *args, **kwargs)
 
     def _check_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -135,6 +141,9 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds deltas to the base weight in fp32, rounds once, keeps the original bits for :meth:`unmerge`.
+
+        Active adapters that are not merged go on beside the merged ones; where only inactive ones are merged, those take
+        the place of the active ones until they are unmerged, as in peft.
 
         Warns when rounding to the weight's dtype loses more than 20 % of the update; with ``safe_merge`` refuses above
         50 % and for non-finite results.
@@ -156,6 +165,8 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             logger.warning(text)
         self.put_merged(merged)
         self.merged_adapters.extend(names)
+        if not set(self.active_adapters) & set(self.merged_adapters):
+            self._replaced = list(self.active_adapters)
 
     def check_mergeable(self, name: str = "") -> None:
         """Refuses a quantised weight, whose rounding swallows small updates, and one that is made anew for each call.
@@ -182,6 +193,19 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         """Puts the original bits of the base weight back."""
         self.restore()
         self.merged_adapters.clear()
+        self._replaced = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the layer.
+
+        Raises:
+            SmidgenError: it is merged, so that its update would stay.
+        """
+        if adapter_name in self.merged_adapters:
+            raise SmidgenError(
+                f"Adapter {adapter_name!r} is merged; unmerge it before it is deleted (unmerge_adapter)."
+            )
+        super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The update of an adapter in the base weight's layout and dtype of the trained numbers, strength included."""
@@ -277,6 +301,24 @@ class SmidgenModel(BaseTuner):
         for layer in adapted_layers(model, adapter_name).values():
             if not layer.smidgen_slots[adapter_name].awaits_file:
                 layer.slot(adapter_name)  # while the weights are whole, and so that a state dict holds the pins
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As peft's; a name that no adapter has is an error, and active adapters that get no word are named."""
+        active = list(dict.fromkeys(n for layer in adapted_layers(self.model).values() for n in layer.active_adapters))
+        for name in adapter_names or ():
+            if name not in self.peft_config:
+                known = did_you_mean(name, self.peft_config)
+                raise SmidgenError(
+                    f"The model carries no adapter {name!r}.{known} Known: {', '.join(self.peft_config)}."
+                )
+        super().merge_adapter(adapter_names, safe_merge)
+        if adapter_names and active and not set(active) & set(adapter_names):
+            logger.warning(
+                "Merged %s, which %s not active: until unmerge_adapter() the active %s without effect.",
+                _listed(adapter_names),
+                "is" if len(adapter_names) == 1 else "are",
+                f"{_listed(active)} {'is' if len(active) == 1 else 'are'}",
+            )
 
     def _check_merge_allowed(self) -> None:
         """What peft warns of, tied embeddings, is no matter here: merging unties."""
@@ -382,7 +424,7 @@ class SmidgenModel(BaseTuner):
                 checksum.check_tensors(
                     config.checksum["tensors"], as_in_file(model, adapter_name, state_dict), "the adapter file"
                 )
-                config.checksum = None
+                config.mark_current().checksum = None
         except AdapterFileError:
             remove(model, adapter_name)
             raise
@@ -671,7 +713,23 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
         raise ConfigError(
             f"{config.label()} would train {trained:,} numbers for a weight of {rows} x {cols} at {target!r}; take a smaller rank."
         )
+    if config.old and isinstance(members[1], DiagonalInBasis):
+        _check_alpha_of_old(members[1], target)
     return Members(*members, groups, stacked=kind.name == "experts")
+
+
+def _check_alpha_of_old(residual: DiagonalInBasis, target: str) -> None:
+    """Files from before they had a checksum divided alpha by the r that a matrix had room for, and clamped before it.
+
+    Raises:
+        AdapterFileError: one whose effect that changes.
+    """
+    if residual.scale != 1 and (residual.asked > residual.r or getattr(residual, "nonneg", False)):
+        raise AdapterFileError(
+            f"This adapter was saved when alpha was divided by the r that a matrix has room for (at {target!r} {residual.r}, "
+            f"asked for were {residual.asked}) and nonneg clamped before alpha: its effect would change. Load it with the "
+            "version that wrote it, or train it again."
+        )
 
 
 def _resolve_energy(config: SmidgenConfig, chosen: dict[str, nn.Module]) -> None:
@@ -857,7 +915,7 @@ def stamp(
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     matrices = {n: layer.base_matrix(found.weights.get(n)).flatten(0, -2) for n, layer in layers.items()}
     config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model, found), config, layers))
-    config.canary = make_canary(layers, adapter_name, found)
+    config.mark_current().canary = make_canary(layers, adapter_name, found)
 
 
 def tuner_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
@@ -994,9 +1052,12 @@ def remove(model: nn.Module, adapter_name: str) -> None:
     emptied: dict[int, nn.Module] = {}
     for name in model_keys(model, adapter_name).values():
         layer: Any = model.get_submodule(name)
-        if layer.merged:
+        others = [other for other in layer.merged_adapters if other != adapter_name]
+        if adapter_name in layer.merged_adapters:
             layer.unmerge()
         layer.delete_adapter(adapter_name)
+        if others and not layer.merged:
+            layer.merge(adapter_names=others)
         if not _carried(layer):
             parent = model.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], layer.base_layer)
@@ -1014,6 +1075,10 @@ def remove(model: nn.Module, adapter_name: str) -> None:
         model.__dict__.pop(_OWNER, None)
         if hasattr(model, "_hf_peft_config_loaded"):
             model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)
 
 
 def _mixed_batch_hooks(tuner: nn.Module, adapter_names: Sequence[str] | None):  # type: ignore[no-untyped-def]
