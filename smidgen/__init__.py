@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         trained_numbers,
     )
     from smidgen.adapters.bank import Bank
+    from smidgen.adapters.combine import combine
     from smidgen.adapters.tuner.config import SmidgenConfig, config
     from smidgen.adapters.verify import VerifyReport, verify
     from smidgen.bases.counting import count
@@ -61,6 +62,7 @@ __all__ = [
     "TargetError",
     "VerifyReport",
     "adapt",
+    "combine",
     "config",
     "count",
     "default_targets",
@@ -81,6 +83,7 @@ _API = "adapt default_targets disabled load merge names parameter_groups save se
 _LATER = {
     **dict.fromkeys(_API.split(), "smidgen.adapters.api"),
     "Bank": "smidgen.adapters.bank",
+    "combine": "smidgen.adapters.combine",
     "SmidgenConfig": "smidgen.adapters.tuner.config",
     "config": "smidgen.adapters.tuner.config",
     "VerifyReport": "smidgen.adapters.verify",

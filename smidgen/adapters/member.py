@@ -31,6 +31,7 @@ class Member(ABC):
 
     name: ClassVar[str]
     decomposes: ClassVar[bool] = False  # frozen factors follow from the base weight
+    linear: ClassVar[bool] = False  # the update is linear in the trained numbers, so that adapters of one base add
     rates_like: ClassVar[str | None] = (
         None  # method whose learning rates suit, for a member that no method has rates for
     )

@@ -66,6 +66,38 @@ def verify(adapter: Path, /, base: str = "embedded") -> None:
         raise SmidgenError(f"{adapter} does not verify on {base}.")
 
 
+def combine(
+    adapters: list[Path],
+    /,
+    out: Path,
+    weights: str | None = None,
+    average_heads: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write the weighted sum of ADAPTERS as one adapter: svfit, loldu, seeded, lora and diagonal ones of one base. It does
+    exactly what they do together; what has no exact sum is refused. No base is needed.
+
+    Args:
+        adapters: two or more folders.
+        out: folder of the new adapter.
+        weights: one number for each, such as 0.5,0.5 (none: their mean).
+        average_heads: average trained heads that differ, which is no sum.
+        overwrite: write over an adapter that is there.
+    """
+    from smidgen.adapters.combine import combine as run
+    from smidgen.tasks.drawing import inspect as told
+
+    if (out / "adapter_config.json").exists() and not overwrite:
+        raise SmidgenError(f"{out} holds an adapter already; choose another --out, or write over it with --overwrite.")
+    try:
+        numbers = None if weights is None else [float(number) for number in weights.split(",")]
+    except ValueError as error:
+        raise SmidgenError(
+            f"--weights takes numbers with commas between them, such as 0.5,0.5; got {weights!r}."
+        ) from error
+    print(told(run(adapters, numbers, out=out, average_heads=average_heads)))
+
+
 def inspect(adapter: Path, /) -> None:
     """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, and each layer's norms. Of a picture
     that Smidgen drew, say how: prompt, seed, adapter, base and versions.

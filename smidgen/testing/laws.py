@@ -194,7 +194,7 @@ def law_disable(config: SmidgenConfig, kind: str) -> None:
 
 
 def law_sum(config: SmidgenConfig, kind: str) -> None:
-    """Active adapters add, in any order, methods mixed; the delta is linear in the strength."""
+    """Active adapters add, in any order, methods mixed; the delta is linear in the strength, unless ``nonneg`` clamps it."""
     model, x = base(kind)
     smidgen.adapt(model, targeted(config), adapter_name="a")
     smidgen.adapt(model, smidgen.config("lora", r=2, target_modules=["layer"]), adapter_name="b")
@@ -211,7 +211,7 @@ def law_sum(config: SmidgenConfig, kind: str) -> None:
         assert all(bool(e.any()) for e in alone.values()), "an adapter has no effect"
         close(effect("a", "b", "c"), alone["a"] + alone["b"] + alone["c"], "three active adapters against their sum")
         close(effect("c", "a"), alone["a"] + alone["c"], "two active adapters in another order")
-        for strength in (0.5, -2.0):
+        for strength in () if config.residual_options.get("nonneg") else (0.5, -2.0):
             smidgen.set_strength(model, {"a": strength})
             close(effect("a"), strength * alone["a"], f"strength {strength}")
             close(effect("a", "c"), strength * alone["a"] + alone["c"], f"strength {strength} beside another")

@@ -16,7 +16,7 @@ class DiagonalInBasis(Residual):
     """
 
     decomposes = True
-    diagonal_between = stacks = True
+    diagonal_between = stacks = linear = True
 
     def __init__(self, rows: int, cols: int, r: int | str = 64, alpha: float | None = None, scaling: str = "plain"):
         super().__init__(rows, cols)

@@ -25,7 +25,7 @@ class Seeded(Residual):
     """
 
     name = "seeded"
-    diagonal_between = stacks = True
+    diagonal_between = stacks = linear = True
 
     def __init__(
         self, rows: int, cols: int, r: int | str = 64, alpha: float | None = 16.0, scaling: str = "rslora"

@@ -18,6 +18,7 @@ class Diagonal(Transform):
 
     name = "diagonal"
     rates_like = "svfit"
+    linear = True
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"e": (self.width,)}

@@ -79,7 +79,7 @@ class SmidgenConfig(PeftConfig):
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if hasattr(self.r, "__index__") and not isinstance(self.r, bool):
-            self.r = int(self.r)  # numpy's whole numbers are no int
+            self.r = int(self.r)  # type: ignore[arg-type]  # numpy has whole numbers that are no int
         self._check_forms()
         if self.target_modules is None and self.base_lock:  # as a file of ours says it, see text()
             self.target_modules = set(read_lock(self.base_lock).targets)

@@ -218,7 +218,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
     # ---- strengths, as diffusers calls them ------------------------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Sets the strength of an adapter; the whole delta, transform included, is linear in it."""
+        """Sets the strength of an adapter; the whole delta, transform included, is linear in it, but where ``nonneg`` clamps."""
         if adapter in self.scaling:
             self.scaling[adapter] = float(scale)
 
@@ -685,6 +685,12 @@ def slot_layout(config: SmidgenConfig, layer: nn.Module, target: str) -> dict[st
     return layout_of(members_of(config, layer, target), config.store_factors)
 
 
+def rank_at(config: SmidgenConfig, target: str) -> int | str | None:
+    """The r that a config asks for at a target, None for the residual's own."""
+    ranks = config.rank_pattern
+    return ranks[target] if target in ranks else ranks.get(get_pattern_key(ranks.keys(), target), config.r)  # type: ignore[arg-type]
+
+
 def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
     """The members of a config at a base layer.
 
@@ -694,9 +700,7 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
     kind = kind_of(layer)
     assert kind is not None
     width, rows, cols, groups = kind.geometry(layer)
-    options = dict(config.residual_options)
-    ranks = config.rank_pattern
-    r = ranks[target] if target in ranks else ranks.get(get_pattern_key(ranks.keys(), target), config.r)  # type: ignore[arg-type]
+    options, r = dict(config.residual_options), rank_at(config, target)
     if r is not None and config.residual:
         options["r"] = r
     try:
