@@ -94,7 +94,7 @@ def combine(
         config = replace(config, r=most, rank_pattern=pattern, residual_options=options)
         tensors |= found
     elif config.residual:
-        tensors["residual_delta"] = torch.cat([delta for _, delta in _scaled(read, shares)])
+        tensors["residual_delta"] = _scaled(read, shares)
     config = replace(config, store_dtype="float32", checksum=None, canary=_canary(read, shares))
     heads = _heads(read, shares, average_heads)
     folder = Path(out)
@@ -214,13 +214,17 @@ def _split(source: Source, name: str) -> list[tuple[str, Any, Tensor]]:
     return found
 
 
-def _scaled(read: Sequence[Source], shares: Sequence[float]) -> list[tuple[str, Tensor]]:
-    """The sum of the diagonals by target, in units of the first adapter's alpha."""
-    by_source = [_split(source, "residual_delta") for source in read]
-    return [
-        (pieces[0][0], _sum([d for _, _, d in pieces], [w * m.scale / pieces[0][1].scale for w, (_, m, _) in zip(shares, pieces, strict=True)]))
-        for pieces in zip(*by_source, strict=True)
-    ]  # fmt: skip
+def _scaled(read: Sequence[Source], shares: Sequence[float]) -> Tensor:
+    """The sum of the diagonals, packed, in units of the first adapter's alpha."""
+    asked = [[source.config.residual_options.get(name) for name in ("alpha", "scaling")] for source in read]
+    if all(own == asked[0] for own in asked):
+        return _sum([source.tensors["residual_delta"] for source in read], shares)
+    summed = []
+    for pieces in zip(*(_split(source, "residual_delta") for source in read), strict=True):
+        unit = pieces[0][1].scale
+        own = [share * residual.scale / unit for share, (_, residual, _) in zip(shares, pieces, strict=True)]
+        summed.append(_sum([delta for _, _, delta in pieces], own))
+    return torch.cat(summed)
 
 
 def _side_by_side(read: Sequence[Source], shares: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, int]]:
