@@ -37,7 +37,7 @@ COMMANDS = {
     "generator directions": (["OUT", "--people", "OUT"], "diffusion,zoo"),
     "generator inspect": ([], None),
     "inspect": (["adapter"], None),
-    "combine": (["adapter", "adapter", "--out", "OUT"], None),
+    "combine": (["adapter", "adapter", "--out", "SUM"], None),
     "methods": ([], None),
     "count": (["svfit", "--architecture", "roberta-base"], None),
     "config": (["show", "--recipe", "text-classification"], None),
