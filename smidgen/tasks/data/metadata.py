@@ -17,6 +17,7 @@ from smidgen.tasks.data.pixels import known_endings, why_unread
 from smidgen.tasks.data.tables import Row, counted, read_rows, structured
 from smidgen.tasks.png import written_by_smidgen
 
+LONGEST = 255  # bytes of a file's name that every system takes
 FILE, TEXT, CONTROL = "file_name", "text", "control_file_name"
 SAME_AS_TEXT = ("caption", "captions", "prompt", "description")
 
@@ -129,6 +130,10 @@ def columns_of(rows: Sequence[Row | Entry]) -> list[str]:
 def _place(found: Listing, table: Path, row: Row, column: str) -> Path:
     """The file that a row names, as the folder's listing calls it; DataError when it lies outside the folder."""
     name = str(row.values[column]).strip()
+    if any(len(part.encode("utf-8", "replace")) > LONGEST for part in name.split("/")) or len(name) > 8 * LONGEST:
+        raise DataError(
+            f"{table}: {row.where} names {name[:60]!r}... in the column {column!r}, too long for a file's name."
+        )
     path = table.parent / name
     if not path.exists() and "\\" in name:  # written on Windows
         path = table.parent / name.replace("\\", "/")
