@@ -62,9 +62,12 @@ def name_modules(config: Any, names: list[str]) -> None:
         pattern = getattr(config, option, None)
         if isinstance(pattern, str) and pattern.lower() != "all-linear":
             found = matcher.matches(option, pattern)
-            if not found and option == "target_modules":
+            fresh = (
+                getattr(config, "base_lock", True) is None
+            )  # what a file of ours leaves out was checked when it was made
+            if not found and (option == "target_modules" or (option == "exclude_modules" and fresh)):
                 raise TargetError(
-                    f"target_modules {pattern[:200]!r} (a regular expression that must match a whole module name) matches nothing."
+                    f"{option} {pattern[:200]!r} (a regular expression that must match a whole module name) matches nothing."
                 )
             setattr(config, option, set(found) if option != "exclude_modules" else found or None)
     _name_layers(config, matcher)
