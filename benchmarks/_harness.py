@@ -37,6 +37,15 @@ def write_result(name: str, figures: Mapping[str, float | int | Sequence[float]]
     return path
 
 
+def between(page: Path, name: str, text: str) -> None:
+    """Puts a text between ``<!-- name -->`` and ``<!-- /name -->`` of a page."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, mark, rest = page.read_text().partition(start)
+    if not mark or end not in rest:
+        raise ValueError(f"{page} has no {start} ... {end}")
+    replace_file(page, f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def cpu_seconds(run: Callable[[], object], repeats: int = 3) -> float:
     """Median processor seconds of ``run``: unlike wall time, hardly moved by other work on a shared machine."""
     times = []

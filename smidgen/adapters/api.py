@@ -23,6 +23,7 @@ from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
 from smidgen.adapters.tuner import patterns, sharing
+from smidgen.adapters.tuner.canary import check_deltas
 from smidgen.adapters.tuner.config import (
     PEFT_TYPE_NAME,
     SmidgenConfig,
@@ -52,6 +53,7 @@ from smidgen.adapters.tuner.peft_bridge import (
     put_peft_tensors,
     remove,
     saved_modules,
+    settle,
     slot_layout,
     stamp,
     tuner_layers,
@@ -191,6 +193,7 @@ def save(
     adapter_name: str = "default",
     *,
     state_dict: Mapping[str, Any] | None = None,
+    store_factors: bool | None = None,
 ) -> Path:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, all or nothing; of peft's methods, what peft writes.
 
@@ -204,12 +207,15 @@ def save(
         adapter_name: which adapter.
         state_dict: numbers to write in place of the model's: a moving average, the best step, gathered shards; of the
             model as it is or wrapped, or the adapter's own (``peft.get_peft_model_state_dict``).
+        store_factors: write the frozen factors too, so that the file goes on any base of these shapes; whatever the
+            adapter was made with. None: as its config says.
 
     Returns:
         The folder.
 
     Raises:
-        SmidgenError: the model carries no such adapter, or what is to be written is missing, misshapen or not finite.
+        SmidgenError: the model carries no such adapter, what is to be written is missing, misshapen or not finite, or one
+            of peft's methods is told to store factors.
     """
     _check_carried(model, [adapter_name])
     folder = Path(path)
@@ -223,7 +229,7 @@ def save(
     read = [state_dict.values()] if state_dict is not None else [part.parameters() for part in carrying.values()]
     together = any(in_pieces(value) for values in read for value in values)
     gone = [f"{where}/{name}" for where in everything.keys() - carrying.keys() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    content = {where: _content(part, adapter_name, state_dict) for where, part in carrying.items()}
+    content = {where: _content(part, adapter_name, state_dict, store_factors) for where, part in carrying.items()}
     with one_writer(together) as writes:
         if writes:
             with new_files(folder, [name.removeprefix("/") for name in gone]) as scratch:  # what an earlier save left
@@ -233,15 +239,21 @@ def save(
 
 
 def _content(
-    model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None
+    model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None, store_factors: bool | None
 ) -> tuple[Any, dict[str, Tensor], Any]:
     """(config, tensors, metadata) of an adapter's files."""
     own: Any = model.peft_config[adapter_name]  # type: ignore[index]
     check_saved(model, adapter_name)
     if not isinstance(own, SmidgenConfig):
+        if store_factors is not None:
+            raise SmidgenError(
+                f"store_factors is for smidgen's methods; {adapter_name!r} is a {own.peft_type} of peft's."
+            )
         return own, peft_tensors(model, adapter_name, given), {"format": "pt"}
-    found = numbers(model, adapter_name, given)
-    stamp(model, own, adapted_layers(model, adapter_name), adapter_name, found)
+    layers = adapted_layers(model, adapter_name)
+    settle(own if store_factors is None else (own := replace(own, store_factors=store_factors)), layers, adapter_name)
+    found = numbers(model, own, adapter_name, given)
+    stamp(model, own, layers, adapter_name, found)
     return own, file_tensors(own, found) | found.heads, None
 
 
@@ -328,6 +340,7 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
         for name, layer in adapted_layers(model, adapter_name).items():
             layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
             layer.slot(adapter_name)
+        check_deltas(own, adapted_layers(model, adapter_name), adapter_name)
         with torch.no_grad():
             for name, tensor in head_tensors(model, adapter_name).items():
                 tensor.copy_(heads[name])

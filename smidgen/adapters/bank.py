@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters import api
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.tuner import calls
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import is_stack
@@ -366,6 +367,11 @@ class Bank:
                 if own.seed != self.config.seed:
                     fixed = member.constants(f"{own.seed}/{target}/{prefix}")
                     given |= {f"{prefix}_{name}": value for name, value in fixed.items()}
+            ties = packing.decode_ties(own.ties[target], target) if target in own.ties else None
+            if not (slot.ready or slot.pinned):
+                slot.ties = ties
+            elif (ties is None) != (slot.ties is None) or (ties is not None and not torch.equal(ties, slot.ties)):  # type: ignore[arg-type]
+                return {}, {}, {}, f" at {target!r}: its factors follow other ties (config.ties)"
             if reason := self._other_tensors(slot, given.get):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         return tensors, heads, dict.fromkeys(self.layers, 1.0), ""

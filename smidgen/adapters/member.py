@@ -62,7 +62,11 @@ class Member(ABC):
         return {}
 
     def decompose(self, weight: Tensor, pins: Tensors | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Factors and pins of a base weight [rows, cols] (fp32); follows ``pins`` when they are given."""
+        """Factors and pins of a base weight [rows, cols] (fp32); follows ``pins`` when they are given.
+
+        Among the pins may be ``ties`` (int32, of any length), which say what the weight itself does not determine. They
+        are given back with the pins of a weight that has some, and are kept in the config.
+        """
         return {}, {}
 
     def count(self) -> int:

@@ -21,7 +21,16 @@ from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass
-from smidgen.adapters.tuner.canary import delta_error, delta_sketches, head_sketches, read_canary
+from smidgen.adapters.tuner.canary import (
+    CANARY_CAST,
+    CANARY_SAME,
+    CANARY_TIES,
+    delta_error,
+    delta_sketches,
+    head_sketches,
+    moving_advice,
+    read_canary,
+)
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.experts import is_stack
@@ -37,14 +46,12 @@ from smidgen.adapters.tuner.peft_bridge import (
     saved_modules,
     say_unsaved,
     stored_tensors,
+    travels,
     tuner_layers,
     unsaved,
 )
 from smidgen.errors import SmidgenError
 
-# Largest relative error of the rebuilt delta: same base (other thread count or device), same base re-cast (what
-# benchmarks/portability.py measures, with stored pivots).
-CANARY_SAME, CANARY_CAST = 2e-3, 0.15
 # Largest relative error of a layer's output shift against x @ delta^T, and the output rounding allowed besides.
 OUTPUT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
@@ -301,7 +308,7 @@ def _some(names: list[str], most: int = 6) -> str:
 def _verify_carried(
     model: nn.Module, carried: list[str], own: SmidgenConfig | None, tensors: dict[str, Tensor], report: VerifyReport
 ) -> None:
-    same = [name for name in carried if _holds(model, name, tensors)]
+    same = [name for name in carried if _holds(model, name, own, tensors)]
     if not same:
         report.fail(f"None of the model's adapters ({', '.join(carried)}) holds the numbers of this file.")
         return
@@ -321,10 +328,10 @@ def _verify_carried(
     _verify_layers(model, same[0], own, report)
 
 
-def _holds(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> bool:
-    if isinstance(model.peft_config[name], SmidgenConfig):  # type: ignore[index]
-        layers = adapted_layers(model, name)
-        held = packing.pack({n: stored_tensors(layer, name) for n, layer in layers.items()}) | head_tensors(model, name)
+def _holds(model: nn.Module, name: str, own: SmidgenConfig | None, tensors: dict[str, Tensor]) -> bool:
+    if own is not None:
+        stored = {n: stored_tensors(lay, name, own.store_factors) for n, lay in adapted_layers(model, name).items()}
+        held = packing.pack(stored) | head_tensors(model, name)
     else:
         held = peft_tensors(model, name)
     return held.keys() == tensors.keys() and all(_same_numbers(held[k].cpu(), tensors[k]) for k in held)
@@ -356,8 +363,11 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
         report.targets = len(base_lock.read_lock(own.base_lock).targets)
         lock = compare_base(own, dict(layers), model)
         report.compared(lock)
-        for problem in lock.problems:
-            report.fail(problem)
+        if lock.problems and travels(own, lock):
+            report.notes.append("another base than the one it was made for; the file holds its factors and goes on any")
+        else:
+            for problem in lock.problems:
+                report.fail(problem)
     sketches = delta_sketches(layers, name)
     for target, row in zip(sorted(layers), sketches, strict=True):
         report.norms[target] = float(row[0] / matrices[target].float().norm().clamp(min=1e-30))
@@ -369,11 +379,11 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
     if own.canary and len(layers) == report.targets:
         report.canary_error = delta_error(read_canary(own.canary), sketches)
         cast = report.base != "same" or any(_is_cast(layer) for layer in layers.values())
-        most = CANARY_CAST if cast else CANARY_SAME
+        most = CANARY_SAME if not cast else CANARY_TIES if own.ties and not own.store_factors else CANARY_CAST
         if not report.canary_error <= most:
             report.fail(
                 f"The deltas rebuilt on this base differ by {report.canary_error:.1%} from the ones that were saved "
-                f"(at most {most:.1%} is accepted); save the adapter with store_factors=True to move it here."
+                f"(at most {most:.1%} is accepted).{moving_advice(own)}"
             )
     for target, layer in layers.items():
         with _unmerged(layer):

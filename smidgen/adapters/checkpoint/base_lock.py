@@ -62,10 +62,10 @@ class LockReport:
     rest: float | None = None
     notes: list[str] = field(default_factory=list)
 
-    def raise_if_other(self) -> None:
-        """Raises :class:`BaseLockError` when there are problems."""
+    def raise_if_other(self, advice: str = "") -> None:
+        """Raises :class:`BaseLockError` when there are problems, ``advice`` added if shapes are right."""
         if self.problems:
-            error = BaseLockError(" ".join(self.problems))
+            error = BaseLockError(" ".join(self.problems) + (advice if self.difference < float("inf") else ""))
             error.report = self
             raise error
 

@@ -7,9 +7,12 @@ the order of the sorted target names, which the config lists. Nothing else is in
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Collection, Mapping
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +34,7 @@ _WHOLE = frozenset(
         torch.uint64,
     )
 )
+_MAX_TIES = 2**22  # bytes
 _PREFIXES = ("transform_", "residual_")
 
 
@@ -73,6 +77,27 @@ def cast(packed: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
                 "set store_dtype to 'float32'."
             )
     return out
+
+
+def encode_ties(ties: Tensor) -> str:
+    """Ties (int32, any length) as text for a config."""
+    return base64.b64encode(zlib.compress(ties.cpu().numpy().astype("<i4").tobytes(), 9)).decode()
+
+
+def decode_ties(text: str, target: str) -> Tensor:
+    """Inverse of :func:`encode_ties`.
+
+    Raises:
+        AdapterFileError: damaged.
+    """
+    try:
+        unpacker = zlib.decompressobj()
+        raw = unpacker.decompress(base64.b64decode(text, validate=True), _MAX_TIES)
+        if not unpacker.eof:
+            raise ValueError("cut short or endless")
+        return torch.from_numpy(np.frombuffer(raw, dtype="<i4").astype(np.int32))
+    except (ValueError, zlib.error) as error:
+        raise AdapterFileError(f"ties of {target!r} in adapter_config.json are damaged ({error}).") from error
 
 
 def unpack(

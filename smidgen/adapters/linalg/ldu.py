@@ -34,11 +34,19 @@ class LDU(NamedTuple):
         return torch.where(alive, 1.0 / torch.where(alive, self.diagonal, 1.0), 0.0)[:, None] * self.rows
 
 
-def ldu(weight: Tensor, r: int, pivots: Tensor | None = None, *, dtype: torch.dtype = torch.float64) -> LDU:
+def ldu(
+    weight: Tensor,
+    r: int,
+    pivots: Tensor | None = None,
+    *,
+    dead: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> LDU:
     """The first ``r`` elimination steps of a weight [m, n] on its device, computed and returned in ``dtype``.
 
     With ``pivots`` [r] those rows are followed, whatever their size, instead of searched: the way to rebuild an adapter
-    on a re-cast base. A pivot below eps times the largest one counts as 0: its step eliminates nothing, no NaN ever.
+    on a re-cast base. A pivot below eps times the largest one counts as 0: its step eliminates nothing, no NaN ever. With
+    ``dead``, a list of steps, the pivots of these count as 0 whatever they are.
 
     Raises:
         ConfigError: r outside 1..min(m, n), a weight that is no finite matrix, or pivots that are not r distinct rows.
@@ -58,7 +66,22 @@ def ldu(weight: Tensor, r: int, pivots: Tensor | None = None, *, dtype: torch.dt
     rows = pivots.to(device=w.device, dtype=torch.int64)
     if rows.shape != (r,) or rows.unique().numel() != r or rows.min() < 0 or rows.max() >= w.shape[0]:
         raise ConfigError(f"pivots are {r} distinct row indices below {w.shape[0]}, got {pivots.tolist()}")
-    return _followed(w, rows)
+    none = torch.zeros(r, dtype=torch.bool, device=w.device)
+    return _followed(w, rows, none if dead is None else none.index_fill(0, dead.to(w.device, torch.int64), True))
+
+
+def undetermined(f: LDU, tie: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Steps (int64) that rounding in fp32 decides: those with a pivot below ``tie`` of the largest, and of these the ones
+    whose whole row is so small that their atom has no direction. Numerical rank shows in them, whatever the machine.
+
+    Example:
+        >>> w = torch.ones(4, 4) + torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+        >>> [steps.tolist() for steps in undetermined(ldu(w, 3))]
+        [[2], [2]]
+    """
+    pivots, sizes = f.diagonal.abs(), f.rows.norm(dim=1)
+    weak = pivots <= tie * pivots.max()
+    return weak.nonzero()[:, 0], (weak & (sizes <= tie * sizes.max())).nonzero()[:, 0]
 
 
 def raw_atoms(f: LDU) -> tuple[Tensor, Tensor]:
@@ -106,7 +129,7 @@ def _searched(w: Tensor, r: int) -> LDU:
     return _guarded(order[:r].clone(), unsorted, rows)
 
 
-def _followed(w: Tensor, pivots: Tensor) -> LDU:
+def _followed(w: Tensor, pivots: Tensor, forced: Tensor) -> LDU:
     """Blocked elimination along given pivot rows: 32 columns in full, then one update of the remaining panel."""
     r = pivots.numel()
     rows, lower = w[pivots].clone(), w[:, :r].clone()
@@ -114,8 +137,8 @@ def _followed(w: Tensor, pivots: Tensor) -> LDU:
     for start in range(0, r, _BLOCK):
         stop = min(start + _BLOCK, r)
         block = slice(start, stop)
-        square = _eliminate(rows[block, block].clone(), floor)
-        dead = square.diagonal().abs() <= floor
+        square = _eliminate(rows[block, block].clone(), floor, forced[block])
+        dead = (square.diagonal().abs() <= floor) | forced[block]
         square.diagonal()[dead] = 0.0
         unit = square.tril(-1) + torch.eye(stop - start, dtype=w.dtype, device=w.device)
         top = square.triu()
@@ -130,10 +153,10 @@ def _followed(w: Tensor, pivots: Tensor) -> LDU:
     return _guarded(pivots, lower, rows.triu())
 
 
-def _eliminate(square: Tensor, floor: Tensor) -> Tensor:
-    """Unpivoted LU of a small square block, packed; a pivot below ``floor`` eliminates nothing."""
+def _eliminate(square: Tensor, floor: Tensor, forced: Tensor) -> Tensor:
+    """Unpivoted LU of a small square block, packed; a pivot below ``floor``, or forced to be 0, eliminates nothing."""
     for i in range(square.shape[0] - 1):
-        factor = torch.where(square[i, i].abs() > floor, square[i + 1 :, i] / square[i, i], 0.0)
+        factor = torch.where((square[i, i].abs() > floor) & ~forced[i], square[i + 1 :, i] / square[i, i], 0.0)
         square[i + 1 :, i] = factor
         square[i + 1 :, i + 1 :] -= factor[:, None] * square[i, i + 1 :]
     return square

@@ -34,15 +34,20 @@ def truncated_svd(weight: Tensor, r: int, *, seed: int = 0, tolerance: float = 1
         >>> torch.allclose(u * s @ vh, w, atol=1e-3)
         True
     """
+    return leading(weight, r, seed=seed, tolerance=tolerance)[:3]
+
+
+def leading(weight: Tensor, r: int, *, seed: int = 0, tolerance: float = 1e-3) -> tuple[Tensor, Tensor, Tensor, float]:
+    """:func:`truncated_svd`, and the next singular value after the r-th (0 where there is none)."""
     _check(weight, r)
     w = weight.detach().float()
     scale = w.abs().max()
     a = w / torch.where(scale > 0, scale, 1.0)
     wide = a if a.shape[0] <= a.shape[1] else a.mT
-    found = _filtered(wide, r, seed, tolerance) or _exact(wide, r)
-    u, s, vh = found if wide is a else (found[2].mT, found[1], found[0].mT)
-    sign = _signs(u)
-    return (u * sign).contiguous(), s * scale, (vh * sign[:, None]).contiguous()
+    left, s, right, beyond = _filtered(wide, r, seed, tolerance) or _exact(wide, r)
+    u, vh = (left, right) if wide is a else (right.mT, left.mT)
+    sign = signs(u)
+    return (u * sign).contiguous(), s * scale, (vh * sign[:, None]).contiguous(), float(beyond * scale)
 
 
 def energy_rank(singular_values: Tensor, energy: float, norm: str = "sigma2") -> int:
@@ -66,7 +71,7 @@ def energy_rank(singular_values: Tensor, energy: float, norm: str = "sigma2") ->
     return min(int((share < energy * share[-1]).sum()) + 1, values.numel())
 
 
-def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Chebyshev-filtered subspace iteration on a a^T for wide ``a`` [k, n]; None where the exact way is better."""
     if 2 * r > a.shape[0] or not a.any():
         return None
@@ -77,7 +82,8 @@ def _filtered(a: Tensor, r: int, seed: int, tolerance: float) -> tuple[Tensor, T
         values, mix = values.flip(0), mix.flip(1)
         basis, image = basis @ mix, image @ mix
         if _error(values, image - basis * values, r) < 0.5 * tolerance:
-            return _triplets(a, basis[:, :r])
+            found = _triplets(a, basis[:, :r])
+            return found and (*found, values[r].clamp_min(0.0).sqrt())
         if values[-1] <= 1e-6 * values[0]:
             return None
         basis = torch.linalg.qr(_chebyshev(gram, basis, image, values))[0]
@@ -150,16 +156,19 @@ def _triplets(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     return basis @ mix, s, (mix / s).mT @ inner
 
 
-def _exact(a: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def _exact(a: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All of a wide ``a`` [k, n], cut to r: the Gram matrix in float64 when it keeps float32 accuracy, else LAPACK."""
     wide = a.double()
     squares, u = torch.linalg.eigh(wide @ wide.mT)
-    squares, u = squares.flip(0)[:r].clamp_min(0.0), u.flip(1)[:, :r]
-    s = squares.sqrt()
-    if s[-1] > 1e-5 * s[0]:
-        return u.float(), s.float(), ((u / s).mT @ wide).float()
-    u, s, vh = torch.linalg.svd(wide, full_matrices=False)
-    return u[:, :r].float(), s[:r].float(), vh[:r].float()
+    every, u = squares.flip(0).clamp_min(0.0).sqrt(), u.flip(1)[:, :r]
+    s = every[:r]
+    if s[-1] <= 1e-5 * s[0]:
+        u, every, vh = torch.linalg.svd(wide, full_matrices=False)
+        u, s, right = u[:, :r], every[:r], vh[:r]
+    else:
+        right = (u / s).mT @ wide
+    beyond = every[r] if r < len(every) else every.new_zeros(())
+    return u.float(), s.float(), right.float(), beyond.float()
 
 
 def _gram64(x: Tensor) -> Tensor:
@@ -167,7 +176,7 @@ def _gram64(x: Tensor) -> Tensor:
     return x @ x.mT
 
 
-def _signs(u: Tensor) -> Tensor:
+def signs(u: Tensor) -> Tensor:
     """+1 or -1 for each column of ``u`` [m, r]: the side of a fixed random direction it lies on."""
     probe = torch.randn(u.shape[0], generator=torch.Generator().manual_seed(0)).to(u.device)
     return torch.where(probe @ u < 0, -1.0, 1.0)

@@ -2,6 +2,7 @@
 
 SVFit (arXiv 2409.05926) trains s from S_r in W - W_r + U_r diag(s) V_r^T; delta = s - S_r is the same function with the
 same gradients, exact at the start in any dtype and on quantised bases. Trained: delta [r]. Count: min(r, rows, cols).
+Where singular values are equal or zero the weight does not determine the directions: see ``linalg/ties.py``.
 Options: ``relative`` (delta_i = rho_i S_i), ``nonneg`` (relu(S + s delta) with alpha's and the adapter's own weight in s, as
 SVDiff's released code has it; several adapters at once are each clamped, not their sum). r may be a whole
 number, "full" (the paper's 16x setting) or "energy:0.99" (resolved per layer by the tuner, see ``energy_rank``).
@@ -12,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from smidgen.adapters.linalg.cache import cached
-from smidgen.adapters.linalg.svd import truncated_svd
+from smidgen.adapters.linalg.ties import follow_ties, svd_with_ties
 from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 
@@ -40,10 +41,19 @@ class Spectral(DiagonalInBasis):
 
     def decompose(self, weight: Tensor, pins: Tensors | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         def compute() -> dict[str, Tensor]:
-            u, s, vh = truncated_svd(weight, self.r)
-            return {"up": u, "values": s, "down": vh}
+            return dict(zip(("up", "values", "down", "ties"), svd_with_ties(weight, self.r), strict=True))
 
-        return cached(("svd", self.r), weight, compute), {}
+        def follow() -> dict[str, Tensor]:
+            return dict(zip(("up", "values", "down"), follow_ties(weight, self.r, ties), strict=True))
+
+        plain = (
+            None if pins is not None and "ties" in pins else dict(cached(("svd with ties", self.r), weight, compute))
+        )
+        ties = pins["ties"] if plain is None and pins is not None else plain.pop("ties")  # type: ignore[union-attr]
+        if plain is not None and (pins is not None or not len(ties)):  # a file of before there were ties has none
+            return plain, {}
+        found = cached(("svd along ties", self.r, tuple(ties.tolist())), weight, follow)
+        return found, {"ties": ties} if pins is None else {}
 
     def factors(self, tensors: Tensors) -> Factors:
         found, values = super().factors(tensors), tensors["values"]

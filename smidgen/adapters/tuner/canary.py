@@ -16,7 +16,11 @@ from torch import Tensor
 from smidgen.adapters.checkpoint.base_lock import PROBES, decode, encode, pool, sketch
 from smidgen.adapters.tuner.layer import ShiftLayer
 from smidgen.adapters.tuner.numbers import Numbers
-from smidgen.errors import AdapterFileError
+from smidgen.errors import AdapterFileError, BaseLockError
+
+# Largest relative error of rebuilt deltas: same base (other thread count or device), same base re-cast (what
+# benchmarks/portability.py measures, with stored pivots), and with ties (singular values that are equal or zero).
+CANARY_SAME, CANARY_CAST, CANARY_TIES = 2e-3, 0.15, 7e-3
 
 
 def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers | None = None) -> Tensor:
@@ -49,6 +53,36 @@ def read_canary(canary: Mapping[str, Any], of: str = "sketch") -> Tensor:
         return decode(canary[of], "<f4", 1 + PROBES)
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"canary in adapter_config.json is damaged ({error}); restore the file.") from error
+
+
+def check_deltas(config: Any, layers: Mapping[str, ShiftLayer], adapter_name: str) -> None:
+    """Refuses an adapter whose factors, made of this base's weights, are not those that it was trained with.
+
+    Raises:
+        BaseLockError: with the measured difference.
+    """
+    slots = [layer.slot(adapter_name) for layer in layers.values()]
+    if not config.canary or config.store_factors or not any(s.residual and s.residual.decomposes for s in slots):
+        return
+    most = CANARY_TIES if config.ties else CANARY_CAST
+    with torch.no_grad():
+        error = delta_error(read_canary(config.canary), delta_sketches(layers, adapter_name))
+    if not error <= most:
+        raise BaseLockError(
+            f"The adapter's factors, made of this base's weights, give deltas that differ by {error:.1%} from those it was "
+            f"saved with (at most {most:.1%} is accepted{', as some of its weights have ties' if config.ties else ''})."
+            f"{moving_advice(config)}"
+        )
+
+
+def moving_advice(config: Any) -> str:
+    """What would move an adapter to this base, where something would."""
+    if config.transform or config.store_factors:
+        return ""
+    return (
+        " To move it here, save it with smidgen.save(..., store_factors=True) from a model on which it works: such a file "
+        "goes on any base of these shapes."
+    )
 
 
 def delta_error(stored: Tensor, sketches: Tensor) -> float:

@@ -42,6 +42,8 @@ class SmidgenConfig(PeftConfig):
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
         store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
         store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
+        ties: by target, what its base weight does not determine of the factors (equal or zero singular values), written at
+            save; see ``linalg/ties.py``.
         base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
         canary: fingerprint of the adapter's effect, written at save; re-checked by :func:`smidgen.verify`.
         checksum: SHA-256 of the tensors and options, written at save; see ``checkpoint/checksum.py``. A config that was
@@ -63,6 +65,7 @@ class SmidgenConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     store_factors: bool = False
     store_dtype: str = "float32"
+    ties: dict[str, str] = field(default_factory=dict)
     base_lock: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
     checksum: dict[str, str] | None = None
@@ -307,6 +310,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (lambda v: v is None or isinstance(v, str | os.PathLike), "a name or a path"),
     "inference_mode": (lambda v: isinstance(v, bool), "true or false"),
     "auto_mapping": (lambda v: v is None or isinstance(v, dict), "names by name"),
+    "ties": (lambda v: _all(v, dict, _text) and all(map(_text, v.values())), "what smidgen.save wrote"),
     "base_lock": _RECORD,
     "canary": _RECORD,
     "checksum": (

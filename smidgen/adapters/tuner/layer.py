@@ -12,12 +12,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from smidgen.adapters.checkpoint.base_groups import samples
 from smidgen.adapters.member import Tensors
 from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
@@ -27,6 +28,7 @@ from smidgen.adapters.tuner.slot import Slot
 
 logger = logging.getLogger("smidgen")
 
+ROUNDED = 5e-3  # largest change of a weight that may be its rounding to 16 bits
 MERGE_WARN, MERGE_REFUSE = 0.2, 0.5  # relative error of a merged update in the weight's dtype
 
 
@@ -89,9 +91,50 @@ class ShiftLayer(nn.Module):
 
     def prepared(self, slot: Slot) -> Slot:
         """The same slot, its frozen factors made if they were not."""
+        if slot.ready and slot.made_from and not torch.compiler.is_compiling():
+            self._notice_change(slot)
         if not slot.ready:
             slot.prepare(self.base_matrix)
+            slot.seen = self._seen()
         return slot
+
+    def _seen(self) -> tuple[int, int]:
+        """(the base weight, its count of changes in place); (0, 0) where nothing counts them."""
+        layer: Any = self.base_layer
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+        weight = layer._parameters.get("weight")
+        if type(weight) is not nn.Parameter or weight.is_inference() or self._kept:
+            return 0, 0
+        return id(weight), weight._version
+
+    def _notice_change(self, slot: Slot) -> None:
+        """A frozen base weight that was written in place (a checkpoint loaded into the adapted model): an adapter that
+        has not been trained yet gets its factors of the new one, of any other they stay, which is said."""
+        before, now = slot.seen, self._seen()
+        if now[0] != before[0] or now[1] == before[1] or self.base_layer.weight.requires_grad:  # or it trains too
+            return
+        slot.seen = now
+        moved = self.moved_since(slot)
+        if moved and slot.at_start():
+            slot.forget_factors()
+        elif moved > ROUNDED:
+            logger.warning(
+                "The base weight of %r changed by %.1e after the adapter was put in and trained: its factors are of the "
+                "weight of before, and will be written into its file.",
+                slot.seed.partition("/")[2],
+                moved,
+            )
+
+    def moved_since(self, slot: Slot) -> float:
+        """|W - W'| / |W| over samples of the base weight since a slot's factors were made of it; 0 where there are none."""
+        weight = self.base_matrix()
+        if not slot.made_from or weight.is_meta:
+            return 0.0
+        before, now = slot.made_from[0], samples(weight).cpu()
+        if before.shape != now.shape:
+            return float("inf")
+        return float((now - before).norm() / before.norm().clamp(min=1e-30))
 
     def base_matrix(self, weight: Tensor | None = None) -> Tensor:
         """The base weight (or the one given, laid out alike) as a matrix [rows, cols], the kept original when merged."""

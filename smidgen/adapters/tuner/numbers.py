@@ -107,10 +107,10 @@ def collect(
         found.stored[target] = own = {}
         for name, mine in live[target].items():
             key = plain_name(f"{target}.smidgen_slots.{adapter_name}.{name}")
-            value = mine if named is None else unpacked[target][name] if packed else named.get(key)
+            value = mine if named is None else unpacked[target].get(name) if packed else named.get(key)
             if value is None and name in slot.trained():
                 raise SmidgenError(_missing(key, adapter_name))
-            shape, dtype = slot.layout()[name]
+            shape, dtype = slot.layout(store_factors=True)[name]
             own[name] = _checked(key, mine if value is None else value, shape)
             if name in slot.pins:
                 if not torch.equal(own[name].cpu().long(), mine.cpu().long()):

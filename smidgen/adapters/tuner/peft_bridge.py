@@ -35,11 +35,12 @@ from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 from smidgen.adapters.tuner import bypass, calls, experts, patterns, sharing, targets
+from smidgen.adapters.tuner.canary import make_canary, moving_advice
 from smidgen.adapters.tuner.config import PEFT_TYPE, SmidgenConfig
 from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.numbers import Numbers, check_complete, collect, renamed
-from smidgen.adapters.tuner.shards import check_whole, whole
+from smidgen.adapters.tuner.shards import check_whole, whole, why_partial
 from smidgen.adapters.tuner.slot import Members, Slot, Spec, layout_of
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, TargetError, did_you_mean, shown
 
@@ -48,6 +49,7 @@ logger = logging.getLogger("smidgen")
 TESTED_PEFT = ("0.21.0", "0.21.1", "0.21.2")
 PREFIX = "smidgen_"
 _MOST_NUMBERS = 64  # trained for each number of a weight, more than any adapter has use for: before they are made
+REBUILT = 1e-3  # relative error of deltas up to which factors count as made again; verify asks for twice that
 _WRAP = "base_model.model."
 _OWNER = "_smidgen_peft_model"
 
@@ -77,6 +79,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self.kwargs: dict[str, Any] = {}
         self.setup(kind, self._read, self._swap)
+        self.register_load_state_dict_post_hook(_make_factors)
 
     def _read(self) -> Tensor:
         """The base weight, fetched if accelerate has offloaded it, dequantised if it is quantised."""
@@ -259,6 +262,13 @@ def adapted_layer(base: nn.Module) -> AdaptedLayer:
     return (AdaptedExperts if isinstance(base, experts.ExpertStack) else AdaptedLayer)(base)
 
 
+def _make_factors(layer: nn.Module, _keys: Any) -> None:
+    """After a state dict was loaded: factors are made at once, so that whatever traces the model next finds them."""
+    for name, slot in cast(AdaptedLayer, layer).smidgen_slots.items():
+        if isinstance(slot, Slot) and not (slot.ready or slot.awaits_file or slot.emptied):
+            cast(AdaptedLayer, layer).slot(name)
+
+
 class SmidgenModel(BaseTuner):
     """The tuner: puts any adapter of this library into a model. One tuner for all methods, so methods mix."""
 
@@ -362,10 +372,13 @@ class SmidgenModel(BaseTuner):
             return
         layer = target if isinstance(target, AdaptedLayer) else adapted_layer(target)
         layer.add_slot(adapter_name, make_slot(peft_config, layer.get_base_layer(), current_key))
-        if peft_config.base_lock and peft_config.inference_mode:
+        from_file = bool(peft_config.base_lock)
+        if from_file and peft_config.inference_mode:
             layer.smidgen_slots[adapter_name].await_file()  # type: ignore[operator]
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.smidgen_slots[adapter_name].float()  # type: ignore[operator]
+        if not from_file:
+            layer.slot(adapter_name)  # factors are of the weights that are there now
         if adapter_name not in self.active_adapters:
             layer.smidgen_slots[adapter_name].requires_grad_(False)
         if layer is target:
@@ -390,7 +403,8 @@ class SmidgenModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):  # type: ignore[no-untyped-def]
         check_saved(model, adapter_name)
         layers = adapted_layers(model, adapter_name)
-        found = numbers(model, adapter_name, state_dict)
+        settle(config, layers, adapter_name)
+        found = numbers(model, config, adapter_name, state_dict)
         stamp(model, config, layers, adapter_name, found)
         heads = {name: key for name, (key, _) in named_heads(model, adapter_name).items()}
         state_dict.update({heads[name]: value for name, value in found.heads.items()})  # where peft reads them
@@ -531,7 +545,8 @@ def check_base(config: SmidgenConfig, chosen: dict[str, nn.Module], model: nn.Mo
         if config.__dict__.pop("_compared", None) == id(model):  # by smidgen.load, a moment ago
             return
         lock = compare_base(config, {n: carried.get(n, m) for n, m in chosen.items()}, model)
-        lock.raise_if_other()
+        if not travels(config, lock):
+            lock.raise_if_other(moving_advice(config))
         config.__dict__["_compared"] = id(model)
         warn_of_base(lock)
     elif config.inference_mode:  # from a file
@@ -549,9 +564,21 @@ def compare_base(config: SmidgenConfig, layers: dict[str, nn.Module], model: nn.
     return base_lock.check_lock(config.base_lock, matrices, rest_of(base_parts(model), config, layers), stored)
 
 
+def travels(config: SmidgenConfig, lock: base_lock.LockReport) -> bool:
+    """Whether an adapter may go on a base of the right shapes and other weights: its file holds the factors, and it has no
+    transform, which would make something else of these weights."""
+    return config.store_factors and not config.transform and lock.difference < float("inf")
+
+
 def warn_of_base(lock: base_lock.LockReport) -> None:
     """Says what :func:`compare_base` found where it is no error."""
-    if lock.state == "cast":
+    if lock.state == "other":
+        logger.warning(
+            "This is another base than the one the adapter was made for (the targets differ by %.0f%%). Its file holds the "
+            "factors, so it is put in all the same; what it does here nobody has measured.",
+            100 * lock.difference,
+        )
+    elif lock.state == "cast":
         logger.warning(
             "The base weights differ by %.1e from those the adapter was made for, as another number format does: "
             "smidgen.verify measures what that costs.",
@@ -677,7 +704,9 @@ def _is_linear_target(module: nn.Module, model: nn.Module) -> bool:
 
 def make_slot(config: SmidgenConfig, layer: nn.Module, target: str, size: int | None = None) -> Slot:
     """A fresh slot for a base layer; ``size`` adapters of a bank if given."""
-    return Slot(members_of(config, layer, target), f"{config.seed}/{target}", config.store_factors, size)
+    ties = config.ties.get(target)
+    kept = None if ties is None else packing.decode_ties(ties, target)
+    return Slot(members_of(config, layer, target), f"{config.seed}/{target}", config.store_factors, size, kept)
 
 
 def slot_layout(config: SmidgenConfig, layer: nn.Module, target: str) -> dict[str, Spec]:
@@ -885,19 +914,23 @@ def base_heads(model: nn.Module, config: SmidgenConfig) -> dict[str, Tensor]:
     return {f"{_WRAP}{n}.{key}": value for n, m in heads.items() for key, value in m.state_dict().items()}
 
 
-def stored_tensors(layer: AdaptedLayer, adapter_name: str) -> dict[str, Tensor]:
-    """Stored tensors of an adapter at a layer; factors are made first if pins depend on them."""
+def stored_tensors(layer: AdaptedLayer, adapter_name: str, store_factors: bool | None = None) -> dict[str, Tensor]:
+    """Stored tensors of an adapter at a layer, its factors among them as it was made unless told; factors are made first
+    if they are asked for or if pins depend on them."""
     slot = layer.smidgen_slots[adapter_name]
     assert isinstance(slot, Slot)
-    if any(True for _ in slot.stored().keys() - slot.trained().keys()):
+    if slot.residual is not None and (slot.residual.pins() or slot.store_factors or store_factors):
         slot = layer.slot(adapter_name)
-    return slot.stored()
+    return slot.stored(store_factors)
 
 
-def numbers(model: nn.Module, adapter_name: str, given: Mapping[str, Any] | None = None) -> Numbers:
-    """What a save writes of an adapter, from the live model or from a state dict; see ``tuner/numbers.py``."""
+def numbers(
+    model: nn.Module, config: SmidgenConfig, adapter_name: str, given: Mapping[str, Any] | None = None
+) -> Numbers:
+    """What a save by this config writes of an adapter, from the live model or from a state dict; see
+    ``tuner/numbers.py``."""
     layers = adapted_layers(model, adapter_name)
-    live = {target: stored_tensors(layer, adapter_name) for target, layer in layers.items()}
+    live = {target: stored_tensors(layer, adapter_name, config.store_factors) for target, layer in layers.items()}
     return collect(layers, adapter_name, live, named_heads(model, adapter_name), given)
 
 
@@ -906,12 +939,35 @@ def file_tensors(config: SmidgenConfig, found: Numbers) -> dict[str, Tensor]:
     return packing.cast(packing.pack(found.stored), config.store_dtype)
 
 
+def settle(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:
+    """Writes into the config of an adapter about to be saved the ties of its factors; and where the base weights changed
+    since these were made, so that a file could not rebuild them, that they are stored."""
+    if any(p.is_meta for layer in layers.values() for p in layer.parameters()):
+        return
+    here = {name for name, layer in layers.items() if not why_partial(layer.get_base_layer())}
+    every = {
+        n: layer.slot(adapter_name) if n in here else layer.smidgen_slots[adapter_name] for n, layer in layers.items()
+    }
+    slots = {n: s for n, s in every.items() if isinstance(s, Slot) and s.made_from}
+    config.ties = {n: packing.encode_ties(s.ties) for n, s in slots.items() if s.ties is not None}
+    moved = {name: layers[name].moved_since(slots[name]) for name in slots.keys() & here}
+    if config.store_factors or not any(moved.values()) or _rebuilds(layers, slots, moved):
+        return
+    worst = max(moved, key=moved.__getitem__)
+    config.store_factors = True
+    logger.warning(
+        "The base weights changed after the adapter was put in (that of %r by %.1e), so its factors cannot be made of them "
+        "again: they are stored in the file, which is larger for it (store_factors=True). To keep files small, load or cast "
+        "the base before the adapter is put in.",
+        worst,
+        moved[worst],
+    )
+
+
 def stamp(
     model: nn.Module, config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str, found: Numbers
 ) -> None:
     """Writes base lock and canary into the config of an adapter about to be saved."""
-    from smidgen.adapters.tuner.canary import make_canary
-
     if not layers or any(p.is_meta for layer in layers.values() for p in layer.parameters()):
         return
     if patterns.held(config):  # a file names its modules
@@ -920,6 +976,21 @@ def stamp(
     matrices = {n: layer.base_matrix(found.weights.get(n)).flatten(0, -2) for n, layer in layers.items()}
     config.base_lock = base_lock.make_lock(matrices, rest_of(base_parts(model, found), config, layers))
     config.mark_current().canary = make_canary(layers, adapter_name, found)
+
+
+@torch.no_grad()
+def _rebuilds(layers: dict[str, AdaptedLayer], slots: dict[str, Slot], moved: dict[str, float]) -> bool:
+    """Whether the factors that base weights of now give make the deltas that the adapter has, as verify will ask."""
+    off, size = 0.0, 0.0
+    for name in (name for name, share in moved.items() if share > 0):
+        slot, layer = slots[name], layers[name]
+        again = Slot(slot.parts, slot.seed, size=slot.size, ties=slot.ties)
+        again.fill(slot.trained() | {pin: getattr(slot, pin) for pin in slot.pins})
+        again.to(next(slot.parameters()).device).prepare(layer.base_matrix)
+        delta = slot.factors().dense()
+        off += float((again.factors().dense() - delta).norm()) ** 2
+        size += float(delta.norm()) ** 2
+    return off <= REBUILT**2 * size
 
 
 def tuner_layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:

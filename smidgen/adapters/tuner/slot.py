@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from smidgen.adapters.checkpoint.base_groups import samples
 from smidgen.adapters.member import Factors, Member, Residual, Tensors, Transform
 from smidgen.errors import AdapterFileError
 
@@ -75,6 +76,7 @@ class Slot(nn.Module):
         seed: text naming the adapter's seed and the target, for the start values.
         store_factors: keep the frozen factors among the stored tensors.
         size: number of adapters of a bank; every trained tensor then has a leading axis [size].
+        ties: from a file, what the base weight does not determine of the factors.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Slot(nn.Module):
         seed: str,
         store_factors: bool = False,
         size: int | None = None,
+        ties: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.parts, self.size = members, size
@@ -103,6 +106,9 @@ class Slot(nn.Module):
                 self.register_buffer(f"residual_{name}", torch.zeros(shape, dtype=dtype), persistent=True)
         self.pinned = False
         self.awaits_file = self.emptied = False
+        self.ties = ties
+        self.made_from: tuple[Tensor, ...] = ()  # samples of the weight that the factors are of
+        self.seen = (0, 0)  # that weight, and its count of changes in place
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """(prefix, member) of the members that are there."""
@@ -119,13 +125,14 @@ class Slot(nn.Module):
         """Trained tensors by full name."""
         return {name: value for name, value in self._parameters.items() if value is not None}
 
-    def layout(self) -> dict[str, Spec]:
-        """What a file holds of this slot, without a bank's leading axis."""
-        return layout_of(self.parts, self.store_factors)
+    def layout(self, store_factors: bool | None = None) -> dict[str, Spec]:
+        """What a file holds of this slot, without a bank's leading axis; factors as the slot has it unless told."""
+        return layout_of(self.parts, self.store_factors if store_factors is None else store_factors)
 
-    def stored(self) -> dict[str, Tensor]:
-        """What a file must hold: trained tensors and pins, by full name."""
-        return self.trained() | {f"residual_{n}": getattr(self, f"residual_{n}") for n in self._pinned()}
+    def stored(self, store_factors: bool | None = None) -> dict[str, Tensor]:
+        """What a file must hold: trained tensors and pins, by full name; factors as the slot has it unless told."""
+        wanted = [name for name in self.layout(store_factors) if name not in self._parameters]
+        return self.trained() | {name: getattr(self, name) for name in wanted}
 
     def frozen(self) -> dict[str, Tensor]:
         """Constants, factors as far as they are made, and pins, by full name."""
@@ -178,6 +185,15 @@ class Slot(nn.Module):
             self.pinned = True
             self.ready = self.store_factors
 
+    def at_start(self) -> bool:
+        """Whether no trained number has moved yet."""
+        own = self.trained()
+        return all(bool((own[name] == value.to(own[name])).all()) for name, value in self.starts().items())
+
+    def forget_factors(self) -> None:
+        """The factors are made anew, of the base weight of then, when next needed."""
+        self.ready = self.pinned = False
+
     def starts(self) -> dict[str, Tensor]:
         """Trained tensors at the start, of one adapter."""
         return {
@@ -221,8 +237,13 @@ class Slot(nn.Module):
             )
         assert self.residual is not None
         pins = {n: getattr(self, f"residual_{n}") for n in self.residual.pins()} if self.pinned else None
+        if pins is not None and self.ties is not None:
+            pins["ties"] = self.ties
         device = next(self.parameters()).device
-        for name, value in self._decompose(weight.detach().float().contiguous(), pins).items():
+        found = self._decompose(weight.detach().float().contiguous(), pins)
+        self.ties = found.pop("ties", self.ties if pins is not None else None)
+        self.made_from = (samples(weight).cpu(),)
+        for name, value in found.items():
             value = value.detach().to(device)
             if (old := getattr(self, f"residual_{name}", None)) is not None:
                 setattr(self, f"residual_{name}", value.to(old.dtype))
@@ -241,6 +262,10 @@ class Slot(nn.Module):
             factors, found = self.residual.decompose(
                 matrix, None if pins is None else {n: p[i] for n, p in pins.items()}
             )
+            if (
+                found.pop("ties", None) is not None
+            ):  # of many experts nobody keeps them: what LAPACK gives is held to the canary
+                factors, found = self.residual.decompose(matrix, found)
             each.append(factors | found)
         return {name: torch.stack([own[name] for own in each]) for name in each[0]}
 
