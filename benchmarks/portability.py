@@ -59,7 +59,9 @@ def errors(
                 p.copy_(torch.randn(p.shape, generator=generator))
     with tempfile.TemporaryDirectory() as folder:
         smidgen.save(adapted, folder)
-        config = Path(folder) / "adapter_config.json"  # without its canary load refuses nothing, so that all is measured
+        config = (
+            Path(folder) / "adapter_config.json"
+        )  # without its canary load refuses nothing, so that all is measured
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("canary", "checksum")}
         config.write_text(json.dumps(kept))
         loaded = smidgen.load(recast(model, cast), Path(folder))
