@@ -321,7 +321,7 @@ class SmidgenModel(BaseTuner):
                 raise SmidgenError(
                     f"The model carries no adapter {name!r}.{known} Known: {', '.join(self.peft_config)}."
                 )
-        super().merge_adapter(adapter_names, safe_merge)
+        self._merge_all(adapter_names, safe_merge)
         if adapter_names and active and not set(active) & set(adapter_names):
             logger.warning(
                 "Merged %s, which %s not active: until unmerge_adapter() the active %s without effect.",
@@ -333,7 +333,7 @@ class SmidgenModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         """What peft warns of, tied embeddings, is no matter here: merging unties."""
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def _merge_all(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Merges at all layers or, when one refuses, at none."""
         check_mergeable(self.model, adapter_names)
         before = [(m, list(m.merged_adapters)) for m in self.model.modules() if isinstance(m, AdaptedLayer)]
@@ -355,7 +355,7 @@ class SmidgenModel(BaseTuner):
     ) -> Any:
         layers = [m for m in self.model.modules() if isinstance(m, AdaptedLayer)]
         if merge:  # before the first layer is replaced
-            self.merge_adapter(adapter_names, safe_merge)
+            self._merge_all(adapter_names, safe_merge)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             base: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore[func-returns-value]
