@@ -211,6 +211,10 @@ def _of_diffusers(model: nn.Module, config: Any) -> Iterator[tuple[dict[str, Any
     if "img_shapes" in takes:
         yield flat | {"img_shapes": [(1, 4, 4)], "txt_seq_lens": [TOKENS]}, ""
         yield flat | {"img_shapes": [(1, 4, 4)]}, ""
+    if "position_ids" in takes and size("num_text_layers"):  # Krea 2: text tokens before those of the image
+        given = {"position_ids": make.zeros(TOKENS + tokens, 3)}
+        given["encoder_hidden_states"] = make.noise(1, TOKENS, size("num_text_layers"), size("text_hidden_dim"))
+        yield flat | given, ""
     if {"visual_rope_pos", "text_rope_pos"} <= takes.keys():
         places = [torch.arange(n, device=make.device) for n in (1, side // 2, side // 2)]
         text = torch.arange(TOKENS, device=make.device)

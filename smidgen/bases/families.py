@@ -18,6 +18,7 @@ import torch
 from smidgen.adapters.methods import Kind
 from smidgen.bases.embedded import embedded_base
 from smidgen.bases.embedded.base import Embedded
+from smidgen.bases.flow_transformers import Chroma, Flux2, Flux2Klein, Krea2, QwenImage, StableDiffusion3, Wan, ZImage
 from smidgen.bases.pipelines import PipelineBase, import_diffusers
 from smidgen.bases.protocol import ImageBase
 from smidgen.bases.stable_diffusion import StableDiffusion, StableDiffusionXL
@@ -38,16 +39,35 @@ class Family:
     draws: bool = True
 
 
+def _pipeline(name: str) -> Callable[[str, str], bool]:
+    return lambda _, cls: cls == name
+
+
 FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
     "embedded": Family(lambda name, cls: name == EMBEDDED, Embedded),
-    "sd": Family(lambda name, cls: cls == "StableDiffusionPipeline", StableDiffusion),
-    "sdxl": Family(lambda name, cls: cls == "StableDiffusionXLPipeline", StableDiffusionXL),
+    "sd": Family(_pipeline("StableDiffusionPipeline"), StableDiffusion),
+    "sdxl": Family(_pipeline("StableDiffusionXLPipeline"), StableDiffusionXL),
+    "flux2": Family(_pipeline("Flux2Pipeline"), Flux2),
+    "flux2-klein": Family(_pipeline("Flux2KleinPipeline"), Flux2Klein),
+    "z-image": Family(_pipeline("ZImagePipeline"), ZImage),
+    "qwen-image": Family(_pipeline("QwenImagePipeline"), QwenImage),
+    "sd3": Family(_pipeline("StableDiffusion3Pipeline"), StableDiffusion3),
+    "chroma": Family(_pipeline("ChromaPipeline"), Chroma),
+    "krea2": Family(_pipeline("Krea2Pipeline"), Krea2),
+    "wan": Family(_pipeline("WanPipeline"), Wan),
     "transformers": Family(lambda name, cls: not cls, TransformersBase, draws=False),
 }
 
 
-def load_base(name: str | Path, mixed_precision: str = "no", device: torch.device | str = "cpu") -> ImageBase:
-    """Load ``embedded``, a pipeline folder, or a hub name, by its family.
+def load_base(
+    name: str | Path, mixed_precision: str = "no", device: torch.device | str = "cpu", quantize: str | None = None,
+    variant: str | None = None, text_first: bool = False,
+) -> ImageBase:  # fmt: skip
+    """Load an embedded base, a pipeline folder, or a hub name, by its family.
+
+    ``quantize`` (``nf4``, ``int8``, ``int8-torchao``, ``fp8``) makes its denoiser smaller in memory; ``variant`` reads files of
+    that name, such as ``fp16``. ``text_first``: the denoiser may be read when it is first asked for, so that whoever encodes
+    prompts and calls ``release_encoders`` before never holds both.
 
     Raises ConfigError when there is no such base or no family that draws knows it.
     """
@@ -59,7 +79,9 @@ def load_base(name: str | Path, mixed_precision: str = "no", device: torch.devic
             f"The base {str(name)!r} is a {family} model, which reads and does not draw: it has no model_index.json. Train it "
             "with smidgen train text-classification, image-classification or instruction."
         )
-    return FAMILIES[family].cls.load(str(name), folder, pipeline, mixed_precision, device)  # type: ignore[no-any-return]
+    return FAMILIES[family].cls.load(
+        str(name), folder, pipeline, mixed_precision, device, quantize=quantize, variant=variant, text_first=text_first
+    )  # type: ignore[no-any-return]
 
 
 def family_of(name: str, pipeline: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 from smidgen.adapters.methods import Kind
 from smidgen.adapters.tuner.peft_bridge import fingerprint
 from smidgen.bases.protocol import Prompts, Sampling, Schedule
-from smidgen.bases.schedules import DiscreteSchedule
-from smidgen.errors import ConfigError, MissingExtraError
+from smidgen.bases.schedules import schedule_of
+from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
 from smidgen.training.quiet import quiet
 
 if TYPE_CHECKING:
@@ -46,6 +48,10 @@ class PipelineBase:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     load_options: Mapping[str, Any] = {}
+    waits: bool = False  # its pipeline can be without a denoiser at first
+    _later: Callable[[], Any] | None = None
+    _device = torch.device("cpu")
+    timesteps: float = 1000.0  # of a base that was taught by flow matching: what its denoiser is told at noise alone
     learning: Mapping[str, Kind] = {"image": "picture", "control": "picture"}  # task -> what learning rates go by
 
     parts_reader: Callable[[], Any] | None = None
@@ -54,34 +60,57 @@ class PipelineBase:
         self.name, self.pipe = name, pipe
 
     @classmethod
-    def load(cls, name: str, folder: str, pipeline: str, precision: str, device: torch.device | str) -> Self:
-        """The pipeline of the class ``pipeline`` in ``folder``, frozen. The denoiser takes the ``precision``, the VAE stays
-        fp32."""
-        diffusers = import_diffusers()
+    def load(
+        cls, name: str, folder: str, pipeline: str, precision: str, device: torch.device | str,
+        quantize: str | None = None, variant: str | None = None, text_first: bool = False,
+    ) -> Self:  # fmt: skip
+        """The pipeline of the class ``pipeline`` in ``folder``, frozen. The denoiser takes the ``precision`` and is quantised
+        as ``quantize`` (one of ``QUANTIZED``) says, the VAE stays fp32; ``variant`` names files such as "fp16". With
+        ``text_first``, a family that ``waits`` reads its denoiser when it is first asked for, so that the encoders of prompts
+        can be gone by then."""
         if precision == "fp16" and torch.device(device).type == "cpu":
             raise ConfigError("fp16 has no arithmetic on a CPU; use --mixed-precision bf16 or no.")
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        messages = diffusers.utils.deprecation_utils
-        word = "dtype" if hasattr(messages, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype"
-        options = {"use_safetensors": True, word: dtype, **cls.load_options}
-        try:
-            with quiet():
-                pipe = getattr(diffusers, pipeline).from_pretrained(folder, **options)
-                pipe.vae.to(torch.float32)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"The base {name!r} could not be loaded: {error}") from error
+        options = {"use_safetensors": True, "variant": variant, _dtype_word(): dtype}
+        reader = partial(cls._read_denoiser, folder, options | quantization(quantize, dtype), quantize == "fp8")
+        with _refusals(name):
+            later = {cls.component: None} if text_first and cls.waits else {cls.component: reader()}
+            pipe = cls._read(folder, pipeline, options | later)
+            pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         base = cls(name, pipe.to(device))
-        for part in (base.model, *base.encoders.values()):
+        base._later, base._device = reader, torch.device(device)
+        for part in base.encoders.values():
             part.requires_grad_(False)
         return base
 
+    @classmethod
+    def _read(cls, folder: str, pipeline: str, options: Mapping[str, Any]) -> Any:
+        return getattr(import_diffusers(), pipeline).from_pretrained(folder, **{**cls.load_options, **options})
+
+    @classmethod
+    def _read_denoiser(cls, folder: str, options: Mapping[str, Any], fp8: bool) -> Any:
+        diffusers = import_diffusers()
+        _library, kind = diffusers.DiffusionPipeline.load_config(folder)[cls.component]
+        model = (
+            getattr(diffusers, kind).from_pretrained(folder, subfolder=cls.component, **options).requires_grad_(False)
+        )
+        if fp8:
+            model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=options[_dtype_word()])
+        return model
+
     @property
     def model(self) -> Any:
+        if getattr(self.pipe, self.component) is None and self._later is not None:
+            device = self.device
+            with _refusals(self.name):
+                setattr(self.pipe, self.component, self._later().to(device))
         return getattr(self.pipe, self.component)
 
     @property
     def device(self) -> torch.device:
+        if getattr(self.pipe, self.component) is None:  # read later
+            return self._device
         return next(self.model.parameters()).device
 
     @property
@@ -98,7 +127,7 @@ class PipelineBase:
 
     @cached_property
     def schedule(self) -> Schedule:
-        return DiscreteSchedule.of(self.pipe.scheduler)
+        return schedule_of(self.pipe.scheduler, self.timesteps)
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
@@ -115,15 +144,35 @@ class PipelineBase:
         means, stds = [], []
         with torch.no_grad():
             for part in pixels.split(_at_once(batch, pixels.shape[-1])):
-                encoded = self.pipe.vae.encode(part.to(self.device, torch.float32))
+                encoded = self.pipe.vae.encode(self._frames(part.to(self.device, torch.float32)))
                 if hasattr(encoded, "latent_dist"):
                     mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
                 else:
                     mean, std = encoded.latents, torch.zeros_like(encoded.latents)
                 shift, scale = self._standard
-                means.append(((mean - shift) * scale).cpu())
-                stds.append((std * scale).cpu())
+                means.append(((self._folded(mean) - shift) * scale).cpu())
+                stds.append((self._folded(std) * scale).cpu())
         return torch.cat(means), torch.cat(stds)
+
+    def _frames(self, pixels: Tensor) -> Tensor:
+        """Images [n, 3, height, width] as the VAE takes them."""
+        return pixels
+
+    def _pixels(self, frames: Tensor) -> Tensor:
+        """Inverse of ``_frames``."""
+        return frames
+
+    @property
+    def _image_processor(self) -> Any:
+        return self.pipe.image_processor
+
+    def _folded(self, latents: Tensor) -> Tensor:
+        """The VAE's latents as this base's [n, channels, height, width]."""
+        return latents
+
+    def _unfolded(self, latents: Tensor) -> Tensor:
+        """Inverse of ``_folded``."""
+        return latents
 
     def encode_prompts(self, prompts: Sequence[str], batch: int = 16) -> Prompts:
         self._warn_of_cut(prompts)
@@ -137,20 +186,29 @@ class PipelineBase:
     def _encoded(self, prompts: list[str]) -> Prompts:
         raise NotImplementedError
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of a prompt that are not cut."""
+        return int(self.pipe.tokenizer.model_max_length)
+
     def _warn_of_cut(self, prompts: Sequence[str]) -> None:
-        tokenizer = self.pipe.tokenizer
+        tokenizer, limit = self.pipe.tokenizer, self._longest
         with quiet():
             lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in dict.fromkeys(prompts)}
-        cut = [prompt for prompt, length in lengths.items() if length > tokenizer.model_max_length]
+        cut = [prompt for prompt, length in lengths.items() if length > limit]
         if cut:
-            limit = tokenizer.model_max_length
             logger.warning("%d prompt(s) longer than %d tokens are cut, e.g. %r.", len(cut), limit, cut[0][:80])
 
     @property
-    def _standard(self) -> tuple[float, float]:
-        """Latents are (the VAE's own - shift) * scale."""
+    def _standard(self) -> tuple[Any, Any]:
+        """Latents are (the VAE's own - shift) * scale: numbers, or [1, channels, 1, 1] where the VAE has them by channel."""
         config = self.pipe.vae.config
-        return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        shift, scale = getattr(config, "shift_factor", None) or 0.0, getattr(config, "scaling_factor", None) or 1.0
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return shift, scale
+        mean, std = (torch.tensor(values, device=self.device).reshape(1, -1, 1, 1) for values in (mean, std))
+        return mean, scale / std
 
     def draw(self, prompts: Prompts, seeds: Sequence[int], **options: Any) -> list[Image]:
         return self.decode(self.draw_latents(prompts, seeds, **options))
@@ -160,21 +218,30 @@ class PipelineBase:
         size: int | None = None, batch: int = 8,
     ) -> Tensor:  # fmt: skip
         found, size = [], size or self.resolution
-        common = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size, "width": size}
+        common = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "latent"}
         for start in range(0, len(prompts), batch):
             own = prompts[start : start + batch]
-            given = self._embeds(own, "") | self._embeds(negative[[0] * len(own)], "negative_")
+            given = self._embeds(own, "") | self._guided(negative[[0] * len(own)], guidance)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch]]
-            found.append(self.pipe(generator=generators, output_type="latent", **common, **given).images.float().cpu())
+            drawn = self.pipe(generator=generators, return_dict=False, **common, **given)[0]
+            found.append(self._drawn(drawn, size).float().cpu())
         return torch.cat(found)
+
+    def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
+        """Guidance away from ``negative``, as the pipeline takes it."""
+        return {"guidance_scale": guidance} | self._embeds(negative, "negative_")
+
+    def _drawn(self, latents: Tensor, size: int) -> Tensor:
+        """Latents as the pipeline gives them for images of ``size`` pixels -> this base's [n, channels, height, width]."""
+        return latents
 
     def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
         (shift, scale), images = self._standard, []
         with torch.no_grad():
             for part in latents.split(_at_once(batch, latents.shape[-1] * self.factor)):
                 own = part.to(self.device, torch.float32) / scale + shift
-                pixels = self.pipe.vae.decode(own, return_dict=False)[0]
-                images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
+                pixels = self._pixels(self.pipe.vae.decode(self._unfolded(own), return_dict=False)[0])
+                images += self._image_processor.postprocess(pixels, output_type="pil")
         return images
 
     def _embeds(self, prompts: Prompts, prefix: str) -> dict[str, Tensor]:
@@ -209,6 +276,59 @@ class PipelineBase:
 def _at_once(batch: int, size: int) -> int:
     """Images that a VAE takes at once: two of 1024 pixels, whose activations are gigabytes each."""
     return min(batch, max(1, 2**21 // size**2))
+
+
+QUANTIZED = ("nf4", "int8", "int8-torchao", "fp8")
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Options of ``from_pretrained`` that quantise a denoiser by diffusers' own backends: bitsandbytes for ``nf4`` and
+    ``int8``, torchao for ``int8-torchao``; ``fp8`` is layerwise casting, which is done after loading.
+
+    Raises ConfigError for a kind that is not known, MissingExtraError where its library is not installed.
+    """
+    if kind is not None and kind not in QUANTIZED:
+        raise ConfigError(
+            f"A base cannot be quantised as {kind!r}.{did_you_mean(kind, QUANTIZED)} Known: {', '.join(QUANTIZED)}."
+        )
+    if kind in (None, "fp8"):
+        return {}
+    library = "torchao" if kind == "int8-torchao" else "bitsandbytes"
+    if not find_spec(library):
+        raise MissingExtraError(f"--quantize {kind} needs {library}: pip install 'smidgen[quantised]'")
+    from diffusers import BitsAndBytesConfig, TorchAoConfig
+
+    if library == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    if kind == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": four}
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """diffusers' own refusals of a base, as ours, and its lines of progress unsaid."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The base {name!r} could not be loaded: {error}") from error
+    except RuntimeError as error:
+        if "No GPU found" not in str(error):
+            raise
+        raise ConfigError(
+            f"The base {name!r} could not be quantised: diffusers asks for a GPU for bitsandbytes (nf4, int8); without one "
+            "take --quantize int8-torchao or fp8."
+        ) from error
+
+
+def _dtype_word() -> str:
+    """What diffusers of this version calls the number format."""
+    messages = import_diffusers().utils.deprecation_utils
+    return "dtype" if hasattr(messages, "_TORCH_DTYPE_DEPRECATION_MESSAGE") else "torch_dtype"
 
 
 def default_device() -> torch.device:

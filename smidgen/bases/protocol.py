@@ -43,7 +43,17 @@ class Prompts:
     @staticmethod
     def join(parts: Sequence[Prompts]) -> Prompts:
         """The rows of all ``parts``, which are of one family, one after the other."""
-        return Prompts({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        return Prompts({name: _longest([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def _longest(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [rows, tokens, ...] one after the other, zeros where some have fewer tokens than others."""
+    if parts[0].ndim < 2 or len({part.shape[1] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    found = parts[0].new_zeros(sum(map(len, parts)), max(part.shape[1] for part in parts), *parts[0].shape[2:])
+    for part, rows in zip(parts, found.split([len(part) for part in parts]), strict=True):
+        rows[:, : part.shape[1]] = part
+    return found
 
 
 class Sampling(NamedTuple):
@@ -60,6 +70,9 @@ class Sampling(NamedTuple):
 class Schedule(Protocol):
     """How a base was taught: which noise, and what to predict. A noise level is 0 for an image and 1 for noise alone."""
 
+    def levels(self, quantiles: Tensor) -> Tensor:
+        """Quantiles [n] in 0..1 of the density that training draws noise levels from -> the levels [n]."""
+
     def timesteps(self, levels: Tensor) -> Tensor:
         """Noise levels [n] in 0..1 as the timesteps [n] that ``predict`` takes."""
 
@@ -67,7 +80,7 @@ class Schedule(Protocol):
         """Noisy latents, and the target of ``predict`` for them; both shaped as ``latents`` [n, ...]."""
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """Min-SNR weights [n] of the squared error (Hang et al. 2023)."""
+        """Min-SNR weights [n] of the squared error (Hang et al. 2023). Raises ConfigError where there is no such thing."""
 
 
 class ImageBase(Protocol):

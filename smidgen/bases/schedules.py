@@ -1,4 +1,4 @@
-"""Noise and target at a time, as a base's own scheduler has them."""
+"""Noise and target at a time, as a base's own scheduler has them: numbered steps, flow matching, or EDM."""
 
 from __future__ import annotations
 
@@ -11,6 +11,28 @@ from torch import Tensor
 from smidgen.errors import ConfigError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def schedule_of(scheduler: Any, steps: float = 1.0) -> DiscreteSchedule | FlowSchedule | EDMSchedule:
+    """What a pipeline's own ``scheduler`` says of how its base was taught; flow matching's timesteps run from 0 to ``steps``.
+
+    Raises ConfigError where that is nothing known here.
+    """
+    config, name = scheduler.config, type(scheduler).__name__
+    if (
+        name.startswith("FlowMatch")
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    ):
+        return FlowSchedule.of(scheduler, steps)
+    if name.startswith("EDM"):
+        return EDMSchedule.of(scheduler)
+    return DiscreteSchedule.of(scheduler)
+
+
+def _over(values: Tensor, latents: Tensor) -> Tensor:
+    """``values`` [n] to be multiplied with ``latents`` [n, ...]."""
+    return values.reshape(-1, *[1] * (latents.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -38,13 +60,17 @@ class DiscreteSchedule:
         alphas = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
         return cls(alphas, scheduler.config.get("prediction_type", "epsilon"))
 
+    def levels(self, quantiles: Tensor) -> Tensor:
+        """Uniform over the steps, as they were taught."""
+        return quantiles
+
     def timesteps(self, levels: Tensor) -> Tensor:
         """Noise levels [n] in 0..1 -> numbers of steps [n]."""
         return (levels * len(self.alphas)).long().clamp(max=len(self.alphas) - 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents and the model's target for them [n, ...]."""
-        alpha = self._alpha(timesteps).reshape(-1, *[1] * (latents.ndim - 1))
+        alpha = _over(self._alpha(timesteps), latents)
         signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
         noisy = signal * latents + spread * noise
         if self.prediction_type == "epsilon":
@@ -66,3 +92,91 @@ class DiscreteSchedule:
 
     def _alpha(self, timesteps: Tensor) -> Tensor:
         return self.alphas.float().to(timesteps.device)[timesteps]
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """Flow matching (Lipman et al. 2023): x_s = (1 - s) x + s noise; the velocity noise - x is predicted.
+
+    A timestep is s times ``steps``. Training draws s by the logit-normal density (Esser et al. 2024, section 3.1), moved
+    towards noise by ``shift`` (their equation 23): s -> shift s / (1 + (shift - 1) s).
+    """
+
+    steps: float = 1.0
+    shift: float = 1.0
+
+    @classmethod
+    def of(cls, scheduler: Any, steps: float = 1.0) -> FlowSchedule:
+        """That of a scheduler of diffusers'. A shift that depends on an image's size belongs to drawing alone, as it does in
+        diffusers' training scripts."""
+        config = scheduler.config
+        static = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", config.get("flow_shift", 1.0))
+        return cls(steps, float(static))
+
+    def levels(self, quantiles: Tensor) -> Tensor:
+        """Quantiles [n] in 0..1 -> noise levels [n] of which so many are lower."""
+        s = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
+        return (self.shift * s / (1 + (self.shift - 1) * s)).to(quantiles.dtype)
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Noise levels [n] in 0..1 -> timesteps [n]."""
+        return levels * self.steps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents and the velocity [n, ...]."""
+        s = _over(timesteps / self.steps, latents)
+        return (1 - s) * latents + s * noise, noise - latents
+
+    def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """No weights: raises ConfigError, as the velocity is weighted by the density of s."""
+        raise ConfigError(
+            "snr_gamma is for bases that predict noise in numbered steps; this one was taught by flow matching."
+        )
+
+
+@dataclass(frozen=True)
+class EDMSchedule:
+    """EDM (Karras et al. 2022, table 1): noise of standard deviation sigma is added, and the model sees and says scaled values.
+
+    The input is (x + sigma noise) c_in, the timestep c_noise = ln(sigma) / 4, and the target (x - c_skip (x + sigma noise)) / c_out,
+    whose squared error is their loss with lambda = 1 / c_out^2 (equation 8).
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = 7.0
+    sign: float = 1.0
+
+    @classmethod
+    def of(cls, scheduler: Any) -> EDMSchedule:
+        """That of an EDM scheduler of diffusers', whose "v_prediction" is the same with the other sign."""
+        config = scheduler.config
+        signs = {"epsilon": 1.0, "v_prediction": -1.0}
+        if config.prediction_type not in signs:
+            raise ConfigError(
+                f"The base predicts {config.prediction_type!r} in EDM's noise; known are {', '.join(signs)}."
+            )
+        return cls(
+            config.sigma_min, config.sigma_max, config.sigma_data, config.get("rho", 7.0), signs[config.prediction_type]
+        )
+
+    def levels(self, quantiles: Tensor) -> Tensor:
+        """Uniform over the sampler's own steps, as in diffusers' training script."""
+        return quantiles
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Noise levels [n] in 0..1 along the sampler's steps (equation 5) -> c_noise [n]."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return ((low + levels * (high - low)) ** self.rho).log() / 4
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model sees, and what it should say of it [n, ...]."""
+        sigma = _over((4 * timesteps).exp(), latents)
+        noisy, total = latents + sigma * noise, sigma**2 + self.sigma_data**2
+        c_out = self.sign * sigma * self.sigma_data / total.sqrt()
+        return noisy / total.sqrt(), (latents - noisy * self.sigma_data**2 / total) / c_out
+
+    def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """No weights: raises ConfigError, as EDM's loss has its own."""
+        raise ConfigError("snr_gamma is for bases that predict noise in numbered steps; this one was taught by EDM.")

@@ -63,13 +63,13 @@ import smidgen
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({loaded})
-smidgen.load(pipe.unet, "path/of/this/folder")
+smidgen.load(pipe, "path/of/this/folder")
 prompt = {(prompts[0] if prompts else subject)!r}
-pipe(prompt{sampling}).images[0]
+pipe(prompt=prompt{sampling}).images[0]
 ```
 
 `smidgen verify FOLDER --base BASE` proves that it is on. The files are ordinary peft (`adapter_config.json`,
-`adapter_model.safetensors`); after `import smidgen`, `peft.PeftModel.from_pretrained(unet, folder)` reads them too."""
+`adapter_model.safetensors`); after `import smidgen`, `peft.PeftModel.from_pretrained(denoiser, folder)` reads them too."""
     return model_card(
         adapter_head(base, "text-to-image", report.method),
         f"{subject}: a {report.method} adapter of {entry.bytes_on_disk:,} bytes",

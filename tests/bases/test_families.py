@@ -1,5 +1,6 @@
 """Every family of bases by the same tests: a new one is a row in ``BUILT``, and what it draws or reads is held to its own library."""
 
+import inspect
 import json
 from collections.abc import Callable
 from functools import cache, partial
@@ -8,7 +9,10 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch import Tensor
 
 import smidgen
 from smidgen.adapters.methods import KINDS
@@ -16,17 +20,22 @@ from smidgen.bases.embedded.encoders import load_encoder
 from smidgen.bases.embedded.judge import load_judge
 from smidgen.bases.embedded.parts_reader import load_parts_reader
 from smidgen.bases.families import FAMILIES, card_lines, learning_kind, load_base
+from smidgen.bases.flow_transformers import FlowTransformer
 from smidgen.bases.protocol import ImageBase, Prompts, ReadingBase
-from smidgen.bases.schedules import PREDICTIONS, DiscreteSchedule
+from smidgen.bases.schedules import PREDICTIONS, DiscreteSchedule, FlowSchedule
 from smidgen.bases.transformers import Head, load_classifier, load_language_model
 from smidgen.errors import ConfigError, SmidgenError
-from tests.training import tiny, tiny_models
+from tests.training import tiny, tiny_flow, tiny_models
 
 BUILT: dict[str, Callable[[Path], str]] = {  # family -> the name of a small base of it, made in a folder
     "embedded": lambda folder: "embedded",
     "sd": lambda folder: str(tiny.sd_folder(folder / "sd", "v_prediction", zero_snr=True)),
     "sdxl": lambda folder: str(tiny.sdxl_folder(folder / "sdxl")),
     "transformers": lambda folder: str(tiny_models.folder("bert", folder)),
+    **{
+        family: partial(lambda name, folder: str(tiny_flow.flow_folder(name, folder / name)), family)
+        for family in tiny_flow.BUILDERS
+    },
 }
 DRAW = [name for name, family in FAMILIES.items() if family.draws]
 TEXTS = ["a red person", "a person", "a blue person"]
@@ -38,9 +47,20 @@ def named(tmp_path_factory) -> Callable[[str], str]:
     return cache(lambda family: BUILT[family](root))
 
 
+@pytest.fixture(scope="module")
+def load(named) -> Callable[..., ImageBase]:
+    def load(family: str, *options) -> ImageBase:
+        base = load_base(named(family), *options)
+        if family in tiny_flow.BUILDERS:
+            base.pipe.default_sample_size = 8  # the pipelines' own is 60 or 128 latents
+        return base
+
+    return load
+
+
 @pytest.fixture(scope="module", params=DRAW)
-def base(request, named) -> ImageBase:
-    return load_base(named(request.param))
+def base(request, load) -> ImageBase:
+    return load(request.param)
 
 
 def options(base: ImageBase) -> dict:
@@ -63,7 +83,7 @@ def test_every_family_has_a_row_here():
 # ---- families that draw ----------------------------------------------------------------------------------------------
 
 
-def test_it_is_recognised_and_offers_what_every_base_does(base, named):
+def test_it_is_recognised_and_offers_what_every_base_does(base, load, named):
     (family,) = [name for name, row in FAMILIES.items() if type(base) is row.cls]
     assert (base.family, base.name) == (family, named(family))
     assert missing(ImageBase, base) == []
@@ -81,9 +101,9 @@ def test_images_become_latents_and_latents_images(base):
     images = base.decode(mean, batch=2)
     assert [image.size for image in images] == [(size, size)] * 3
     assert abs(pixels(base.decode(mean[2:]))[0] - pixels(images)[2]).max() <= 1
-    own = base.pipe.vae
-    again = own.decode(own.encode(noise).latent_dist.mean, return_dict=False)[0]
-    assert abs(pixels(base.pipe.image_processor.postprocess(again.detach())) - pixels(images)).max() <= 1
+    own, frames = base.pipe.vae, noise.unsqueeze(2) if base.family in ("qwen-image", "krea2", "wan") else noise
+    again = own.decode(own.encode(frames).latent_dist.mean, return_dict=False)[0].detach().reshape(noise.shape)
+    assert abs(pixels(VaeImageProcessor().postprocess(again)) - pixels(images)).max() <= 1
 
 
 def test_prompts_are_a_bundle_of_rows(base):
@@ -96,10 +116,11 @@ def test_prompts_are_a_bundle_of_rows(base):
     alone = base.encode_prompts(TEXTS[1:2])
     rows = Prompts.join([found[[2, 1]], alone])
     for name, value in alone.tensors.items():
-        torch.testing.assert_close(rows.tensors[name][1], value[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(rows.tensors[name][2], value[0])
+        tokens = value.shape[1] if name in ("embeds", "mask") else None  # others may be longer, with a mask
+        torch.testing.assert_close(rows.tensors[name][1, :tokens], value[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(rows.tensors[name][2, :tokens], value[0])
     moved = base.sized(found, [(20, 30)] * 3, 16).to(base.device, torch.bfloat16)
-    assert {value.dtype for value in moved.tensors.values()} == {torch.bfloat16} and len(moved) == 3
+    assert {value.dtype for value in moved.tensors.values()} - {torch.bool} == {torch.bfloat16} and len(moved) == 3
     assert {k: tuple(v.shape[1:]) for k, v in moved.tensors.items()} == base.prompt_shapes(
         base.model, found.tensors["embeds"].shape[1]
     )
@@ -111,40 +132,79 @@ def test_prompts_that_are_cut_are_told(base, caplog):
 
 
 def test_it_predicts_what_its_pipeline_does(base):
-    """The same noisy latents at the same time give the same prediction, whatever the pipeline adds by itself."""
-    seen = []
+    """At the pipeline's first step the denoiser is given the same, argument by argument, and says the same."""
+    seen, prompts = [], base.encode_prompts(TEXTS[:1])
+    bound = inspect.signature(base.model.forward).bind
     hook = base.model.register_forward_hook(
-        lambda module, args, kwargs, out: seen.append((args, out[0])), with_kwargs=True
+        lambda module, args, kwargs, out: seen.append((bound(*args, **kwargs).arguments, out[0])), with_kwargs=True
     )
-    prompts = base.encode_prompts(TEXTS[:1])
     try:
-        base.draw_latents(prompts, [5], **options(base) | {"guidance": 1.0})
+        told = {"flux2": 3.5}.get(base.family, 0.0)  # what it is trained at; elsewhere, no guidance
+        base.draw_latents(prompts, [5], **options(base) | {"guidance": told})
+        (by_pipeline, wanted), first = seen[0], base.pipe.scheduler.timesteps[:1]
+        noisy = unpacked(base, by_pipeline)
+        flow = isinstance(base.schedule, FlowSchedule)
+        timesteps = base.schedule.timesteps(first / 1000) if flow else first
+        with torch.no_grad():
+            found = base.predict(base.model, noisy, timesteps, prompts)
+        own, said = seen[-1]
+        other = base.predict(base.model, noisy, timesteps, base.encode_prompts(TEXTS[2:])).detach()
     finally:
         hook.remove()
-    (noisy, timestep, *_), wanted = seen[0]
-    with torch.no_grad():
-        found = base.predict(base.model, noisy, timestep.reshape(1), prompts)
-    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
-    other = base.predict(base.model, noisy, timestep.reshape(1), base.encode_prompts(TEXTS[2:])).detach()
-    assert not torch.allclose(found, other, atol=1e-5), "it listens to the prompt"
+    for name, value in by_pipeline.items():
+        if isinstance(value, list) and not isinstance(value[0], Tensor):
+            assert own[name] == value
+        elif isinstance(value, Tensor | list) and name in own:
+            torch.testing.assert_close(same_kind(own[name]), same_kind(value), atol=1e-4, rtol=1e-4, msg=name)
+    torch.testing.assert_close(same_kind(said), same_kind(wanted), atol=1e-4, rtol=1e-4)
+    assert found.shape == noisy.shape and not torch.allclose(found, other, atol=1e-5), "it listens to the prompt"
+
+
+def unpacked(base: ImageBase, given: dict) -> Tensor:
+    """The latents among what a pipeline gives its denoiser."""
+    packed = next(given[name] for name in ("sample", "hidden_states", "x") if name in given)
+    if not isinstance(base, FlowTransformer):
+        return packed
+    return base._outputs(packed, (1, *base.latent_shape(base.resolution))) * (-1 if base.family == "z-image" else 1)
+
+
+def same_kind(value: Tensor | list[Tensor]) -> Tensor:
+    """A tensor, or a list of them, in floating point and without axes of one."""
+    return (torch.stack(value) if isinstance(value, list) else value).float().squeeze()
 
 
 def test_noise_and_target_are_its_schedulers(base):
     """Whoever predicts the target without error gives the image back, at every noise level."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(base.pipe.scheduler.config, clip_sample=False)
     generator, shape = torch.Generator().manual_seed(0), (5, *base.latent_shape(base.resolution))
     latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     timesteps = base.schedule.timesteps(torch.tensor([0.0, 0.3, 0.6, 0.9, 0.98]))
     assert timesteps.tolist() == sorted(set(timesteps.tolist())), "more noise is another step"
     noisy, target = base.schedule.add_noise(latents, noise, timesteps)
+    if isinstance(base.schedule, FlowSchedule):
+        return by_flow(base, latents, noise)
+    scheduler = DDPMScheduler.from_config(base.pipe.scheduler.config, clip_sample=False)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, timesteps), atol=1e-5, rtol=1e-5)
     for row, step in enumerate(timesteps.tolist()):
         found = scheduler.step(target[row], step, noisy[row]).pred_original_sample
         torch.testing.assert_close(found, latents[row], atol=2e-3, rtol=2e-3)
     weights = base.schedule.snr_weights(timesteps, 5.0)
     assert weights.shape == (5,) and (weights > 0).all() and weights.isfinite().all()
+
+
+def by_flow(base: ImageBase, latents: Tensor, noise: Tensor) -> None:
+    """Its own scheduler, told the target at every step, ends in the latents; and trains where diffusers' script does."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(base.pipe.scheduler.config)
+    options = {"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}
+    scheduler.set_timesteps(4, **options)
+    x = noise.clone()
+    for step in scheduler.timesteps:
+        told = base.schedule.timesteps(step.reshape(1) / 1000).expand(len(x))
+        noisy, target = base.schedule.add_noise(latents, noise, told)
+        torch.testing.assert_close(noisy, x, atol=1e-3, rtol=1e-3)
+        x = scheduler.step(target, step, x).prev_sample
+    torch.testing.assert_close(x, latents, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ConfigError, match="snr_gamma is for bases"):
+        base.schedule.snr_weights(told, 5.0)
 
 
 def test_a_seed_decides_what_is_drawn_and_nothing_else_does(base):
@@ -159,10 +219,11 @@ def test_a_seed_decides_what_is_drawn_and_nothing_else_does(base):
     assert 0 < len(set(base.scenes(3, 0))) <= 3
 
 
-def test_its_targets_take_an_adapter_that_trains(base, named):
-    fresh = load_base(named(base.family))
+def test_its_targets_take_an_adapter_that_trains(base, load, named):
+    fresh = load(base.family)
     smidgen.adapt(fresh.model, "lora", r=2, target_modules=list(fresh.targets))
-    assert smidgen.default_targets(load_base(named(base.family)).model) == set(fresh.targets)
+    if not isinstance(base, FlowTransformer):
+        assert smidgen.default_targets(load(base.family).model) == set(fresh.targets)
     prompts, size = fresh.encode_prompts(TEXTS[:1]), fresh.resolution
     latents = torch.randn(1, *fresh.latent_shape(size), generator=torch.Generator().manual_seed(0))
     timesteps = fresh.schedule.timesteps(torch.tensor([0.5]))
@@ -174,8 +235,8 @@ def test_its_targets_take_an_adapter_that_trains(base, named):
     assert all(p.grad.any() for name, p in trained.items() if name.endswith("residual_b"))
 
 
-def test_it_draws_on_without_its_encoders(named, base):
-    fresh = load_base(named(base.family))
+def test_it_draws_on_without_its_encoders(load, base):
+    fresh = load(base.family)
     prompts, given = fresh.encode_prompts(TEXTS[:1]), options(fresh)
     before = pixels(fresh.draw(prompts, [1], **given))
     fresh.release_encoders(keep_vae=True)
@@ -184,8 +245,8 @@ def test_it_draws_on_without_its_encoders(named, base):
     assert not fresh.encoders
 
 
-def test_a_fingerprint_is_of_the_weights(base, named):
-    fresh = load_base(named(base.family))
+def test_a_fingerprint_is_of_the_weights(base, load, named):
+    fresh = load(base.family)
     assert fresh.fingerprint() == base.fingerprint()
     with torch.no_grad():
         list(fresh.model.parameters())[7].add_(0.1)  # neither the first nor the last
@@ -225,8 +286,8 @@ def test_a_judge_scores_what_its_base_draws(base):
     assert {"identity", "caption"} <= found.keys()
 
 
-def test_16_bits_are_the_denoisers_and_fp16_needs_a_gpu(base, named):
-    half = load_base(named(base.family), "bf16")
+def test_16_bits_are_the_denoisers_and_fp16_needs_a_gpu(base, load, named):
+    half = load(base.family, "bf16")
     assert half.model.dtype == torch.bfloat16 and half.encoders["vae"].dtype == torch.float32
     assert half.draw(half.encode_prompts(TEXTS[:1]), [1], **options(half))[0].size == (base.resolution,) * 2
     with pytest.raises(ConfigError, match="fp16 has no arithmetic on a CPU"):
@@ -286,7 +347,7 @@ def test_what_is_no_base_is_told(name, said):
 def test_a_folder_of_no_family_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"no readable model_index\.json"):
         load_base(tmp_path)
-    for pipeline in ("FluxPipeline", "StableDiffusion3Pipeline"):
+    for pipeline in ("FluxPipeline", "PixArtSigmaPipeline"):
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
         with pytest.raises(ConfigError, match=f"is a {pipeline}, and no family here knows that class.*sd, sdxl"):
             load_base(tmp_path)

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import smidgen
 from smidgen.bases import families
 from smidgen.bases.families import FAMILIES, Family, load_base
 from smidgen.bases.pipelines import PipelineBase
 from smidgen.bases.protocol import Prompts, Sampling
+from smidgen.bases.schedules import FlowSchedule
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.use.refine import Refine, refine_rows
 from smidgen.errors import ConfigError
@@ -28,20 +28,6 @@ from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data
 from tests.training import tiny
 
 SIZE, PATCH, TOKENS, WIDTH = 16, 4, 6, 24
-
-
-class FlowSchedule:
-    """x_s = (1 - s) x + s noise; the velocity noise - x is predicted (Lipman et al. 2023)."""
-
-    def timesteps(self, levels: Tensor) -> Tensor:
-        return levels
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        s = timesteps.reshape(-1, *[1] * (latents.ndim - 1))
-        return (1 - s) * latents + s * noise, noise - latents
-
-    def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        return torch.ones_like(timesteps)
 
 
 def transformer():
@@ -63,7 +49,7 @@ class Flow(PipelineBase):
     schedule = FlowSchedule()
 
     @classmethod
-    def load(cls, name, folder, pipeline, precision, device):
+    def load(cls, name, folder, pipeline, precision, device, **options):
         return cls(name, SimpleNamespace(transformer=transformer().requires_grad_(False).eval()))
 
     resolution, factor = SIZE, PATCH

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.bases.embedded import world
-from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, text
+from smidgen.bases.embedded import embedded_base, world
+from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, flow, text
 from smidgen.lab.embedded_base.config import Budget, preset
 from smidgen.lab.embedded_base.run import Run, learning_rate
 
@@ -98,3 +98,18 @@ def test_the_learning_rate_ends_annealed_by_steps_or_by_the_clock():
     assert Budget(steps=10).progress(5, 999) == 0.5
     assert Budget(minutes=2).progress(5, 60) == 0.5 and Budget(minutes=2).progress(5, 600) == 1
     assert learning_rate(0) < learning_rate(0.03) == 1 and learning_rate(1) == pytest.approx(0.01)
+
+
+def test_the_flow_stage_gives_a_klein_pipeline_on_the_shipped_parts(made):
+    cli.run("flow", preset("debug"), *made)
+    folder = made[0] / "flow"
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"max_sequence_length": flow.TOKENS, "text_encoder_out_layers": (-1,), "height": 64, "width": 64}
+    assert pipe(prompt="a person", num_inference_steps=2, guidance_scale=3, **call).images[0].size == (64, 64)
+    ours, shipped = pipe.vae.state_dict(), diffusers.AutoencoderKL.from_pretrained(embedded_base() / "vae").state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in shipped.items())
+    base = flow.FlowBase("flow", pipe)
+    pixels = torch.from_numpy(draw.load(made[0], "train")[0].copy()).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = base.encode_images(pixels)[0]
+    torch.testing.assert_close(latents.var((0, 2, 3)), torch.ones(latents.shape[1]), atol=0.05, rtol=0)

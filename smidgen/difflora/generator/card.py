@@ -34,11 +34,11 @@ import smidgen
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({loaded})
-smidgen.load(pipe.unet, "path/of/this/folder")
-pipe("a portrait of a person, smiling"{sampling}).images[0]
+smidgen.load(pipe, "path/of/this/folder")
+pipe(prompt="a portrait of a person, smiling"{sampling}).images[0]
 ```
 
-After `import smidgen`, `peft.PeftModel.from_pretrained(unet, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
+After `import smidgen`, `peft.PeftModel.from_pretrained(denoiser, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
 is on."""
     told = bullets(f"{name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
     return model_card(

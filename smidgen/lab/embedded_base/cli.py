@@ -8,17 +8,18 @@ from pathlib import Path
 import torch
 
 import smidgen.bases.embedded as embedded
-from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, judge
+from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, flow, judge
 from smidgen.lab.embedded_base import export as exporting
 from smidgen.lab.embedded_base.config import PRESETS, Config, preset
 from smidgen.training.alone import alone
 
 STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
+APART = ("flow",)  # does not belong to what is shipped
 
 
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
-    """One stage, or ``"all"`` of them in order. `folder` holds drawings and checkpoints, `out` gets what is
-    shipped."""
+    """One stage, or ``"all"`` of those that make what is shipped, in order. `folder` holds drawings and checkpoints and what
+    is not shipped, `out` gets what is."""
     torch.set_num_threads(1)
     actions = {
         "render": lambda: draw.render(config, folder),
@@ -30,6 +31,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
         "decoder": lambda: autoencoder.fine_tune_decoder(config, folder),
         "export": lambda: exporting.export(config, folder, out / "pipeline"),
         "card": lambda: card.write(config, folder, out / "pipeline"),
+        "flow": lambda: flow.make(config, folder, folder / "flow"),
     }
     for name in STAGES if stage == "all" else (stage,):
         actions[name]()
@@ -38,7 +40,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m smidgen.lab.embedded_base", description=__doc__)
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--stage", choices=(*STAGES, "all", *APART), default="all")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
     parser.add_argument("--work", type=Path, default=Path("work/embedded_base"), help="drawings, caches, checkpoints")
     parser.add_argument("--out", type=Path, default=Path(embedded.__file__).parent, help="where the shipped folders go")

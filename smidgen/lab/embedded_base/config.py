@@ -36,10 +36,13 @@ class Config:
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
+    flow: Budget = Budget(minutes=70, batch=48, lr=1.5e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)
     text_width: int = 96
+    flow_width: int = 192
+    flow_blocks: tuple[int, int] = (2, 6)  # double and single ones
     workers: int = 2
 
 
@@ -53,9 +56,12 @@ PRESETS = {
         autoencoder=Budget(steps=6, batch=4),
         decoder=Budget(steps=4, batch=4),
         diffusion=Budget(steps=6, batch=8),
+        flow=Budget(steps=4, batch=8),
         autoencoder_widths=(8, 8, 16, 16),
         unet_widths=(16, 32),
         text_width=16,
+        flow_width=64,
+        flow_blocks=(1, 1),
         workers=1,
     ),
 }

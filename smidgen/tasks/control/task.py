@@ -37,6 +37,6 @@ class ControlTask(PersonalizeTask):
         with steering(model, batch["control"]):
             return super().loss(model, batch)
 
-    def levels(self, count: int, noise: torch.Generator) -> Tensor:
-        even = super().levels(count, noise)
+    def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
+        even = super().quantiles(count, noise)
         return 1 - even**3 if self.cubic else even

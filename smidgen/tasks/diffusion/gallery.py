@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 from smidgen.adapters import api
-from smidgen.bases.families import load_base
 from smidgen.bases.judging import Judge
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import AdapterFileError
@@ -34,9 +33,7 @@ class Gallery:
 
 
 def gallery(
-    base: str,
-    precision: str,
-    device: torch.device,
+    load: Callable[[], ImageBase],
     runs: Sequence[Fitted],
     scenes: Scenes,
     asked: Sequence[str],
@@ -44,14 +41,15 @@ def gallery(
     judge: Judge | None,
     references: Sequence[Image.Image],
 ) -> Gallery:
-    """Prove each run's file on a fresh base and draw ``scenes`` with it. ``asked`` are their prompts as a judge knows them,
-    ``subject`` holds the subject's own pictures, ``references`` those that the judge can read."""
+    """Prove each run's file on a fresh base that ``load`` gives, and draw ``scenes`` with it. ``asked`` are their prompts as a
+    judge knows them, ``subject`` holds the subject's own pictures, ``references`` those that the judge can read."""
     rows: list[tuple[Entry, list[Image.Image]]] = []
     entries: list[Entry] = []
     proof: tuple[str, ...] = ()
     for run in runs:
-        fresh = load_base(base, precision, device)
+        fresh = load()
         draw, prompt = scenes.drawn_by(fresh), fresh.encode_prompts(scenes.prompts[:1])
+        fresh.release_encoders(keep_vae=True)
         said = prove(fresh.model, run.folder, partial(answer, fresh, prompt, scenes.size or fresh.resolution))
         if not rows:
             proof = said
@@ -65,7 +63,7 @@ def gallery(
         entry = Entry(run.name, run.trained_numbers, run.bytes, run.seconds, final_loss=last)
         entries.append(_entry(entry, images, asked, references, judge))
         rows.append((entries[-1], images))
-    return Gallery(_sheet(rows, scenes, subject, base), tuple(entries), proof)
+    return Gallery(_sheet(rows, scenes, subject, fresh.name), tuple(entries), proof)
 
 
 def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:

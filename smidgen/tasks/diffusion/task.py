@@ -145,7 +145,11 @@ class PersonalizeTask:
         return [some.places[at] for at in examples(self.seed, index, size, len(some.places))]
 
     def levels(self, count: int, noise: torch.Generator) -> Tensor:
-        """Noise levels in 0..1 spread evenly from one random start: uniform each, with less variance between batches."""
+        """Noise levels [count] as the base was taught, evenly spread over their density: less variance between batches."""
+        return self.base.schedule.levels(self.quantiles(count, noise))
+
+    def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
+        """Numbers in 0..1 spread evenly from one random start, uniform each."""
         return (torch.rand(1, generator=noise) + torch.arange(count) / count) % 1.0
 
 

@@ -7,6 +7,7 @@ works; draw and score it beside the base and beside peft's own LoRA trained the 
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     """
     if config.data.folder is None:
         raise DataError("Which pictures? Give the folder that holds them.")
-    device = default_device()
-    base = load_base(config.base, config.train.mixed_precision, device)
+    how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "text_first": True}
+    load = partial(load_base, config.base, config.train.mixed_precision, default_device(), **how)
+    base = load()
     resolution = config.data.resolution or base.resolution
     found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
     subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
@@ -67,19 +69,19 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
         replace_file(out / "config.yaml", dump_yaml(config))
         task = _task(config, base, found, captions, resolution)
-        identity = _identity(config, base, found)
         task.previewer = previewer(base, scenes) if config.train.preview_steps else None
         base.release_encoders(keep_vae=task.previewer is not None)
+        identity = _identity(config, base, found)
 
         runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
     if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
-        again = load_base(config.base, config.train.mixed_precision, device)
+        again = load()
+        again.release_encoders()
         runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
 
     known = [image for image, other in zip(subject, foreign, strict=True) if not other]
     readable = known if any(foreign) and known else subject
-    precision = config.train.mixed_precision
-    shown = gallery(config.base, precision, device, runs, scenes, asked, subject, judge, readable)
+    shown = gallery(load, runs, scenes, asked, subject, judge, readable)
     facts: dict[str, Any] = {"shows": "the subject, the base, each adapter", "base": public_name(config.base)}
     facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
     write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)

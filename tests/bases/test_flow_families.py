@@ -1,0 +1,214 @@
+"""Flow-matching transformers end to end: what is trained starts as the base, is saved, drawn with in a fresh pipeline, and resumed."""
+
+import shutil
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
+
+import smidgen
+from smidgen.bases.families import load_base
+from smidgen.bases.schedules import EDMSchedule, FlowSchedule, schedule_of
+from smidgen.bases.stable_diffusion import StableDiffusionXL
+from smidgen.errors import ConfigError
+from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
+from smidgen.tasks.personalize.recipe import personalize
+from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data
+from tests.training import tiny, tiny_flow
+
+FAMILIES = sorted(tiny_flow.BUILDERS)
+SIZE = 16
+
+
+QUICK = ("flux2-klein", "z-image")  # the others' runs are in the slow set
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    return tiny_flow.flow_folder(request.param, tmp_path_factory.mktemp("flow") / request.param)
+
+
+def settings(folder, pictures, out, method="lora"):
+    chosen = PRESETS["debug"]
+    data = Data(pictures, resolution=SIZE, train_batch_size=2)
+    return replace(chosen, base=str(folder), out=out, data=data, adapter=Adapter(method, learning_rate=1e-2))
+
+
+@pytest.mark.parametrize("family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_personalize_trains_saves_draws_and_resumes_to_the_bit(family, tmp_path):
+    folder = tiny_flow.flow_folder(family, tmp_path / family)
+    made = settings(folder, tiny.pictures(tmp_path / "pictures", size=SIZE), tmp_path / "whole")
+    report = personalize(made, progress=False)
+    assert report.verified and report.entry.trained_numbers > 0
+    broken = replace(made, out=tmp_path / "broken")
+    personalize(broken, progress=False)
+    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
+    (tmp_path / "broken" / "adapter_model.safetensors").unlink()
+    personalize(replace(broken, resume_from_checkpoint="latest"), progress=False)
+    files = [tmp_path / out / "adapter_model.safetensors" for out in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)  # as a user would
+    smidgen.load(pipe.transformer, tmp_path / "whole")
+    assert smidgen.verify(pipe.transformer, tmp_path / "whole").ok
+
+
+@pytest.mark.parametrize("method", ["svfit", "tlora", "loldu"])
+def test_the_start_is_the_base_and_the_loss_falls(folder, method):
+    base = load_base(str(folder))
+    prompts, g = base.encode_prompts(["a red person", "a person, smiling"]), torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(2, *base.latent_shape(SIZE), generator=g) for _ in range(2))
+    noisy, target = base.schedule.add_noise(latents, noise, base.schedule.timesteps(torch.tensor([0.3, 0.7])))
+    said = lambda: base.predict(base.model, noisy, base.schedule.timesteps(torch.tensor([0.3, 0.7])), prompts)  # noqa: E731
+    with torch.no_grad():
+        before = said()
+    smidgen.adapt(base.model, method, target_modules=list(base.targets))
+    with torch.no_grad():
+        assert torch.equal(said(), before)
+    rate = {"svfit": 0.05, "tlora": 0.02, "loldu": 0.05}[method]
+    optimizer, losses = torch.optim.AdamW([p for p in base.model.parameters() if p.requires_grad], rate), []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append((said() - target).square().mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_every_block_is_adapted(folder):
+    base = load_base(str(folder))
+    blocks = {
+        f"{name}.{number}" for name, many in base.model.named_children() if "blocks" in name or name == "layers"
+        for number in range(len(many))
+    }  # fmt: skip
+    assert blocks <= {".".join(target.split(".")[:2]) for target in base.targets}
+    assert all(isinstance(base.model.get_submodule(name), torch.nn.Linear) for name in base.targets)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_is_as_dense_as_in_diffusers_training_scripts(shift):
+    """Their ``compute_density_for_timestep_sampling`` and the scheduler's own table of sigmas, quantile by quantile."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    torch.manual_seed(0)
+    u = compute_density_for_timestep_sampling("logit_normal", 40_000, logit_mean=0.0, logit_std=1.0)
+    theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
+    quantiles = torch.linspace(0.02, 0.98, 25)
+    ours = schedule_of(scheduler).levels(quantiles)
+    torch.testing.assert_close(ours, theirs.quantile(quantiles), atol=0.015, rtol=0)
+    assert schedule_of(scheduler).levels(torch.tensor([0.0, 1.0])).isfinite().all()
+
+
+def test_the_loss_is_that_of_diffusers_training_script(folder):
+    """sigma from the scheduler's table, (1 - sigma) x + sigma noise, the squared error to noise - x, unweighted."""
+    base = load_base(str(folder))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    g, rows = torch.Generator().manual_seed(0), 3
+    shape = (rows, *base.latent_shape(SIZE))
+    mean, noise = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    prompts = base.encode_prompts(["a red person", "a person", "a person, smiling"])
+    timesteps = scheduler.timesteps[torch.tensor([100, 500, 900])]  # as the scripts index it
+    sigmas = scheduler.sigmas[torch.tensor([100, 500, 900])].reshape(-1, 1, 1, 1)
+    noisy, target = (1 - sigmas) * mean + sigmas * noise, noise - mean
+    with torch.no_grad():
+        wanted = (base.predict(base.model, noisy, base.schedule.timesteps(timesteps / 1000), prompts) - target).square()
+    names = ("a", "b", "c")
+    task = PersonalizeTask(Encoded(mean, torch.zeros_like(mean), prompts, names), base, batch_size=rows)
+    batch = {
+        "latents": mean,
+        "noise": noise,
+        "prompts": prompts,
+        "levels": timesteps / 1000,
+        "weights": torch.ones(rows) / rows,
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(task.loss(base.model, batch), wanted.mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_base_in_edms_noise_is_trained_in_it(prediction):
+    """Playground v2.5: what its own scheduler makes of the target is the image, at every noise level."""
+    scheduler = diffusers.EDMEulerScheduler(prediction_type=prediction)
+    schedule = schedule_of(scheduler)
+    assert isinstance(schedule, EDMSchedule)
+    scheduler.set_timesteps(9)
+    levels = torch.linspace(1, 0, 9)
+    torch.testing.assert_close(schedule.timesteps(levels), scheduler.timesteps.float(), atol=1e-4, rtol=1e-4)
+    g = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(9, 4, 8, 8, generator=g) for _ in range(2))
+    seen, target = schedule.add_noise(latents, noise, schedule.timesteps(levels))
+    for row, sigma in enumerate(scheduler.sigmas[:9]):
+        noisy = latents[row] + sigma * noise[row]
+        torch.testing.assert_close(seen[row], scheduler.precondition_inputs(noisy, sigma), atol=1e-4, rtol=1e-4)
+        found = scheduler.precondition_outputs(noisy, target[row], sigma)
+        torch.testing.assert_close(found, latents[row], atol=1e-3, rtol=1e-3)
+    with pytest.raises(ConfigError, match="taught by EDM"):
+        schedule.snr_weights(torch.ones(1), 5.0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0),
+    lambda: diffusers.EulerDiscreteScheduler.from_config({"prediction_type": "epsilon"}),
+    lambda: diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0),
+    lambda: diffusers.EDMDPMSolverMultistepScheduler(),
+])  # fmt: skip
+def test_an_sdxl_is_trained_in_its_own_noise(make, tmp_path):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny.sdxl_folder(tmp_path / "sdxl"), scheduler=make())
+    base = StableDiffusionXL("sdxl", pipe)
+    levels = torch.tensor([0.2, 0.8])
+    prompts, latents = base.encode_prompts(["a person"] * 2), torch.randn(2, *base.latent_shape(16))
+    timesteps = base.schedule.timesteps(levels)
+    noisy, target = base.schedule.add_noise(latents, torch.randn(latents.shape), timesteps)
+    said = base.predict(base.model, noisy, timesteps, prompts)
+    assert said.shape == target.shape and said.isfinite().all()
+    if isinstance(base.schedule, FlowSchedule):
+        assert base.schedule.shift == 2.0 and timesteps.tolist() == [200.0, 800.0]
+
+
+def test_a_vae_with_moments_of_its_own_is_standardised_by_them(tmp_path):
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny.sdxl_folder(tmp_path / "sdxl"))
+    pipe.vae.register_to_config(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 3.0, 4.0])
+    base = StableDiffusionXL("sdxl", pipe)
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    mean, _ = base.encode_images(pixels)
+    with torch.no_grad():
+        raw = pipe.vae.encode(pixels).latent_dist.mean
+    moments = (torch.tensor(values).reshape(1, -1, 1, 1) for values in ([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 3.0, 4.0]))
+    shift, std = moments
+    torch.testing.assert_close(mean, (raw - shift) * pipe.vae.config.scaling_factor / std)
+
+
+@pytest.mark.parametrize("quantize", ["int8-torchao", "fp8"])
+@pytest.mark.parametrize("family", ["flux2-klein", pytest.param("qwen-image", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["svfit", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_quantised_base_is_trained_on(family, quantize, method, tmp_path):
+    folder = tiny_flow.flow_folder(family, tmp_path / family)
+    made = settings(folder, tiny.pictures(tmp_path / "pictures", size=SIZE), tmp_path / "out", method)
+    assert personalize(replace(made, quantize=quantize), progress=False).verified
+    base = load_base(str(folder), quantize=quantize)
+    weight = base.model.get_submodule(base.targets[0]).weight
+    assert weight.dtype == torch.float8_e4m3fn if quantize == "fp8" else "Int8" in type(weight).__name__
+    smidgen.load(base.model, tmp_path / "out")
+    assert smidgen.verify(base.model, tmp_path / "out").ok
+
+
+def test_quantising_says_what_it_lacks(tmp_path):
+    folder = str(tiny_flow.flow_folder("z-image", tmp_path / "z"))
+    with pytest.raises(ConfigError, match=r"cannot be quantised as 'nf5'\. Did you mean 'nf4'"):
+        load_base(folder, quantize="nf5")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"asks for a GPU.*int8-torchao or fp8"):
+            load_base(folder, quantize="nf4")
+
+
+def test_prompts_are_encoded_and_their_encoders_gone_before_the_transformer_is_read(folder):
+    base, whole = load_base(str(folder), text_first=True), load_base(str(folder))
+    assert base.pipe.transformer is None
+    prompts = base.encode_prompts(["a red person"])
+    latents = base.encode_images(torch.zeros(1, 3, SIZE, SIZE))[0]
+    assert base.pipe.transformer is None
+    base.release_encoders(keep_vae=True)
+    options = {"negative": prompts, "steps": 2, "guidance": 0.0, "size": SIZE}
+    assert torch.equal(base.draw_latents(prompts, [0], **options), whole.draw_latents(prompts, [0], **options))
+    assert base.fingerprint() == whole.fingerprint() and latents.shape[1:] == base.latent_shape(SIZE)
