@@ -37,8 +37,8 @@ RELOADED = "model.safetensors"  # what Trainer reloads a model from that is no P
 _ours: ContextVar[bool] = ContextVar("smidgen_adapter", default=False)
 
 
-def follow() -> None:
-    """Teaches transformers' adapter methods about adapters of ours; idempotent."""
+def follow(load: Callable[..., Any]) -> None:
+    """Teaches transformers' adapter methods about adapters of ours, which ``load`` reads; idempotent."""
     from transformers.integrations import peft as host
 
     mixin = host.PeftAdapterMixin
@@ -54,7 +54,7 @@ def follow() -> None:
     host.check_peft_version = check_unless_ours
     for name in METHODS:
         setattr(mixin, name, _unchecked(getattr(mixin, name)))
-    mixin.load_adapter = _reading_ours(mixin.load_adapter)
+    mixin.load_adapter = _reading_ours(mixin.load_adapter, load)
 
 
 def _unchecked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,8 +75,8 @@ def _unchecked(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _reading_ours(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_adapter`` that leaves a folder of ours to the one reader of ours."""
+def _reading_ours(method: Callable[..., Any], load: Callable[..., Any]) -> Callable[..., Any]:
+    """``load_adapter`` that leaves a folder of ours to the one reader of ours, ``load``."""
 
     @functools.wraps(method)
     def load_adapter(
@@ -86,10 +86,8 @@ def _reading_ours(method: Callable[..., Any]) -> Callable[..., Any]:
         folder = None if args or kwargs.get("adapter_state_dict") is not None else _folder_of_ours(named, kwargs)
         if folder is None:
             return method(self, peft_model_id, adapter_name, *args, **kwargs)
-        from smidgen.adapters import api
-
         name = adapter_name or "default"
-        api.load(self, folder, name)
+        load(self, folder, name)
         if not kwargs.get("is_trainable", False):
             self.eval()
             for part in (*tuner_layers(self, name).values(), *saved_modules(self, name).values()):
