@@ -226,6 +226,8 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
         _verify_carried(model, carried, own, tensors, report)
         if report.adapter_name is not None:
             _verify_pass(model, report.adapter_name, inputs, whole, report)
+            if left_out := unsaved(model, report.adapter_name):
+                report.fail(say_unsaved(left_out, report.adapter_name))
         return report
     flags = [(p, p.requires_grad) for p in model.parameters()]
     taken = set(api.names(model))
@@ -323,8 +325,6 @@ def _verify_carried(
         report.fail(f"Adapters are switched off at {len(disabled)} of {len(layers)} layers.")
     if silent:
         report.fail(f"Adapter {same[0]!r} has strength 0 at {len(silent)} of {len(layers)} layers.")
-    if left_out := unsaved(model, same[0]):
-        report.fail(say_unsaved(left_out, same[0]))
     _verify_layers(model, same[0], own, report)
 
 

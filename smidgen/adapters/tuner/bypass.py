@@ -56,6 +56,11 @@ def bypassed(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def is_fused(parameter: str) -> bool:
+    """Whether a parameter is of a projection that diffusers made by fusing others: a copy, which nobody trains."""
+    return parameter.rpartition(".")[0].rpartition(".")[2] in _FUSED
+
+
 def _uses_fused(owner: nn.Module) -> bool:
     """Whether a diffusers attention runs on its fused projections; older ones keep them after they are unfused."""
     if "Fused" in type(getattr(owner, "processor", None)).__name__:

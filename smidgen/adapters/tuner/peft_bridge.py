@@ -868,7 +868,11 @@ def unsaved(model: nn.Module, adapter_name: str) -> list[str]:
     brought += [bank for layer in adapted_layers(model).values() for bank in layer.banks.values()]
     brought += _bare_heads(model, adapter_name).values()
     saved = {id(p) for p in adapter_parameters(model)} | {id(p) for m in brought for p in m.parameters()}
-    return [n.removeprefix(_WRAP) for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    return [
+        n.removeprefix(_WRAP)
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in saved and not bypass.is_fused(n)
+    ]
 
 
 def check_saved(model: nn.Module, adapter_name: str) -> None:
