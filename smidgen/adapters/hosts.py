@@ -68,6 +68,9 @@ def _unchecked(method: Callable[..., Any]) -> Callable[..., Any]:
             found = method(self, *args, **kwargs)
         finally:
             _ours.reset(token)
+        if method.__name__ == "enable_adapters":  # transformers switches heads off with the layers, but not on again
+            for head in saved_modules(self).values():
+                head.enable_adapters(True)
         if method.__name__ == "add_adapter":
             follow_trainer(self)
         return found

@@ -64,6 +64,7 @@ def test_saved_and_read_by_transformers_own_calls(put: str, tmp_path: Path) -> N
     model.disable_adapters()
     testing.same(logits(model), plain, "disable_adapters")
     model.enable_adapters()
+    testing.same(logits(model), wanted, "enable_adapters, head included")
     model.save_pretrained(tmp_path / "adapter")
     assert smidgen.verify(model, tmp_path / "adapter").ok
 

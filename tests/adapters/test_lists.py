@@ -100,7 +100,7 @@ def test_modules_to_save_that_cannot_be_wrapped() -> None:
         ({"target_modules": "all-linear", "exclude_modules": ["q_proj", "lm_head"]}, 4),
         ({"layers_to_transform": [0, 2]}, 4),
         ({"layers_to_transform": 1, "layers_pattern": "layers"}, 2),
-        ({"rank_pattern": {"layers.1.v_proj": 3, r"layers\.[02]\.q_proj": 2}}, 6),
+        ({"rank_pattern": {"layers.1.v_proj": 3, "layers.0.q_proj": 2}}, 6),
         ({"modules_to_save": ["lm_head"]}, 6),
     ],
     ids=str,
