@@ -218,6 +218,7 @@ def test_a_host_that_saves_the_model_in_it_is_refused_before_training(tmp_path: 
 
 def test_sentence_transformers(tmp_path: Path) -> None:
     st = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
     letters = list("abcdefghijklmnopqrstuvwxyz")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]))
@@ -225,8 +226,8 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     bert().bert.save_pretrained(tmp_path / "base")
 
     def base() -> Any:
-        words = st.models.Transformer(str(tmp_path / "base"))
-        return st.SentenceTransformer(modules=[words, st.models.Pooling(16)], device="cpu")
+        words = models.Transformer(str(tmp_path / "base"))
+        return st.SentenceTransformer(modules=[words, models.Pooling(16)], device="cpu")
 
     texts, model = ["a b", "c d e"], base()
     model.add_adapter(config())

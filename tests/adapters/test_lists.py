@@ -73,7 +73,7 @@ def test_a_name_that_means_nothing(options: dict[str, Any], match: str) -> None:
         (IA3Config(target_modules=["q_prj"], feedforward_modules=[]), r"target_modules.*Did you mean 'q_proj'"),
         (LoraConfig(target_modules=["q_proj"], modules_to_save=["extra"]), "peft refuses its own LoraConfig.*ModuleList"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.peft_type.value,
 )  # fmt: skip
 def test_a_name_that_means_nothing_in_a_config_of_pefts(config: Any, match: str) -> None:
     model = Model()
