@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import smidgen
 from benchmarks._harness import write_result
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 
 
 def int8_per_row(weight: Tensor) -> Tensor:

@@ -23,7 +23,11 @@ from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
 from smidgen.adapters.tuner import patterns, sharing
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.base import check_base
+from smidgen.adapters.tuner.building import slot_layout
 from smidgen.adapters.tuner.canary import check_deltas
+from smidgen.adapters.tuner.carried import adapted_layers, adapter_parameters, check_mergeable, tuner_layers
 from smidgen.adapters.tuner.config import (
     PEFT_TYPE_NAME,
     SmidgenConfig,
@@ -34,31 +38,12 @@ from smidgen.adapters.tuner.config import (
 )
 from smidgen.adapters.tuner.coverage import SMALL, coverage, gaps
 from smidgen.adapters.tuner.defaults import default_targets
+from smidgen.adapters.tuner.heads import base_heads, check_saved, head_tensors, saved_modules
+from smidgen.adapters.tuner.injection import inject, peft_tensors, put_peft_tensors, remove
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
-from smidgen.adapters.tuner.peft_bridge import (
-    AdaptedLayer,
-    adapted_layers,
-    adapter_parameters,
-    base_heads,
-    check_base,
-    check_mergeable,
-    check_saved,
-    file_tensors,
-    head_tensors,
-    inject,
-    matched_layers,
-    numbers,
-    outside_adapters,
-    peft_tensors,
-    put_peft_tensors,
-    remove,
-    saved_modules,
-    settle,
-    slot_layout,
-    stamp,
-    tuner_layers,
-)
+from smidgen.adapters.tuner.matching import matched_layers, outside_adapters
 from smidgen.adapters.tuner.shards import in_pieces, one_writer, unwrapped
+from smidgen.adapters.tuner.stored import file_tensors, numbers, settle, stamp
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, did_you_mean
 
 logger = logging.getLogger("smidgen")

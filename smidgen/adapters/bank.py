@@ -22,18 +22,15 @@ from torch import Tensor, nn
 from smidgen.adapters import api
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.tuner import calls
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.building import make_slot, members_of
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import is_stack
-from smidgen.adapters.tuner.peft_bridge import (
-    AdaptedLayer,
-    adapted_layers,
-    make_slot,
-    members_of,
-    saved_modules,
-    stored_tensors,
-)
+from smidgen.adapters.tuner.heads import saved_modules
 from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
+from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError, did_you_mean
 
 Row = str | None | Sequence[str]

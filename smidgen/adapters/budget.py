@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.base_groups import Part
 from smidgen.adapters.tuner import patterns
+from smidgen.adapters.tuner.base import base_matrices, base_parts, rest_of
+from smidgen.adapters.tuner.building import slot_layout
 from smidgen.adapters.tuner.config import SmidgenConfig, config
-from smidgen.adapters.tuner.peft_bridge import base_matrices, base_parts, matched_layers, rest_of, slot_layout
+from smidgen.adapters.tuner.matching import matched_layers
 from smidgen.errors import ConfigError
 
 logger = logging.getLogger("smidgen")

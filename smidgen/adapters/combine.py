@@ -26,9 +26,9 @@ from smidgen.adapters.member import Residual, build
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.residuals.low_rank import LowRank
 from smidgen.adapters.transforms import TRANSFORMS
+from smidgen.adapters.tuner.building import rank_at
 from smidgen.adapters.tuner.canary import read_canary
 from smidgen.adapters.tuner.config import SmidgenConfig
-from smidgen.adapters.tuner.peft_bridge import rank_at
 from smidgen.errors import SmidgenError
 
 logger = logging.getLogger("smidgen")

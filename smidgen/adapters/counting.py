@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from smidgen.adapters.api import default_targets
+from smidgen.adapters.tuner.building import members_of
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.config import config as make_config
 from smidgen.adapters.tuner.experts import close_stacks
-from smidgen.adapters.tuner.peft_bridge import matched_layers, members_of
+from smidgen.adapters.tuner.matching import matched_layers
 from smidgen.adapters.tuner.targets import check_layer, parse_energy
 from smidgen.errors import ConfigError
 

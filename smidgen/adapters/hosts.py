@@ -22,8 +22,9 @@ from torch import nn
 
 from smidgen.adapters.atomic import new_file
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config
+from smidgen.adapters.tuner.carried import adapter_parameters, tuner_layers
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
-from smidgen.adapters.tuner.peft_bridge import adapter_parameters, saved_modules, tuner_layers
+from smidgen.adapters.tuner.heads import saved_modules
 from smidgen.errors import SmidgenError, TargetError
 
 logger = logging.getLogger("smidgen")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api
 from smidgen.adapters.example_inputs import Example, examples
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, model_keys, tuner_layers
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.carried import model_keys, tuner_layers
 
 Inputs = tuple[Any, ...] | Mapping[str, Any] | Callable[[Any], Any]
 

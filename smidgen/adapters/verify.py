@@ -21,6 +21,8 @@ from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.base import base_matrices, compare_base, travels
 from smidgen.adapters.tuner.canary import (
     CANARY_CAST,
     CANARY_SAME,
@@ -31,25 +33,14 @@ from smidgen.adapters.tuner.canary import (
     moving_advice,
     read_canary,
 )
+from smidgen.adapters.tuner.carried import adapted_layers, tuner_layers
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.experts import is_stack
+from smidgen.adapters.tuner.heads import head_tensors, saved_modules, say_unsaved, unsaved
+from smidgen.adapters.tuner.injection import peft_tensors, remove
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
-from smidgen.adapters.tuner.peft_bridge import (
-    AdaptedLayer,
-    adapted_layers,
-    base_matrices,
-    compare_base,
-    head_tensors,
-    peft_tensors,
-    remove,
-    saved_modules,
-    say_unsaved,
-    stored_tensors,
-    travels,
-    tuner_layers,
-    unsaved,
-)
+from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError
 
 # Largest relative error of a layer's output shift against x @ delta^T, and the output rounding allowed besides.

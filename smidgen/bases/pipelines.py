@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.methods import Kind
-from smidgen.adapters.tuner.peft_bridge import fingerprint
+from smidgen.adapters.tuner.base import fingerprint
 from smidgen.bases.protocol import Prompts, Sampling, Schedule
 from smidgen.bases.schedules import schedule_of
 from smidgen.errors import ConfigError, MissingExtraError, did_you_mean

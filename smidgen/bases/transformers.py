@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.api import default_targets
 from smidgen.adapters.methods import Kind
-from smidgen.adapters.tuner.peft_bridge import fingerprint
+from smidgen.adapters.tuner.base import fingerprint
 from smidgen.bases.packaged import debug
 from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.training.quiet import quiet

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import smidgen
 from smidgen.adapters.bank import Bank
 from smidgen.adapters.methods import Rates
-from smidgen.adapters.tuner.peft_bridge import remove
+from smidgen.adapters.tuner.injection import remove
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer, adapted_layer
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import is_stack
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer, adapted_layer, adapted_layers
 from smidgen.errors import BaseLockError, SmidgenError
 from smidgen.testing.samples import (
     adapted,

@@ -14,9 +14,9 @@ import smidgen
 from smidgen.adapters.methods import METHODS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
+from smidgen.adapters.tuner.building import make_slot
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import ExpertStack
-from smidgen.adapters.tuner.peft_bridge import make_slot
 from smidgen.errors import ConfigError
 
 # Largest difference allowed, relative to the largest number of the reference, by dtype of the computation.

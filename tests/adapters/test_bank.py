@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.rows import LowRankShift
 from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.errors import SmidgenError

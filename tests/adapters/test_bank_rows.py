@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
+from smidgen.adapters.tuner.carried import adapted_layers
+from smidgen.adapters.tuner.injection import remove
 from smidgen.errors import SmidgenError
 from tests.training import tiny
 

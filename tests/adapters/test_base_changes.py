@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import smidgen
 from smidgen import testing
 from smidgen.adapters.checkpoint import base_groups, base_lock
-from smidgen.adapters.tuner.peft_bridge import base_parts, fingerprint
+from smidgen.adapters.tuner.base import base_parts, fingerprint
 from smidgen.errors import BaseLockError
 
 tf = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import TargetError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

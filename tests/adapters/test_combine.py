@@ -12,7 +12,7 @@ import smidgen
 from smidgen import testing
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import SmidgenError
 
 WEIGHTS = [0.3, -1.2, 0.5]

@@ -10,7 +10,7 @@ from torch import nn
 import smidgen
 from smidgen import testing
 from smidgen.adapters import methods
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import ConfigError, SmidgenError
 
 

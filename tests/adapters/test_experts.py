@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import smidgen
 from smidgen import testing
 from smidgen.adapters.tuner import experts
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import BaseLockError, ConfigError, SmidgenError, TargetError
 
 from .test_coverage import tiny

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import smidgen
 from smidgen import testing
 from smidgen.adapters.hosts import METHODS, RELOADED
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import TargetError
 
 IDS = torch.arange(3, 11)[None]

@@ -14,7 +14,7 @@ import smidgen
 from smidgen import testing
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.methods import METHODS
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import SmidgenError, TargetError
 
 from .helpers import Net, inputs, trained, unet

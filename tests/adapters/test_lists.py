@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers, tuner_layers
+from smidgen.adapters.tuner.carried import adapted_layers, tuner_layers
 from smidgen.errors import ConfigError, TargetError, did_you_mean
 
 from .helpers import Net

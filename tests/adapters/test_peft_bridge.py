@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import TESTED_PEFT, AdaptedLayer, adapted_layers
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.carried import adapted_layers
+from smidgen.adapters.tuner.peft_bridge import TESTED_PEFT
 from smidgen.errors import AdapterFileError, SmidgenError
 
 from .helpers import Net, inputs, trained

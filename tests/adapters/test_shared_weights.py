@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import AdapterFileError, SmidgenError, TargetError
 
 METHODS = ("svfit", "loldu", "lora", "tlora", "seeded")

@@ -199,7 +199,7 @@ def test_a_merged_neighbour_does_not_look_like_another_base(folder: Path) -> Non
     for p in net.parameters():
         if p.requires_grad:
             p.data *= 20
-    for layer in smidgen.adapters.tuner.peft_bridge.adapted_layers(net).values():
+    for layer in smidgen.adapters.tuner.carried.adapted_layers(net).values():
         layer.merge()
     smidgen.load(net, folder, "mine")
     with smidgen.disabled(net):

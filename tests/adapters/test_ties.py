@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import smidgen
 from benchmarks.degenerate import REFUSED, disturbed, error, model, saved, weights
 from smidgen.adapters.linalg.ties import TIE, follow_ties, svd_with_ties
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import BaseLockError, ConfigError
 
 KINDS = weights(16)

@@ -42,7 +42,7 @@ def test_every_layer_kind(kind: str, method: str, tmp_path: Path) -> None:
 
 
 def switched_off(net: nn.Module) -> None:
-    for layer in smidgen.adapters.tuner.peft_bridge.adapted_layers(net).values():
+    for layer in smidgen.adapters.tuner.carried.adapted_layers(net).values():
         layer.enable_adapters(False)
 
 

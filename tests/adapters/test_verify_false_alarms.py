@@ -120,7 +120,7 @@ def test_a_model_cast_afterwards(method: str, dtype: torch.dtype, base: torch.dt
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_and_unmerged(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    from smidgen.adapters.tuner.peft_bridge import adapted_layers
+    from smidgen.adapters.tuner.carried import adapted_layers
 
     net = trained(method)
     smidgen.save(net, tmp_path)

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import smidgen
 from benchmarks import wrapping
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import SmidgenError, TargetError
 
 FAST = ["loldu", "tlora", "svfit"]

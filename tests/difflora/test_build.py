@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.bases.families import load_base
 from smidgen.difflora.weightspace.layout import layout_of
 from smidgen.difflora.zoo import build as build_module

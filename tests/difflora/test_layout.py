@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import smidgen
-from smidgen.adapters.tuner.peft_bridge import adapted_layers
+from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.difflora.weightspace.layout import Layout, check_model, write_adapter
 from smidgen.errors import AdapterFileError, BaseLockError, DataError
 

@@ -11,9 +11,9 @@ import torch
 import smidgen
 from smidgen import testing
 from smidgen.adapters.residuals.triangular import Triangular
+from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.kinds import LinearKind
 from smidgen.adapters.tuner.layer import ShiftLayer, Term
-from smidgen.adapters.tuner.peft_bridge import AdaptedLayer
 from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
 

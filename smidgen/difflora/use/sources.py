@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 import smidgen
-from smidgen.adapters.tuner.peft_bridge import adapted_layers, remove
+from smidgen.adapters.tuner.carried import adapted_layers
+from smidgen.adapters.tuner.injection import remove
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.use.folders import notes_of, read_photos, read_recipe
 from smidgen.difflora.use.sampler import Sampler

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.checkpoint import base_lock
-from smidgen.adapters.tuner.peft_bridge import adapted_layers, base_matrices, make_slot, remove
+from smidgen.adapters.tuner.base import base_matrices
+from smidgen.adapters.tuner.building import make_slot
+from smidgen.adapters.tuner.carried import adapted_layers
+from smidgen.adapters.tuner.injection import remove
 from smidgen.errors import AdapterFileError, BaseLockError, DataError, did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,0 +1,241 @@
+"""A base layer with adapters, as peft knows one: what it gives, merging, strengths; fused experts are one of their own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from smidgen.adapters.tuner import calls, experts, targets
+from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
+from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
+from smidgen.adapters.tuner.shards import whole
+from smidgen.adapters.tuner.slot import Slot
+from smidgen.errors import SmidgenError
+
+logger = logging.getLogger("smidgen")
+
+
+class AdaptedLayer(ShiftLayer, BaseTunerLayer):
+    """A base layer with adapters, as peft knows it: active adapters, merging, strengths, mixed batches."""
+
+    adapter_layer_names = ("smidgen_slots",)
+    other_param_names = ("scaling", "r")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        inner = self.get_base_layer()
+        kind = kind_of(inner)
+        if kind is None:
+            targets.check_layer(type(inner).__name__, inner)
+        assert kind is not None
+        try:
+            self.quantization_backend = resolve_quantization_backend(inner)
+        except ValueError:  # quantised by hand: peft knows no way to write its weight, and nothing here needs one
+            self.quantization_backend = None
+        self.in_features, self.out_features = kind.geometry(inner)[0], kind.geometry(inner)[1]
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._replaced: list[str] = []  # active when others were merged in their place
+        self.cast_input_dtype_enabled = True
+        self.kwargs: dict[str, Any] = {}
+        self.setup(kind, self._read, self._swap)
+        self.register_load_state_dict_post_hook(_make_factors)
+
+    def _read(self) -> Tensor:
+        """The base weight, fetched if accelerate has offloaded it, dequantised if it is quantised."""
+        refresh(self.get_base_layer())
+        weight = whole(self.get_base_weight())
+        offloaded = getattr(getattr(self.get_base_layer(), "_hf_hook", None), "weights_map", None)
+        if weight.is_meta and offloaded is not None:
+            weight = offloaded["weight"]
+        if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize == 1:
+            return weight.float()  # fp8, as layerwise casting keeps it
+        if not is_plain(weight):
+            dequantise = getattr(weight, "dequantize", None)
+            if dequantise is None:
+                raise SmidgenError(f"Cannot read the {weight.dtype} weight of a {type(self.base_layer).__name__}.")
+            weight = dequantise()
+        return weight
+
+    def _swap(self, weight: Tensor) -> Tensor:
+        layer = self.get_base_layer()
+        before = cast(Tensor, layer.weight)
+        if isinstance(before, nn.Parameter) and not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight, requires_grad=before.requires_grad)
+        layer.weight = weight
+        return before
+
+    def forward(
+        self, x: Tensor | None = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        if x is None:
+            x = cast(Tensor, kwargs.pop("input"))  # torch's own name for it, which AnimateDiff uses
+        if self.banks and not self.disable_adapters:
+            terms = calls.terms(self, x)
+            if terms is not None:
+                return self.law(x, terms, *args, **kwargs)
+        if adapter_names is not None:
+            self._check_mixed(x, adapter_names)
+            return self.mixed(x, adapter_names, *args, **kwargs)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = self.active_adapters
+        if self.merged:
+            beside = [n for n in names if n in self.smidgen_slots and n not in (*self.merged_adapters, *self._replaced)]
+            if not beside:
+                return self.base_layer(x, *args, **kwargs)
+            names = [*self.merged_adapters, *beside]
+        return self.shifted(x, names, *args, **kwargs)
+
+    def _check_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds deltas to the base weight in fp32, rounds once, keeps the original bits for :meth:`unmerge`.
+
+        Active adapters that are not merged go on beside the merged ones; where only inactive ones are merged, those take
+        the place of the active ones until they are unmerged, as in peft.
+
+        Warns when rounding to the weight's dtype loses more than 20 % of the update; with ``safe_merge`` refuses above
+        50 % and for non-finite results.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.smidgen_slots]
+        if not names:
+            return
+        self.check_mergeable()
+        merged, error = self.merged_weight([*self.merged_adapters, *names])
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        if error > MERGE_WARN:
+            text = (
+                f"Merging {', '.join(names)} into a {merged.dtype} weight loses {error:.0%} of the update to rounding; "
+                "keep the adapter unmerged or merge into fp32 weights."
+            )
+            if safe_merge and error > MERGE_REFUSE:
+                raise SmidgenError(text)
+            logger.warning(text)
+        self.put_merged(merged)
+        self.merged_adapters.extend(names)
+        if not set(self.active_adapters) & set(self.merged_adapters):
+            self._replaced = list(self.active_adapters)
+
+    def check_mergeable(self, name: str = "") -> None:
+        """Refuses a quantised weight, whose rounding swallows small updates, and one that is made anew for each call.
+
+        Raises:
+            SmidgenError: before anything is changed.
+        """
+        layer = self.get_base_layer()
+        weight, where = getattr(layer, "weight", None), f" at {name!r}" if name else ""
+        if not is_plain(weight):
+            raise SmidgenError(
+                f"Merging into a quantised weight{where} ({type(weight).__name__}, {getattr(weight, 'dtype', None)}, of a "
+                f"{type(layer).__name__}) would lose most of a small update to rounding; keep the adapter unmerged, or merge it "
+                "into the base in 16 or 32 bits."
+            )
+        if maker := computed(layer):
+            raise SmidgenError(
+                f"The weight of the {class_name(layer)}{where} is made anew for each call by {maker}, so nothing can be merged "
+                "into it; take that off first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
+                "prune.remove), or keep the adapter unmerged."
+            )
+
+    def unmerge(self) -> None:
+        """Puts the original bits of the base weight back."""
+        self.restore()
+        self.merged_adapters.clear()
+        self._replaced = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the layer.
+
+        Raises:
+            SmidgenError: it is merged, so that its update would stay.
+        """
+        if adapter_name in self.merged_adapters:
+            raise SmidgenError(
+                f"Adapter {adapter_name!r} is merged; unmerge it before it is deleted (unmerge_adapter)."
+            )
+        super().delete_adapter(adapter_name)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update of an adapter in the base weight's layout and dtype of the trained numbers, strength included."""
+        return self.delta_weight(adapter)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        slot = dict(self.smidgen_slots.items()).get(adapter_name)
+        return isinstance(slot, Slot) and slot.transform is None and isinstance(self.get_base_layer(), nn.Linear)
+
+    # ---- strengths, as diffusers calls them ------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets the strength of an adapter; the whole delta, transform included, is linear in it, but where ``nonneg`` clamps."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters, or puts it back to one."""
+        for name in self.active_adapters:
+            if name in self.scaling:
+                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
+
+    def __repr__(self) -> str:
+        return "smidgen." + super().__repr__()
+
+
+class AdaptedExperts(AdaptedLayer):
+    """Fused experts with adapters: called by the module that owns them, it gives the weight that its kernels are to use."""
+
+    def forward(self, *, adapter_names: Sequence[str] | None = None) -> Tensor:  # type: ignore[override]
+        if adapter_names is not None:
+            raise ValueError(
+                "Cannot pass `adapter_names` to adapters on fused experts: tokens of one row go to several experts, and an expert's "
+                "weight is one for the whole batch. Run one adapter at a time (smidgen.set_active)."
+            )
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer()  # type: ignore[no-any-return]
+        return self.shifted_weight(self.active_adapters)
+
+
+def adapted_layer(base: nn.Module) -> AdaptedLayer:
+    """A base layer, made ready for adapters."""
+    return (AdaptedExperts if isinstance(base, experts.ExpertStack) else AdaptedLayer)(base)
+
+
+def _make_factors(layer: nn.Module, _keys: Any) -> None:
+    """After a state dict was loaded: factors are made at once, so that whatever traces the model next finds them."""
+    for name, slot in cast(AdaptedLayer, layer).smidgen_slots.items():
+        if isinstance(slot, Slot) and not (slot.ready or slot.awaits_file or slot.emptied):
+            cast(AdaptedLayer, layer).slot(name)
+
+
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is an ordinary floating-point tensor, not a quantised or fp8 one."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
