@@ -1,6 +1,7 @@
 """Everything peft, transformers and users of theirs do with an adapter, on tiny random models.
 
-Holds for the peft versions of ``TESTED_PEFT``; ``test_private_names`` lists what the bridge uses of peft's inside.
+Holds for the peft versions of ``TESTED_PEFT``; ``test_private_names`` lists what the tuner's folder, and no
+other, uses of peft's inside.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -331,27 +333,37 @@ def test_private_names() -> None:
     assert peft.__version__ in TESTED_PEFT, (
         f"run tests/conformance on peft {peft.__version__} and add it to TESTED_PEFT"
     )
-    for module, name in (
-        (peft.mapping, "PEFT_TYPE_TO_CONFIG_MAPPING"),
-        (peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING"),
-        (peft.mapping, "PEFT_TYPE_TO_PREFIX_MAPPING"),
-        (tuners_utils, "check_adapters_to_merge"),
-        (tuners_utils.BaseTuner, "_prepare_model"),
-        (tuners_utils.BaseTuner, "uses_shared_state"),
-        (tuners_utils.BaseTuner, "_create_and_replace"),
-        (tuners_utils.BaseTuner, "_replace_module"),
-        (tuners_utils.BaseTuner, "_check_target_module_exists"),
-        (peft.PeftModel, "_enable_peft_forward_hooks"),
-        (tuners_utils.BaseTuner, "_get_adapter_state_dict"),
-        (tuners_utils.BaseTuner, "_remove_adapter_name_from_key"),
-        (tuners_utils.BaseTuner, "_remap_adapter_state_dict_for_load"),
-        (tuners_utils.BaseTunerLayer, "_move_adapter_to_device_of_base_layer"),
-        (tuners_utils.BaseTunerLayer, "get_base_weight"),
-        (tuners_utils.BaseTunerLayer, "set_base_weight"),
-        (other, "ModulesToSaveWrapper"),
-        (other, "get_pattern_key"),
-    ):
-        assert hasattr(module, name), f"peft {peft.__version__} has no {module.__name__}.{name} any more"
+    names = {
+        tuners_utils: ["check_adapters_to_merge"],
+        tuners_utils.BaseTuner: [
+            "_prepare_model",
+            "_check_target_module_exists",
+            "_create_and_replace",
+            "_replace_module",
+            "_check_merge_allowed",
+            "_unload_and_optionally_merge",
+            "_cast_adapter_dtype",
+            "_get_adapter_state_dict",
+            "_remove_adapter_name_from_key",
+            "_remap_adapter_state_dict_for_load",
+            "uses_shared_state",
+        ],
+        tuners_utils.BaseTunerLayer: ["_move_adapter_to_device_of_base_layer", "get_base_weight"],
+        peft.PeftModel: ["_enable_peft_forward_hooks"],
+        peft.utils: ["resolve_quantization_backend"],
+        other: ["AuxiliaryTrainingWrapper", "get_pattern_key"],
+        other.AuxiliaryTrainingWrapper: ["adapter_state_dict_load_map"],
+    }
+    for owner, own in names.items():
+        for name in own:
+            assert hasattr(owner, name), f"peft {peft.__version__} has no {owner.__name__}.{name} any more"
+    for table in ("CONFIG", "TUNER", "PREFIX"):
+        assert hasattr(peft.mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
+    package = Path(smidgen.__file__).parent
+    texts = {path.relative_to(package): path.read_text() for path in package.rglob("*.py")}
+    for name in (name for own in names.values() for name in own):
+        users = {path for path, text in texts.items() if re.search(rf"\b{name}\b", text)}
+        assert users and all(path.parts[:2] == ("adapters", "tuner") for path in users), (name, users)
 
 
 def test_registering_again_changes_nothing() -> None:

@@ -1,9 +1,9 @@
 """Sitting on peft: the tuner that peft calls, and the type that peft knows it by.
 
-Holds for peft 0.21.0 to 0.21.2 (``TESTED_PEFT``). The names that peft keeps to itself are used in this folder alone;
-tests/adapters/test_peft_bridge.py lists them. peft has
-no registry for tuners from outside, so the type is written into its mappings as a namespaced ``str``; adapters then
-work through get_peft_model, PeftModel, transformers' add_adapter and diffusers' add_adapter alike.
+Holds for peft 0.21.0 to 0.21.2 (``TESTED_PEFT``). peft has no registry for tuners from outside, so the type is written
+into its mappings as a namespaced ``str``; adapters then work through get_peft_model, PeftModel, transformers' add_adapter
+and diffusers' add_adapter alike. peft's private names are used in this folder alone; tests/adapters/test_peft_bridge.py
+lists them.
 """
 
 from __future__ import annotations
