@@ -115,7 +115,7 @@ def test_targets_that_other_options_leave_out() -> None:
         ({"ranks": 3}, "Option ranks=3"),
         ({"alpha": 2.0, "scaling": "rs"}, "'plain'"),
         ({"relativ": True}, "Did you mean 'relative'"),
-        ({"alpha": "two"}, "wrong type"),
+        ({"alpha": "two"}, "alpha must be a finite number"),
         ({"target_modules": "("}, "no regular expression"),
         ({"rank_pattern": {"*": 3}}, "is a regular expression"),
     ],
