@@ -15,7 +15,7 @@ from smidgen import testing
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.methods import METHODS
 from smidgen.adapters.tuner.carried import adapted_layers
-from smidgen.errors import SmidgenError, TargetError
+from smidgen.errors import BaseLockError, SmidgenError, TargetError
 
 from .helpers import Net, inputs, trained, unet
 
@@ -193,6 +193,10 @@ def test_an_adapter_of_the_full_base_moves_to_its_quantised_copy(
 ) -> None:
     net = trained("loldu", net=Net(width=64), r=8)
     smidgen.save(net, tmp_path)
+    if quantise is bitsandbytes_nf4:  # four bits are too few to make these factors again
+        with pytest.raises(BaseLockError, match=r"deltas that differ by 1\d.*store_factors=True"):
+            smidgen.load(quantise(Net(width=64)), tmp_path)
+        smidgen.save(net, tmp_path, store_factors=True)
     with caplog.at_level("WARNING", "smidgen"):
         loaded = smidgen.load(quantise(Net(width=64)), tmp_path)
     assert "base weights differ by" in caplog.text
