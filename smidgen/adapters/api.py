@@ -22,7 +22,7 @@ from smidgen.adapters import hosts
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
-from smidgen.adapters.tuner import patterns, sharing
+from smidgen.adapters.tuner import patterns, renames, sharing
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.base import check_base
 from smidgen.adapters.tuner.building import slot_layout
@@ -317,7 +317,8 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
     own, tensors = read_adapter(path)
     if own.checksum:
         own.mark_current().checksum = None  # what is trained from here on are other numbers
-    unpacked, heads = _fit(model, own, tensors, str(path))
+    called = renames.follow(own, model)
+    unpacked, heads = _fit(model, own, tensors, str(path), called)
 
     def put_in() -> None:
         inject(model, own, adapter_name)
@@ -325,7 +326,7 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
         for name, layer in adapted_layers(model, adapter_name).items():
             layer.smidgen_slots[adapter_name].fill(unpacked[name])  # type: ignore[operator]
             layer.slot(adapter_name)
-        check_deltas(own, adapted_layers(model, adapter_name), adapter_name)
+        check_deltas(own, renames.in_file(called, adapted_layers(model, adapter_name)), adapter_name)
         with torch.no_grad():
             for name, tensor in head_tensors(model, adapter_name).items():
                 tensor.copy_(heads[name])
@@ -355,20 +356,24 @@ def _checked_of_peft(model: nn.Module, path: Path, adapter_name: str) -> Callabl
 
 
 def _fit(
-    model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str
+    model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str, called: Mapping[str, str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Checks a file against a model without touching it: (tensors by target, heads in modules_to_save)."""
+    """Checks a file against a model without touching it: (tensors by target, heads in modules_to_save). ``called`` are the
+    names that targets have in the file, where they are others (:func:`renames.follow`)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     patterns.name_modules(own, list(outside_adapters(inner)))
     chosen = matched_layers(None, own, inner)
     check_base(own, chosen, inner)
-    layout = {name: slot_layout(own, layer, name) for name, layer in chosen.items()}
+    if called:
+        logger.warning("%s: %s", where, renames.words(called))
+    layout = renames.in_file(called, {name: slot_layout(own, layer, name) for name, layer in chosen.items()})
     heads = base_heads(inner, own)
     packing.check_names(tensors, {name for own in layout.values() for name in own} | heads.keys(), where)
     for name, wanted in heads.items():
         packing.check_tensor(name, tensors[name], tuple(wanted.shape), wanted.dtype, where)
     packed = {k: v for k, v in tensors.items() if k not in heads}
-    return packing.unpack(packed, layout, where), {k: tensors[k] for k in heads}
+    unpacked = packing.unpack(packed, layout, where)
+    return {name: unpacked[called.get(name, name)] for name in chosen}, {k: tensors[k] for k in heads}
 
 
 # ---- what a model carries --------------------------------------------------------------------------------------------

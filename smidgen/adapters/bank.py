@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api
 from smidgen.adapters.checkpoint import packing
-from smidgen.adapters.tuner import calls
+from smidgen.adapters.tuner import calls, renames
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.building import make_slot, members_of
 from smidgen.adapters.tuner.carried import adapted_layers
@@ -341,13 +341,14 @@ class Bank:
     def _from_file(self, path: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, float], str]:
         """The same of an adapter folder; the base is checked against the file's lock once for each lock."""
         own, packed = api.read_adapter(path)
+        called = renames.follow(own, self._base())
         for target, layer in self.layers.items():
             members = members_of(own, layer.get_base_layer(), target)
             if reason := _unlike(self.slots[target], members.transform, members.residual):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         lock = json.dumps(own.base_lock, sort_keys=True)
         checked = replace(own, base_lock=None) if lock in self._locks else own
-        tensors, stored = api._fit(self._base(), checked, packed, str(path))
+        tensors, stored = api._fit(self._base(), checked, packed, str(path), called)
         self._locks.add(lock)
         if tensors.keys() != self.layers.keys():
             return {}, {}, {}, f" at {min(tensors.keys() ^ self.layers.keys())!r}: only one of the two is there"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from smidgen.adapters import api, passes
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
 from smidgen.adapters.passes import Inputs
-from smidgen.adapters.tuner import bypass
+from smidgen.adapters.tuner import bypass, renames
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.base import base_matrices, compare_base, travels
 from smidgen.adapters.tuner.canary import (
@@ -225,7 +225,7 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
     name = next(name for k in range(len(taken) + 1) if (name := f"verify{k or ''}") not in taken)
     try:
         api.load(model, path, adapter_name=name)
-        _verify_layers(model, name, own, report)
+        _verify_layers(model, name, own, report, {} if own is None else renames.follow(own, model))
         _verify_pass(model, name, inputs, whole, report)
     except SmidgenError as error:
         report.fail(str(error))
@@ -301,7 +301,8 @@ def _some(names: list[str], most: int = 6) -> str:
 def _verify_carried(
     model: nn.Module, carried: list[str], own: SmidgenConfig | None, tensors: dict[str, Tensor], report: VerifyReport
 ) -> None:
-    same = [name for name in carried if _holds(model, name, own, tensors)]
+    called = {} if own is None else renames.follow(own, model)
+    same = [name for name in carried if _holds(model, name, own, tensors, called)]
     if not same:
         report.fail(f"None of the model's adapters ({', '.join(carried)}) holds the numbers of this file.")
         return
@@ -316,13 +317,15 @@ def _verify_carried(
         report.fail(f"Adapters are switched off at {len(disabled)} of {len(layers)} layers.")
     if silent:
         report.fail(f"Adapter {same[0]!r} has strength 0 at {len(silent)} of {len(layers)} layers.")
-    _verify_layers(model, same[0], own, report)
+    _verify_layers(model, same[0], own, report, called)
 
 
-def _holds(model: nn.Module, name: str, own: SmidgenConfig | None, tensors: dict[str, Tensor]) -> bool:
+def _holds(
+    model: nn.Module, name: str, own: SmidgenConfig | None, tensors: dict[str, Tensor], called: Mapping[str, str]
+) -> bool:
     if own is not None:
         stored = {n: stored_tensors(lay, name, own.store_factors) for n, lay in adapted_layers(model, name).items()}
-        held = packing.pack(stored) | head_tensors(model, name)
+        held = packing.pack(renames.in_file(called, stored)) | head_tensors(model, name)
     else:
         held = peft_tensors(model, name)
     return held.keys() == tensors.keys() and all(_same_numbers(held[k].cpu(), tensors[k]) for k in held)
@@ -342,11 +345,15 @@ def _same_numbers(held: Tensor, file: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, report: VerifyReport) -> None:
+def _verify_layers(
+    model: nn.Module, name: str, own: SmidgenConfig | None, report: VerifyReport, called: Mapping[str, str]
+) -> None:
     report.layers = report.targets = len(tuner_layers(model, name))
     if own is None:  # the pass alone proves peft's
         return
     _verify_heads(model, name, own, report)
+    if called:
+        report.notes.append(renames.words(called))
     layers = adapted_layers(model, name)
     report.coverage = coverage(model, name)
     matrices = base_matrices(dict(layers))
@@ -359,8 +366,8 @@ def _verify_layers(model: nn.Module, name: str, own: SmidgenConfig | None, repor
         else:
             for problem in lock.problems:
                 report.fail(problem)
-    sketches = delta_sketches(layers, name)
-    for target, row in zip(sorted(layers), sketches, strict=True):
+    sketches = delta_sketches(renames.in_file(called, layers), name)
+    for target, row in zip(sorted(layers, key=lambda n: called.get(n, n)), sketches, strict=True):
         report.norms[target] = float(row[0] / matrices[target].float().norm().clamp(min=1e-30))
     if not bool(torch.isfinite(sketches).all()):
         report.fail("The adapter's deltas are not finite on this base.")

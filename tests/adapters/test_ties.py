@@ -72,6 +72,18 @@ def test_factors_along_ties_are_singular_vectors() -> None:
             assert not u[:, rank:].any() and not vh[rank:].any()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_deficient_rank_beyond_the_kept_values_is_told(axis: int) -> None:
+    w = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    w = torch.cat([w, w.flip(0)], 0) if axis == 0 else torch.cat([w, w], 1)
+    assert not len(svd_with_ties(w, 3)[3])  # as wide as its rank
+    twice = torch.cat([w, w], 1) if axis == 0 else torch.cat([w, w], 0)
+    u, s, vh, ties = svd_with_ties(twice, 3)
+    assert ties.tolist() == [3]
+    for one, other in zip((u, s, vh), follow_ties(twice, 3, ties), strict=True):
+        assert torch.allclose(one, other, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "ties", [[-1], [9], [2, 0, 1], [4, 0, 2, 1, 1], [4, 2, 1, 0], [4, 0, 9, 1, 2], [4, 0, 2, 1, 99], [4, 3]]
 )

@@ -168,6 +168,14 @@ def read_lock(lock: Mapping[str, Any]) -> Lock:
     return Lock(names, shapes, pooled, own, held, rest)
 
 
+def renamed(lock: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A lock of the same targets by other names (old -> new), in the same order, in which their probes are added up. What
+    it holds of the rest of the base goes by the old names and is left out."""
+    kept = read_lock(lock)
+    lines = [f"{names.get(n, n)} {' '.join(map(str, s))}" for n, s in zip(kept.targets, kept.shapes, strict=True)]
+    return {key: lock[key] for key in lock if key not in ("places", "rest")} | {"targets": _deflate("\n".join(lines))}
+
+
 def check_lock(
     lock: Mapping[str, Any] | None,
     matrices: Mapping[str, Tensor],

@@ -11,7 +11,9 @@ and Kahan; Stewart and Sun, *Matrix Perturbation Theory*, ch. V). LAPACK then re
 
 Rank, clusters and axes are the *ties* of a weight. They are chosen once, on the weight an adapter is made for, and kept
 with the adapter; whoever rebuilds the factors follows them and chooses nothing, so that a re-cast copy of the base,
-whose equal values have drifted apart, gives the same factors too. A weight without ties has none to keep.
+whose equal values have drifted apart, gives the same factors too. A weight without ties has none to keep. One whose rank
+is below min(rows, cols), repeated rows say, keeps its rank even where no kept value is tied: it marks a weight that does not
+determine its factors, of which a load asks more. That is looked for up to ``WIDEST``.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from smidgen.adapters.linalg.svd import leading, signs
 from smidgen.errors import ConfigError
 
+WIDEST = 2048  # min(rows, cols): beyond, the Cholesky factorisation that finds the rank would cost more than the rest
 TIE = 1e-5  # of the largest singular value: a hundred times what one rounding in fp32 moves
 
 
@@ -40,7 +43,7 @@ def svd_with_ties(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     rank = int((s > floor).sum())
     values = torch.cat([s[:rank], s.new_tensor([beyond] if rank == r and r < min(weight.shape) else [])])
     if rank == r and bool((values.diff().abs() > floor).all()):
-        return u, s, vh, torch.zeros(0, dtype=torch.int32)
+        return u, s, vh, torch.tensor([rank] if _deficient(weight, floor) else [], dtype=torch.int32)
     full, every, _ = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     found, start = [rank], 0
     while start < rank:
@@ -78,6 +81,17 @@ def follow_ties(weight: Tensor, r: int, ties: Tensor) -> tuple[Tensor, Tensor, T
         here = slice(start, start + len(axes))
         up[:, here], values[here], down[here] = left @ turn, s[start:stop].mean(), turn.mT @ right
     return up.float(), values.float(), down.float()
+
+
+def _deficient(weight: Tensor, floor: float) -> bool:
+    """Whether the least singular value of a weight is not above ``floor``: W W^T - floor^2 has no Cholesky factor."""
+    w = weight.detach().double()
+    gram = w @ w.mT if w.shape[0] <= w.shape[1] else w.mT @ w
+    if len(gram) > WIDEST:
+        return False
+    return bool(
+        torch.linalg.cholesky_ex(gram - floor**2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))[1]
+    )
 
 
 def _axes(basis: Tensor, count: int) -> list[int]:

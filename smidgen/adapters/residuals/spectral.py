@@ -47,7 +47,9 @@ class Spectral(DiagonalInBasis):
             return dict(zip(("up", "values", "down"), follow_ties(weight, self.r, ties), strict=True))
 
         plain = (
-            None if pins is not None and "ties" in pins else dict(cached(("svd with ties", self.r), weight, compute))
+            None
+            if pins is not None and "ties" in pins
+            else dict(cached(("svd with ties and rank", self.r), weight, compute))
         )
         ties = pins["ties"] if plain is None and pins is not None else plain.pop("ties")  # type: ignore[union-attr]
         if plain is not None and (pins is not None or not len(ties)):  # a file of before there were ties has none
