@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -266,6 +267,7 @@ def test_signals_end_a_command_and_take_back_what_it_began(capsys, tmp_path, sig
         with atomic.new_files(tmp_path / "out") as scratch:
             (scratch / "a").write_text("half")
             os.kill(os.getpid(), signum)
+            time.sleep(60)  # until another thread has passed the signal on
             raise AssertionError("not reached")
 
     assert ends.ended(command) == status and capsys.readouterr().err.startswith("smidgen: stopped")
