@@ -349,7 +349,7 @@ def law_file_damage(config: SmidgenConfig, kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, _ = adapted(config, kind)
         smidgen.save(model, folder)
-        good = load_file(Path(folder) / WEIGHTS)
+        good = {n: t.clone() for n, t in load_file(Path(folder) / WEIGHTS).items()}  # no view of the file
         fresh, _ = base(kind)
         before = snapshot(fresh)
 

@@ -79,7 +79,8 @@ def test_saved_and_read_by_transformers_own_calls(put: str, tmp_path: Path) -> N
     whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     close(logits(whole), wanted, "from_pretrained of the adapter's folder")
     model.delete_adapter("mine")
-    testing.same(logits(model), plain, "delete_adapter")
+    if transformers.__version__ >= "5":  # before, transformers leaves heads in place
+        testing.same(logits(model), plain, "delete_adapter")
 
 
 def test_where_the_base_lies_is_in_checkpoints_of_transformers_alone(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, ViTConfig, ViTModel
 
@@ -17,6 +18,7 @@ from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.tuner import renames
 from smidgen.errors import BaseLockError, SmidgenError, TargetError
 
+pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="written for the names of transformers 5")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES |= {"image_size": 8, "patch_size": 4}
 OLD = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

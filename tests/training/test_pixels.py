@@ -5,6 +5,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +49,8 @@ def greys(path):
     ("8.png", Image.fromarray((RAMP * 255).astype(np.uint8))),
 ])  # fmt: skip
 def test_grey_is_scaled_by_what_its_numbers_can_hold(tmp_path, name, image):
+    if Image.registered_extensions().get(Path(name).suffix) not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {Path(name).suffix}")
     found = greys(saved(image, tmp_path / name))
     assert abs(found - RAMP * 255).max() <= 1.0 and found.max() == 255
 
@@ -111,9 +114,9 @@ def test_every_mode_and_ending_gives_its_own_colours(tmp_path, name, mode):
         if ending == "webp"
         else {}
     )
-    image.save(path, **options)
-    if path.suffix not in pixels.known_endings():
+    if path.suffix not in pixels.known_endings() or Image.registered_extensions().get(path.suffix) not in Image.SAVE:
         pytest.skip("not a format of this Pillow")
+    image.save(path, **options)
     found = decode(path)
     expected = drawn("L", (48, 48)).convert("RGB") if mode in ("L", "LA") else drawn(size=(48, 48))
     tolerance = 255 if mode == "1" else 60 if mode == "P" else 24 if mode == "CMYK" else 8

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import charset_normalizer
 import pytest
 
 from smidgen.errors import DataError
@@ -122,6 +123,8 @@ def test_encodings(tmp_path, encoding, guess, ending):
     ("Очень хороший фильм", "cp1251"), ("这部电影非常好看，太无聊了不推荐", "gb18030"), ("とても良い映画でした", "cp932"),
 ])  # fmt: skip
 def test_encodings_of_other_scripts(tmp_path, text, encoding):
+    if charset_normalizer.__version__ < "3.1" and encoding == "gb18030":
+        pytest.skip("charset-normalizer 3.0 takes this for Korean")
     rows, warnings = read(tmp_path / "a.csv", f"text,label\n{text},x\nok,y\n".encode(encoding))
     assert rows[0]["text"] == text and f"read as {encoding}, a guess" in warnings[0]
 

@@ -92,7 +92,10 @@ def settle(model: nn.Module) -> None:
         for one, other in list((tied or {}).items()):
             if _get(module, one) is not _get(module, other):
                 del tied[one]
-        into, out = module.get_input_embeddings(), module.get_output_embeddings()  # type: ignore[operator]
+        try:
+            into, out = module.get_input_embeddings(), module.get_output_embeddings()  # type: ignore[operator]
+        except NotImplementedError:  # transformers 4's answer of a model without tokens
+            continue
         if not tied and None not in (into, out) and into.weight is not out.weight:
             config.tie_word_embeddings = False  # type: ignore[union-attr]
             logger.warning("The %s's config has tie_word_embeddings = False now.", type(module).__name__)
