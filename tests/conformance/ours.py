@@ -26,6 +26,9 @@ class OurConfig(SmidgenConfig):
             raise TypeError("bias")
         super().__post_init__()
 
+    def to_dict(self) -> dict:
+        return {name: value for name, value in super().to_dict().items() if name != "init_weights"}  # of no file of ours
+
 
 peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = OurConfig
 _create = SmidgenModel._create_and_replace

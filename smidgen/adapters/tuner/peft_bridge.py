@@ -77,7 +77,8 @@ class SmidgenModel(BaseTuner):
         sharing.follow(model)
         bypass.follow(model)
         for layer in adapted_layers(model, adapter_name).values():
-            if not layer.smidgen_slots[adapter_name].awaits_file:
+            slot = layer.smidgen_slots[adapter_name]
+            if not (slot.awaits_file or slot.emptied):  # emptied: peft's low_cpu_mem_usage, numbers come later
                 layer.slot(adapter_name)  # while the weights are whole, and so that a state dict holds the pins
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
