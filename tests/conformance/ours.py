@@ -27,7 +27,9 @@ class OurConfig(SmidgenConfig):
         super().__post_init__()
 
     def to_dict(self) -> dict:
-        return {name: value for name, value in super().to_dict().items() if name != "init_weights"}  # of no file of ours
+        return {
+            name: value for name, value in super().to_dict().items() if name != "init_weights"
+        }  # of no file of ours
 
 
 peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = OurConfig
