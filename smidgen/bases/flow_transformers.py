@@ -18,9 +18,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from smidgen.bases.pipelines import PipelineBase
 from smidgen.bases.protocol import Prompts, Sampling
+from smidgen.errors import ConfigError
 
 Shape = Sequence[int]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ONE = {"do_classifier_free_guidance": False}  # else the pipeline encodes a negative prompt beside each
 JOINT = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of the image and of the text beside it
 
 
@@ -32,6 +34,7 @@ class FlowTransformer(PipelineBase):
     timesteps = 1.0
     endings: tuple[str, ...]  # of the layers in its blocks that adapters go on
     unread: tuple[str, ...] = ()  # those of them that its last block has and nothing reads
+    time = "timestep"  # what its denoiser calls it
     prompt_options: Mapping[str, Any] = {"max_sequence_length": 512}
     sample_size = 128  # in latents, where the pipeline does not say
 
@@ -69,9 +72,8 @@ class FlowTransformer(PipelineBase):
         return min(int(self.prompt_options["max_sequence_length"]), super()._longest)
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
-        given = self._inputs(noisy, prompts)
-        found = model(timestep=self._times(timesteps).to(noisy.dtype), **given, return_dict=False)[0]
-        return self._outputs(found, noisy.shape).float()
+        given = self._inputs(noisy, prompts) | {self.time: self._times(timesteps).to(noisy.dtype)}
+        return self._outputs(model(**given, return_dict=False)[0], noisy.shape).float()
 
     def _times(self, timesteps: Tensor) -> Tensor:
         return timesteps
@@ -200,10 +202,6 @@ class Flux2(Flux2Klein):
     prompt_options: Mapping[str, Any] = {"max_sequence_length": 512, "text_encoder_out_layers": (10, 20, 30)}
     trained_guidance = 3.5
 
-    @property
-    def _longest(self) -> int:
-        return int(self.prompt_options["max_sequence_length"])
-
     def _guidance(self, noisy: Tensor) -> Tensor | None:
         return noisy.new_full((len(noisy),), self.trained_guidance)
 
@@ -220,6 +218,8 @@ class ZImage(FlowTransformer):
     family = "z-image"
     endings = (*ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     sampling = Sampling(28, 3.0)
+    time = "t"
+    prompt_options: Mapping[str, Any] = {"max_sequence_length": 512, **ONE}
 
     def latent_shape(self, size: int) -> tuple[int, ...]:
         return (self.model.in_channels, size // self.factor, size // self.factor)
@@ -233,11 +233,6 @@ class ZImage(FlowTransformer):
     def _outputs(self, found: Any, shape: Shape) -> Tensor:
         return -torch.stack(list(found)).squeeze(2)
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
-        given = self._inputs(noisy, prompts)
-        found = model(t=self._times(timesteps).to(noisy.dtype), **given, return_dict=False)[0]
-        return self._outputs(found, noisy.shape).float()
-
     def _lists(self, prompts: Prompts) -> list[Tensor]:
         embeds, mask = prompts.tensors["embeds"], prompts.tensors["mask"]
         return [row[keep.to(row.device)] for row, keep in zip(embeds, mask, strict=True)]
@@ -246,9 +241,7 @@ class ZImage(FlowTransformer):
         return {"embeds": (tokens, model.config.cap_feat_dim), "mask": (tokens,)}
 
     def _encoded(self, prompts: list[str]) -> Prompts:
-        rows = self.pipe.encode_prompt(prompts, self.device, do_classifier_free_guidance=False, **self.prompt_options)[
-            0
-        ]
+        rows = self._by_pipeline(prompts)[0]
         single = ({"embeds": row[None], "mask": torch.ones(1, len(row), dtype=torch.bool)} for row in rows)
         return Prompts.join([Prompts(own) for own in single])
 
@@ -263,6 +256,7 @@ class QwenImage(Packed, Framed):
     endings: tuple[str, ...] = (*JOINT, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     unread: tuple[str, ...] = ("add_q_proj", "to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
     sampling = Sampling(50, 4.0)
+    guidance_name = "true_cfg_scale"
 
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         grid = (1, noisy.shape[-2] // 2, noisy.shape[-1] // 2)
@@ -283,9 +277,6 @@ class QwenImage(Packed, Framed):
     def _names(self, prompts: Prompts) -> dict[str, Tensor]:
         return {"embeds": prompts.tensors["embeds"], "embeds_mask": prompts.tensors["mask"]}
 
-    def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
-        return {"true_cfg_scale": guidance} | self._embeds(negative, "negative_")
-
 
 class Krea2(QwenImage):
     """``embeds`` [prompt, token, layer of the encoder, channel]; guidance g is the others' g + 1."""
@@ -294,7 +285,7 @@ class Krea2(QwenImage):
     endings = (*ATTENTION, "to_gate", "ff.gate", "ff.up", "ff.down")
     unread = ()
     sampling = Sampling(28, 4.5)
-    layers = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+    guidance_name = "guidance_scale"
 
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         given = Packed._inputs(self, noisy, prompts)
@@ -305,9 +296,6 @@ class Krea2(QwenImage):
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         config = model.config
         return {"embeds": (tokens, config.num_text_layers, config.text_hidden_dim), "mask": (tokens,)}
-
-    def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
-        return {"guidance_scale": guidance} | self._embeds(negative, "negative_")
 
 
 class StableDiffusion3(FlowTransformer):
@@ -320,7 +308,7 @@ class StableDiffusion3(FlowTransformer):
     timesteps = 1000.0
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    prompt_options: Mapping[str, Any] = {"max_sequence_length": 256}
+    prompt_options: Mapping[str, Any] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256, **ONE}
 
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         return super()._inputs(noisy, prompts) | {"pooled_projections": prompts.tensors["pooled"]}
@@ -329,9 +317,8 @@ class StableDiffusion3(FlowTransformer):
         return super().prompt_shapes(model, tokens) | {"pooled": (model.config.pooled_projection_dim,)}
 
     def _encoded(self, prompts: list[str]) -> Prompts:
-        options = {"device": self.device, "do_classifier_free_guidance": False, **self.prompt_options}
         _ = self.pipe.text_encoder_3 or self.model  # without T5, its pipeline asks the transformer for the width
-        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, None, None, **options)
+        embeds, _, pooled, _ = self._by_pipeline(prompts)
         return Prompts({"embeds": embeds, "pooled": pooled})
 
     def _embeds(self, prompts: Prompts, prefix: str) -> dict[str, Any]:
@@ -345,6 +332,7 @@ class Chroma(Packed):
     family = "chroma"
     endings = (*JOINT, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "proj_out")
     sampling = Sampling(35, 5.0)
+    prompt_options: Mapping[str, Any] = {"max_sequence_length": 512, **ONE}
 
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         given, mask = super()._inputs(noisy, prompts), prompts.tensors["mask"]
@@ -358,8 +346,7 @@ class Chroma(Packed):
         return super().prompt_shapes(model, tokens) | {"mask": (tokens,)}
 
     def _encoded(self, prompts: list[str]) -> Prompts:
-        options = {"device": self.device, "do_classifier_free_guidance": False, **self.prompt_options}
-        embeds, _, mask, *_ = self.pipe.encode_prompt(prompts, **options)
+        embeds, _, mask, *_ = self._by_pipeline(prompts)
         return Prompts({"embeds": embeds, "mask": mask.bool()})
 
     def _names(self, prompts: Prompts) -> dict[str, Tensor]:
@@ -367,14 +354,23 @@ class Chroma(Packed):
 
 
 class Wan(Framed):
-    """Wan 2.x for one frame, with one transformer (``boundary_ratio`` of 2.2's A14B asks for two)."""
+    """Wan 2.x for one frame, with one transformer told one time for all tokens (2.1, 1.3B and 14B)."""
 
     family = "wan"
     endings = (*ATTENTION, "ffn.net.0.proj", "ffn.net.2")
     sampling = Sampling(50, 5.0)
     timesteps = 1000.0
-
     sample_size = 60
+    prompt_options: Mapping[str, Any] = {"max_sequence_length": 512, **ONE}
+
+    def __init__(self, name: str, pipe: Any) -> None:
+        for option in ("boundary_ratio", "expand_timesteps"):  # Wan 2.2: two transformers, a time for each token
+            if pipe.config.get(option):
+                raise ConfigError(
+                    f"The base {name!r} is a Wan 2.2 with {option} = {pipe.config[option]}, which is trained in another way than "
+                    "one transformer told one time; take a Wan 2.1."
+                )
+        super().__init__(name, pipe)
 
     @property
     def _scale(self) -> int:
@@ -392,10 +388,6 @@ class Wan(Framed):
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"embeds": (tokens, model.config.text_dim)}
-
-    def _encoded(self, prompts: list[str]) -> Prompts:
-        options = {"device": self.device, "do_classifier_free_guidance": False, **self.prompt_options}
-        return Prompts({"embeds": self.pipe.encode_prompt(prompts, **options)[0]})
 
     def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
         return super()._guided(negative, guidance) | {"num_frames": 1}

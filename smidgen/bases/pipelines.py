@@ -48,6 +48,7 @@ class PipelineBase:
     text_encoders: tuple[str, ...] = ("text_encoder",)
     tokenizers: tuple[str, ...] = ("tokenizer",)
     load_options: Mapping[str, Any] = {}
+    guidance_name: str = "guidance_scale"
     waits: bool = False  # its pipeline can be without a denoiser at first
     _later: Callable[[], Any] | None = None
     _device = torch.device("cpu")
@@ -102,9 +103,9 @@ class PipelineBase:
     @property
     def model(self) -> Any:
         if getattr(self.pipe, self.component) is None and self._later is not None:
-            device = self.device
             with _refusals(self.name):
-                setattr(self.pipe, self.component, self._later().to(device))
+                setattr(self.pipe, self.component, self._later())
+                self.pipe.to(self._device)  # it knows which quantised parts stay where they are
         return getattr(self.pipe, self.component)
 
     @property
@@ -187,12 +188,17 @@ class PipelineBase:
         raise NotImplementedError
 
     @property
+    def _tokenizer(self) -> Any:
+        """That of prompts; FLUX.2 [dev] has it in a processor of images and texts."""
+        return getattr(self.pipe.tokenizer, "tokenizer", self.pipe.tokenizer)
+
+    @property
     def _longest(self) -> int:
         """Tokens of a prompt that are not cut."""
-        return int(self.pipe.tokenizer.model_max_length)
+        return int(self._tokenizer.model_max_length)
 
     def _warn_of_cut(self, prompts: Sequence[str]) -> None:
-        tokenizer, limit = self.pipe.tokenizer, self._longest
+        tokenizer, limit = self._tokenizer, self._longest
         with quiet():
             lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in dict.fromkeys(prompts)}
         cut = [prompt for prompt, length in lengths.items() if length > limit]
@@ -229,7 +235,7 @@ class PipelineBase:
 
     def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
         """Guidance away from ``negative``, as the pipeline takes it."""
-        return {"guidance_scale": guidance} | self._embeds(negative, "negative_")
+        return {self.guidance_name: guidance} | self._embeds(negative, "negative_")
 
     def _drawn(self, latents: Tensor, size: int) -> Tensor:
         """Latents as the pipeline gives them for images of ``size`` pixels -> this base's [n, channels, height, width]."""

@@ -1,5 +1,6 @@
 """Flow-matching transformers end to end: what is trained starts as the base, is saved, drawn with in a fresh pipeline, and resumed."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -85,6 +86,33 @@ def test_every_block_is_adapted(folder):
     }  # fmt: skip
     assert blocks <= {".".join(target.split(".")[:2]) for target in base.targets}
     assert all(isinstance(base.model.get_submodule(name), torch.nn.Linear) for name in base.targets)
+
+
+def test_a_processor_of_images_and_texts_counts_tokens_by_its_tokenizer(tmp_path, caplog):
+    """As FLUX.2 [dev] has it, whose processor takes images first."""
+    base = load_base(str(tiny_flow.flow_folder("flux2", tmp_path / "flux2")))
+    words, plain = base.pipe.tokenizer, base.encode_prompts(["a person"])
+
+    class Processor:
+        tokenizer = words
+        apply_chat_template = staticmethod(words.apply_chat_template)
+
+        def __call__(self, images=None, text=None):
+            raise AssertionError(f"{images!r} is no image")
+
+    base.pipe.tokenizer = Processor()
+    assert torch.equal(base.encode_prompts(["a person"]).tensors["embeds"], plain.tensors["embeds"])
+    base.encode_prompts(["a person " * 200])
+    assert "are cut, e.g. 'a person a person" in caplog.text
+
+
+@pytest.mark.parametrize("option, value", [("boundary_ratio", 0.9), ("expand_timesteps", True)])
+def test_a_wan_that_is_trained_in_another_way_is_refused(option, value, tmp_path):
+    folder = tiny_flow.flow_folder("wan", tmp_path / "wan")
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {option: value}))
+    with pytest.raises(ConfigError, match=f"is a Wan 2.2 with {option} = {value}.*take a Wan 2.1"):
+        load_base(str(folder))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
