@@ -42,7 +42,7 @@ _LINEAR = {
     "linear_value_head_dim": 8,
 }
 _MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
-_UNET = {
+UNET = {
     "block_out_channels": (16, 32),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -358,9 +358,9 @@ TRANSFORMERS: dict[str, Make] = {
 }
 
 DIFFUSERS: dict[str, Make] = {
-    "Stable Diffusion": lambda d: d.UNet2DConditionModel(**_UNET),
+    "Stable Diffusion": lambda d: d.UNet2DConditionModel(**UNET),
     "SDXL": lambda d: d.UNet2DConditionModel(
-        **{**_UNET, "transformer_layers_per_block": (1, 2)},
+        **{**UNET, "transformer_layers_per_block": (1, 2)},
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=64,
@@ -494,11 +494,11 @@ DIFFUSERS: dict[str, Make] = {
         encoder_hid_dim=32,
     ),
     "Kandinsky 2.2": lambda d: d.UNet2DConditionModel(
-        **{**_UNET, "addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16}
+        **{**UNET, "addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16}
     ),
     "Kandinsky 2.1": lambda d: d.UNet2DConditionModel(
         **{
-            **_UNET,
+            **UNET,
             "addition_embed_type": "text_image",
             "encoder_hid_dim_type": "text_image_proj",
             "encoder_hid_dim": 16,
@@ -506,7 +506,7 @@ DIFFUSERS: dict[str, Make] = {
     ),
     "Kandinsky 2.2 hint": lambda d: d.UNet2DConditionModel(
         **{
-            **_UNET,
+            **UNET,
             "addition_embed_type": "image_hint",
             "encoder_hid_dim_type": "image_proj",
             "encoder_hid_dim": 16,

@@ -362,7 +362,7 @@ def _fit(
     names that targets have in the file, where they are others (:func:`renames.follow`)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     patterns.name_modules(own, list(outside_adapters(inner)))
-    chosen = matched_layers(None, own, inner)
+    chosen = matched_layers(own, inner)
     check_base(own, chosen, inner)
     if called:
         logger.warning("%s: %s", where, renames.words(called))

@@ -75,7 +75,7 @@ def allocate(
         True
     """
     limit = parse_bytes(budget)
-    chosen = _repeated(matched_layers(None, config("seeded", target_modules=target_modules, **options), model))
+    chosen = _repeated(matched_layers(config("seeded", target_modules=target_modules, **options), model))
     matrices, parts = base_matrices(chosen), base_parts(model)
     order, first = _by_place(list(chosen))
     if loss_batches is not None:
@@ -88,7 +88,7 @@ def allocate(
 
     def size(numbers: int) -> int:
         own = plan(numbers)
-        return _bytes(model, own, {n: chosen[n] for n in matched_layers(None, own, model)}, matrices, parts)
+        return _bytes(model, own, {n: chosen[n] for n in matched_layers(own, model)}, matrices, parts)
 
     least = size(1)
     if least > limit:
@@ -135,7 +135,7 @@ def file_bytes(model: nn.Module, own: SmidgenConfig) -> int:
     Raises:
         ConfigError, TargetError: the config does not fit the model.
     """
-    chosen = matched_layers(None, own, model)
+    chosen = matched_layers(own, model)
     return _bytes(model, own, chosen, base_matrices(chosen), base_parts(model))
 
 

@@ -76,7 +76,7 @@ def chosen_config(method_or_config: str | PeftConfig, options: Mapping[str, Any]
 def _count_members(model: nn.Module, config: SmidgenConfig) -> int:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    chosen = matched_layers(None, config, model)
+    chosen = matched_layers(config, model)
     _refuse_energy(config, chosen)
     return sum(_count_at(config, name, layer) for name, layer in chosen.items())
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import smidgen
+from benchmarks.tiny_models import UNET
 from smidgen import testing
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import TargetError
@@ -235,16 +236,7 @@ def test_a_pooler_that_nothing_uses(tmp_path: Path) -> None:
 def denoiser(family: str) -> nn.Module:
     d = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    blocks = {
-        "sample_size": 8,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": 24,
-        "attention_head_dim": 4,
-        "norm_num_groups": 8,
-    }
+    blocks = {"sample_size": 8, **UNET}
     sdxl = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,

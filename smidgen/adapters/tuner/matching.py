@@ -18,7 +18,7 @@ from smidgen.errors import TargetError
 logger = logging.getLogger("smidgen")
 
 
-def matched_layers(tuner: Any, config: SmidgenConfig, model: nn.Module) -> dict[str, nn.Module]:
+def matched_layers(config: SmidgenConfig, model: nn.Module) -> dict[str, nn.Module]:
     """Base layers that a config's targets hit in a model, by name, checked for misses.
 
     Raises:

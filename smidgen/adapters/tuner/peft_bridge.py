@@ -50,7 +50,7 @@ class SmidgenModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """All checks, before anything of the model is touched."""
         assert isinstance(peft_config, SmidgenConfig)
-        chosen = matched_layers(self, peft_config, model)
+        chosen = matched_layers(peft_config, model)
         check_base(peft_config, chosen, model)
         resolve_energy(peft_config, chosen)
         for name, layer in chosen.items():

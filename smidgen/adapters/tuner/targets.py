@@ -218,7 +218,7 @@ def shortest_names(chosen: set[str], modules: Iterable[str], least: int = 1) -> 
 
     Example:
         >>> sorted(shortest_names({"a.0.q", "b.0.q", "a.0.out.0"}, ["a.0.q", "b.0.q", "a.0.out.0", "b.0"]))
-        ['out.0', 'q']
+        ['a.0.out.0', 'q']
     """
     paths = {name: name.split(".") for name in modules if name}
     entries, left = set(), set(chosen)
