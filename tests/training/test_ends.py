@@ -262,6 +262,7 @@ def test_a_full_memory_is_no_fault(capsys):
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_and_take_back_what_it_began(capsys, tmp_path, signum, status):
     before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 
     def command():
         with atomic.new_files(tmp_path / "out") as scratch:
@@ -270,7 +271,10 @@ def test_signals_end_a_command_and_take_back_what_it_began(capsys, tmp_path, sig
             time.sleep(60)  # until another thread has passed the signal on
             raise AssertionError("not reached")
 
-    assert ends.ended(command) == status and capsys.readouterr().err.startswith("smidgen: stopped")
+    try:
+        assert ends.ended(command) == status and capsys.readouterr().err.startswith("smidgen: stopped")
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
 
