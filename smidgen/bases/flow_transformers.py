@@ -235,7 +235,7 @@ class ZImage(FlowTransformer):
 
     def _lists(self, prompts: Prompts) -> list[Tensor]:
         embeds, mask = prompts.tensors["embeds"], prompts.tensors["mask"]
-        return [row[keep.to(row.device)] for row, keep in zip(embeds, mask, strict=True)]
+        return [row[: int(keep.sum())] for row, keep in zip(embeds, mask, strict=True)]  # padding is at the end
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"embeds": (tokens, model.config.cap_feat_dim), "mask": (tokens,)}

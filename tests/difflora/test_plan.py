@@ -12,8 +12,8 @@ from smidgen.bases.architectures import build_architecture
 from smidgen.cli.dispatch import main
 from smidgen.errors import ConfigError
 from smidgen.lab.planning import bases, dry_run, plan, telling
-from smidgen.lab.planning.dry_run import Cost
 from smidgen.lab.planning.plan import Assumptions, Counted, make_plan
+from smidgen.training.cost import CARDS, Cost, cost
 
 LORA = smidgen.config("lora", r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 COUNTED = Counted(
@@ -43,12 +43,12 @@ def test_a_product_costs_what_the_closed_form_says():
     n, rows, columns = 6, 10, 14
     with torch.device("meta"):
         x, weight = torch.empty(n, columns), torch.empty(rows, columns, requires_grad=True)
-    found = dry_run.cost(lambda: torch.nn.functional.linear(x, weight).sum())
+    found = cost(lambda: torch.nn.functional.linear(x, weight).sum())
     product = 2 * n * rows * columns
     assert (found.forward, found.training) == (product, product)  # x asks for no gradient
     assert found.bytes >= 4 * n * rows + 4
     with torch.no_grad():
-        many = dry_run.cost(lambda: torch.relu(torch.relu(torch.relu(torch.relu(x)))).sum(), backward=False)
+        many = cost(lambda: torch.relu(torch.relu(torch.relu(torch.relu(x)))).sum(), backward=False)
     assert many.bytes == 2 * 4 * n * columns  # the one read and the one written; what is done with is gone
 
 
@@ -62,7 +62,7 @@ def test_a_unet_on_meta_costs_what_it_costs_on_the_cpu():
             time = torch.zeros(1, dtype=torch.long)
         sample.requires_grad_(True)
         with sdpa_kernel(SDPBackend.MATH):
-            found[device] = dry_run.cost(
+            found[device] = cost(
                 lambda unet=unet, s=sample, t=time, e=texts, k=known: unet(s, t, e, added_cond_kwargs=k)[0].sum()
             )
     assert (found["meta"].forward, found["meta"].training) == (found["cpu"].forward, found["cpu"].training)
@@ -126,7 +126,7 @@ def test_costs_grow_with_what_they_depend_on(counted):
 
 def test_hours_are_operations_over_peak_and_share(counted):
     made = make_plan("sdxl", Assumptions(utilisation=0.5))
-    for card in plan.CARDS:
+    for card in CARDS:
         wanted = made.flops["end to end"] / (card.peak * 0.5 * 3600)
         assert made.hours[card.name]["end to end"] == pytest.approx(wanted)
         assert made.hours[card.name][plan.VAE] == pytest.approx(made.flops[plan.VAE] / (card.single * 0.5 * 3600))
@@ -134,7 +134,7 @@ def test_hours_are_operations_over_peak_and_share(counted):
 
 def test_a_group_fits_its_card_and_one_more_does_not(counted, monkeypatch):
     made = make_plan("sdxl", Assumptions())
-    for card in plan.CARDS:
+    for card in CARDS:
         group = made.fits[card.name]["zoo: adapters in a group"]
         used = [
             2e9 + COUNTED.unet_bytes + COUNTED.frozen_bytes + n * (16 * COUNTED.adapter + 5e9)

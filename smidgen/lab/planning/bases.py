@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from smidgen.bases.architectures import architecture, build_architecture
 from smidgen.errors import ConfigError, did_you_mean
-from smidgen.lab.planning.dry_run import TOKENS, Cost, cost
+from smidgen.lab.planning.dry_run import TOKENS
+from smidgen.training.cost import Cost, cost
 
 # Configs of the published checkpoints
 _VAE: dict[str, Any] = {

@@ -20,29 +20,14 @@ from smidgen.difflora.zoo.group import PROBES
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config
 from smidgen.errors import ConfigError
 from smidgen.lab.planning.bases import Shape, base_shape, picture_encoder, text_encoders, vae_encoder
-from smidgen.lab.planning.dry_run import Cost, cost, group_step, numbers
+from smidgen.lab.planning.dry_run import group_step, numbers
 from smidgen.tasks.personalize.settings import Adapter
+from smidgen.training.cost import ADAM, CARDS, Card, Cost, cost
 
-ADAM = 16  # bytes of a trained number: value, gradient and two moments in fp32
 FACE_FLOPS = 12_660_000_000 + 20_000_000_000  # ArcFace IResNet-50 (6.33 G multiplications, published) and SCRFD-10G
 FACE_WIDTH, IMAGE_WIDTH = 512, 768
 
 
-@dataclass(frozen=True)
-class Card:
-    """A GPU as its maker states it: dense bf16 operations a second with fp32 sums, fp32 ones, and bytes of memory."""
-
-    name: str
-    peak: float
-    single: float
-    memory: float
-
-
-CARDS = (
-    Card("H100 SXM 80 GB", 989e12, 67e12, 80e9),
-    Card("A100 SXM 80 GB", 312e12, 19.5e12, 80e9),
-    Card("RTX 4090 24 GB", 165e12, 82.6e12, 24e9),
-)
 VAE = "VAE in fp32, once for the zoo, once end to end"
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from smidgen.lab.planning.bases import base_shape
-from smidgen.lab.planning.plan import ADAM, CARDS, FACE_FLOPS, FIXED, Plan, passes
+from smidgen.lab.planning.plan import FACE_FLOPS, FIXED, Plan, passes
 from smidgen.tasks.cards import table
+from smidgen.training.cost import ADAM, CARDS
 
 
 def to_json(plan: Plan) -> str:
