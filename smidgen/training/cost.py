@@ -114,7 +114,15 @@ class _AsOnGPU(TorchFunctionMode):
     weights kept."""
 
     PRODUCTS = frozenset(
-        {nn.functional.linear, nn.functional.conv2d, torch.matmul, torch.bmm, torch.baddbmm, torch.addmm}
+        {
+            nn.functional.linear,
+            nn.functional.conv2d,
+            nn.functional.conv3d,
+            torch.matmul,
+            torch.bmm,
+            torch.baddbmm,
+            torch.addmm,
+        }
     )
     NORMS = frozenset({nn.functional.layer_norm, nn.functional.group_norm, nn.functional.mse_loss})
 
@@ -129,9 +137,18 @@ class _AsOnGPU(TorchFunctionMode):
         elif func in self.NORMS:
             args, kwargs = tree_map(self._cast(torch.float32), (args, kwargs))
         elif func is nn.functional.scaled_dot_product_attention:
-            query, key, value = tree_map(self._cast(self.precision), args[:3])
-            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, enable_gqa: bool = False, **__: Any
+    ) -> Tensor:
+        """Fused, whatever the mask; heads of keys that several queries share are counted once for each of these."""
+        query, key, value = tree_map(self._cast(self.precision), (query, key, value))
+        if enable_gqa:
+            shared = query.shape[-3] // key.shape[-3]
+            key, value = (found.repeat_interleave(shared, dim=-3) for found in (key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]  # type: ignore[no-any-return]
 
     @staticmethod
     def _cast(dtype: torch.dtype) -> Callable[[Any], Any]:

@@ -6,6 +6,7 @@ The steps: read and check the pictures; encode them once; train; save; load the 
 works; draw and score it beside the base and beside peft's own LoRA trained the same way.
 """
 
+import gc
 import logging
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,9 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
         again = load()
         again.release_encoders()
         runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
+        del again
+    del base, task  # another one is read to draw with
+    gc.collect()
 
     known = [image for image, other in zip(subject, foreign, strict=True) if not other]
     readable = known if any(foreign) and known else subject
@@ -110,16 +114,7 @@ def _fit(
     targets = list(chosen.target_modules or base.targets)
     if config.gradient_checkpointing:
         base.model.enable_gradient_checkpointing()
-    if method == PEFT_LORA:
-        import peft
-
-        rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
-        setup: Any = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    else:
-        named = {"r": chosen.rank, "alpha": chosen.alpha}
-        named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
-        given = {name: value for name, value in named.items() if value is not None}
-        setup = smidgen.config(method, target_modules=targets, seed=config.train.seed, **given)
+    setup = adapter_setup(config, method, targets)
     rate = rates(config, method)
     identity = identity | {"method": method, "rate": rate.residual, "transform_rate": rate.transform}
     options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
@@ -127,6 +122,20 @@ def _fit(
     if method == PEFT_LORA and resume:
         resume = "latest"
     return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
+
+
+def adapter_setup(config: PersonalizeConfig, method: str, targets: list[str]) -> Any:
+    """The peft config of ``method``; peft's own LoRA for PEFT_LORA."""
+    chosen = config.adapter
+    if method == PEFT_LORA:
+        import peft
+
+        rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
+        return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    named = {"r": chosen.rank, "alpha": chosen.alpha}
+    named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
+    given = {name: value for name, value in named.items() if value is not None}
+    return smidgen.config(method, target_modules=targets, seed=config.train.seed, **given)
 
 
 def _task(

@@ -1,0 +1,118 @@
+"""`smidgen plan` against real runs on both embedded bases: peak memory of the process and seconds a step.
+
+    python -m benchmarks.plan            (about 6 minutes on two cores)
+    python -m benchmarks.plan --tables   (docs/plan.md's tables of full-size bases, and the presets by memory; about 20 minutes)
+
+Each run is a process of its own, `smidgen personalize`, started right after its plan was made; its peak is ru_maxrss as the kernel
+tells it. The embedded flow base is made untrained where it does not ship: memory and time do not depend on what its weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._harness import between, write_result
+from smidgen.tasks.personalize.plan import Plan, make_plan
+from smidgen.tasks.personalize.settings import Adapter, Data, PersonalizeConfig, Show
+from smidgen.training.loop import LoopConfig
+
+RUNS: tuple[tuple[str, int, bool], ...] = (  # method, batch, gradient checkpointing
+    ("lora", 4, False),
+    ("svfit", 4, False),
+    ("tlora", 16, False),
+    ("loldu", 64, False),
+    ("lora", 256, False),
+    ("lora", 256, True),
+)
+STEPS = 12
+
+
+def flow_base(folder: Path) -> str:
+    """The embedded flow base: its name where it ships, else an untrained one of its shape in ``folder``."""
+    from smidgen.bases.families import FAMILIES
+
+    if "embedded-flow" in FAMILIES:
+        return "embedded-flow"
+    from smidgen.lab.embedded_base.config import preset
+    from smidgen.lab.embedded_base.flow import base_of, transformer
+
+    model = transformer(preset("full"))
+    channels = model.config.in_channels
+    base_of(model, torch.zeros(channels), torch.ones(channels)).pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Path) -> tuple[Plan, float, float]:
+    """The plan, the real run's peak bytes, and its seconds a step."""
+    config = PersonalizeConfig(
+        Data(folder=pictures, instance_prompt="a portrait of a person", train_batch_size=batch),
+        Adapter(method),
+        LoopConfig(max_train_steps=STEPS, lr_warmup_steps=1),
+        Show(compare_lora=False, num_prompts=1, num_seeds=1, inference_steps=2),
+        base=base,
+        out=out,
+        gradient_checkpointing=less,
+    )
+    plan = make_plan(config)
+    from smidgen.training.settings import dump_yaml
+
+    settings = out.with_suffix(".yaml")
+    settings.write_text(dump_yaml(replace(config, overwrite=True)))
+    words = [sys.executable, "-m", "smidgen", "personalize", "--config", str(settings)]
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said = child.stderr.read() if child.stderr else ""
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {child.returncode}: {said[-2000:]}")
+    entries = json.loads((out / "report.json").read_text())["entries"]
+    return plan, usage.ru_maxrss * 1024.0, next(e["seconds"] for e in entries if e["seconds"]) / STEPS
+
+
+def main() -> None:
+    """Run, write ``results/plan.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tables", action="store_true")
+    if parser.parse_args().tables:
+        from benchmarks._plan_tables import write
+
+        return write(between)
+    figures: dict[str, Any] = {}
+    off: dict[str, list[float]] = {"memory": [], "above_start": [], "seconds": []}
+    with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+        folder = Path(scratch)
+        pictures = folder / "pictures"
+        subprocess.run([sys.executable, "-m", "smidgen", "subject", str(pictures), "--seed", "7"], check=True)
+        for label, base in (("unet", "embedded"), ("flow", flow_base(folder / "flow"))):
+            for method, batch, less in RUNS:
+                key = f"{label}.{method}.batch{batch}{'.checkpointing' if less else ''}"
+                plan, peak, seconds = run(base, method, batch, less, pictures, folder / key)
+                start, planned = plan.process or 0.0, plan.seconds or 0.0
+                figures |= {f"{key}.planned_MB": plan.peak / 1e6, f"{key}.measured_MB": peak / 1e6}
+                figures |= {f"{key}.process_MB": start / 1e6, f"{key}.planned_s": planned, f"{key}.measured_s": seconds}
+                off["memory"].append(plan.peak / peak - 1)
+                off["seconds"].append(planned / seconds - 1)
+                if peak > 1.5 * start:
+                    off["above_start"].append((plan.peak - start) / (peak - start) - 1)
+                print(f"{key}: {plan.peak / 1e6:.0f} of {peak / 1e6:.0f} MB ({start / 1e6:.0f} before any model), "
+                      f"{planned:.3f} of {seconds:.3f} s", flush=True)  # fmt: skip
+    for name, found in off.items():
+        if found:
+            figures |= {f"{name}.worst": max(found, key=abs), f"{name}.median": statistics.median(map(abs, found))}
+    figures = {name: round(value, 4) for name, value in figures.items()}
+    print(write_result("plan", figures, "make bench NAME=plan"))
+
+
+if __name__ == "__main__":
+    main()

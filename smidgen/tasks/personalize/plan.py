@@ -1,0 +1,404 @@
+"""What a personalisation will need, said before it is run: trained parameters, memory by part, disk, seconds a step.
+
+    plan = make_plan(PersonalizeConfig(base="flux2-dev", adapter=Adapter("svfit")))
+    fitting(config, 24e9)    # the nearest settings that fit
+
+The denoiser, its adapter and the loss are those of the run, on the meta device: bytes and operations are counted, everything else is
+sums. What was not counted but assumed is in ``ASSUMED``, which every plan prints.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smidgen.adapters.tuner.coverage import Coverage, coverage
+from smidgen.bases.families import load_base
+from smidgen.bases.pipelines import default_device, quantization
+from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.shapes import Shapes, shapes_of
+from smidgen.errors import ConfigError
+from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
+from smidgen.tasks.personalize.recipe import adapter_setup
+from smidgen.tasks.personalize.settings import PersonalizeConfig, rates
+from smidgen.training import engine
+from smidgen.training.cost import ADAM, CARDS, Cost, checkpointed, cost
+from smidgen.training.fitting import fit
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+BITS = {"nf4": 4.5, "int8": 8.0, "int8-torchao": 8.0, "fp8": 8.0}  # of a number of a quantised layer, nf4 with its scales (32 / 64)
+PICTURES = 20  # of a subject, where no folder is given
+DRAWN = 8  # images at once at the end, each with its guidance
+SMALL = 2e8  # parameters of a denoiser whose steps are tried rather than counted
+LONGEST = 20.0  # seconds that trying steps may take, beyond two of them
+SHARE, CONTEXT = 0.92, 0.6e9  # of a card's memory that can be used; bytes that CUDA takes
+UTILISATION = 0.35  # share of a card's peak that training reaches
+ASSUMED = (
+    f"{ADAM} bytes for a trained parameter (value, gradient and two moments in fp32)",
+    "fused attention; text encoders in the run's precision, the VAE in fp32; only linear layers (and with fp8 convolutions) are "
+    "quantised, their 4- and 8-bit weights are made whole one layer at a time",
+    f"{PICTURES} pictures where no folder is given, square, and {DRAWN} drawn at a time",
+    f"on a card {1 - SHARE:.0%} lost to fragments and {CONTEXT / 1e9:g} GB to CUDA; {UTILISATION:.0%} of its peak reached",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run's needs, bytes throughout.
+
+    Attributes:
+        config: the run's settings.
+        shapes: its base.
+        resolution: pixels on a side.
+        trained, parameters: of the adapter, and of the denoiser.
+        covered: which layers and blocks the adapter is on.
+        step: operations and activations of one step of the whole batch.
+        encoding, training, drawing: memory by part while the run does this; what is biggest decides.
+        disk: by what is written, and the base's own files.
+        process: memory of the program itself, before any model (None: not measured).
+        seconds: of one step, measured on this machine (None: counted alone).
+        card: whether it is for a GPU, whose fragments count.
+    """
+
+    config: PersonalizeConfig
+    shapes: Shapes
+    resolution: int
+    trained: int
+    parameters: int
+    covered: Coverage
+    step: Cost
+    encoding: dict[str, float]
+    training: dict[str, float]
+    drawing: dict[str, float]
+    disk: dict[str, float]
+    process: float | None = None
+    seconds: float | None = None
+    card: bool = True
+
+    @property
+    def peak(self) -> float:
+        """Most bytes at a time, with the program's own."""
+        most = max(sum(part.values()) for part in (self.encoding, self.training, self.drawing))
+        return (most / SHARE + CONTEXT) if self.card else most + (self.process or 0.0)
+
+    def counted_seconds(self) -> dict[str, float]:
+        """Seconds a step on each card, from its operations and the share of its peak that is assumed."""
+        half = self.config.train.mixed_precision != "no"
+        flops = self.step.forward + self.step.training
+        return {card.name: flops / (UTILISATION * (card.peak if half else card.single)) for card in CARDS}
+
+
+def make_plan(config: PersonalizeConfig, card: bool | None = None, measured: bool = True) -> Plan:
+    """The plan of a run of ``config``.
+
+    Args:
+        config: the run's settings; ``base`` may also be a published base's name.
+        card: plan for a GPU; None: where this machine would train, and a GPU for a base that is not on it.
+        measured: also try steps, and weigh the program, where the base is on this machine and small.
+
+    Raises:
+        ConfigError: no such base, or settings that cannot be.
+    """
+    shapes = shapes_of(config.base)
+    quantization(config.quantize if config.quantize in (None, "fp8") else _known(config.quantize), torch.float32)
+    here = bool(shapes.folder)
+    card = (not here or default_device().type != "cpu") if card is None else card
+    counted = _count(config.base, _decisive(config))
+    small = here and counted.parameters < SMALL and measured and not card
+    return replace(
+        _plan(config, shapes, counted), card=card,
+        process=_process() if measured and not card else None,
+        seconds=seconds(config) if small else None,
+    )  # fmt: skip
+
+
+def _known(kind: str) -> None:
+    """Refuses a quantisation that there is not; its library need not be here to plan."""
+    if kind not in BITS:
+        quantization(kind, torch.float32)
+
+
+# ---- counting -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Counted:
+    resolution: int
+    trained: int
+    parameters: int
+    linear: int  # parameters of layers that are quantised
+    frozen: int  # bytes that an adapter keeps besides what it trains
+    covered: Coverage
+    step: Cost
+    latent: int  # numbers of an image's latents
+    prompt: int  # numbers of an encoded prompt
+    waits: bool
+
+
+def _decisive(config: PersonalizeConfig) -> PersonalizeConfig:
+    """``config`` without what no count depends on, so that a count is made once."""
+    train = replace(type(config.train)(), mixed_precision=config.train.mixed_precision)
+    data = type(config.data)(
+        resolution=config.data.resolution, train_batch_size=config.data.train_batch_size,
+        with_prior_preservation=config.data.with_prior_preservation,
+    )  # fmt: skip
+    return type(config)(
+        data, config.adapter, train, base=config.base, gradient_checkpointing=config.gradient_checkpointing
+    )
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What does not depend on the adapter: bytes of activations of drawing, encoding and decoding, the VAE's parameters."""
+
+    drawn: int
+    encoded: int
+    decoded: int
+    vae: int
+
+
+@lru_cache(maxsize=256)
+def _ends(name: str, size: int, precision: torch.dtype) -> _Ends:
+    shapes = shapes_of(name)
+    base = shapes.base()
+    nn.Module.to(base.model, precision)
+    rows = _counted_rows(base.model, 2 * DRAWN)
+    drawn = _forward(base, _batch(base, shapes, rows, size, precision), precision) * 2 * DRAWN // rows
+    return _Ends(drawn, *_vae(base, size))
+
+
+def _counted_rows(model: nn.Module, rows: int) -> int:
+    """Rows of a large denoiser cost the same each: one is counted, and multiplied."""
+    return rows if _numbers(model) < SMALL else 1
+
+
+@lru_cache(maxsize=256)
+def _count(name: str, config: PersonalizeConfig) -> _Counted:
+    shapes, precision = shapes_of(name), DTYPES[config.train.mixed_precision]
+    base = shapes.base()
+    size = config.data.resolution or shapes.pixels or base.resolution
+    model: Any = base.model
+    nn.Module.to(model, precision).train()  # diffusers would speak of layers kept in fp32
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    parameters = _numbers(model)
+    rows = config.data.train_batch_size
+    rows += max(1, rows // 2) if config.data.with_prior_preservation else 0
+    before = _bytes(model)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing(checkpointed(precision))
+    targets = list(config.adapter.target_modules or base.targets)
+    engine.adapt(model, adapter_setup(config, config.adapter.method, targets), ())
+    trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            parameter.data = parameter.data.float()
+    frozen = _bytes(model) - before - 4 * trained
+    task = PersonalizeTask(Encoded(torch.empty(1), torch.empty(1), Prompts({}), ()), base, batch_size=rows, snr_gamma=config.adapter.snr_gamma)
+    at_once = _counted_rows(model, rows)
+    batch = _batch(base, shapes, at_once, size, precision)
+    step = cost(lambda: task.errors(model, batch).sum(), precision=precision)
+    step = Cost(*(value * rows // at_once for value in (step.forward, step.training, step.bytes)))
+    prompt = sum(value[0].numel() for value in batch["prompts"].tensors.values())
+    return _Counted(
+        size, trained, parameters, linear, frozen, coverage(model, engine.NAME), step,
+        batch["latents"][0].numel(), prompt, getattr(base, "waits", False),
+    )  # fmt: skip
+
+
+def _batch(base: ImageBase, shapes: Shapes, rows: int, size: int, precision: torch.dtype) -> dict[str, Any]:
+    latents = torch.empty(rows, *base.latent_shape(size), device="meta")
+    found: dict[str, Tensor] = {}
+    for name, shape in base.prompt_shapes(base.model, shapes.tokens).items():
+        mask = name == "mask"  # which lists are cut by: its numbers are asked for
+        found[name] = torch.ones(rows, *shape, dtype=torch.bool) if mask else torch.empty(rows, *shape, device="meta", dtype=precision)
+        found[name] = found[name] if base.family == "z-image" or not mask else found[name].to("meta")
+    level, weight = torch.zeros(rows, device="meta"), torch.ones(rows, device="meta")
+    return {"latents": latents, "noise": latents, "prompts": Prompts(found), "levels": level, "weights": weight}
+
+
+def _forward(base: ImageBase, batch: dict[str, Any], precision: torch.dtype) -> int:
+    """Bytes alive while a batch is drawn."""
+    times = base.schedule.timesteps(batch["levels"])
+    with torch.no_grad():
+        run = lambda: base.predict(base.model, batch["latents"], times, batch["prompts"]).sum()  # noqa: E731
+        return cost(run, backward=False, precision=precision).bytes
+
+
+def _vae(base: ImageBase, size: int) -> tuple[int, int, int]:
+    """Bytes of activations of encoding and of decoding as many images as are taken at once, and the VAE's parameters."""
+    vae: Any = base.encoders["vae"]
+    rows = min(4, max(1, 2**21 // size**2))
+    pixels = base._frames(torch.empty(rows, 3, size, size, device="meta"))  # type: ignore[attr-defined]
+    latents = base._unfolded(torch.empty(rows, *base.latent_shape(size), device="meta"))  # type: ignore[attr-defined]
+
+    def ends(run: Callable[[], Tensor]) -> int:
+        with torch.no_grad():
+            return cost(run, backward=False, precision=torch.float32).bytes
+
+    encoded = ends(lambda: vae.encode(pixels, return_dict=False)[0].mode().sum())
+    return encoded, ends(lambda: vae.decode(latents, return_dict=False)[0].sum()), _numbers(vae)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+# ---- sums -----------------------------------------------------------------------------------------------------------
+
+
+def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted) -> Plan:
+    precision = DTYPES[config.train.mixed_precision]
+    width, ends = precision.itemsize, _ends(config.base, found.resolution, precision)
+    bits = BITS.get(config.quantize or "", 8 * width)
+    denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
+    vae, texts = {"VAE": 4.0 * ends.vae}, {"text encoders": width * float(sum(shapes.texts.values()))}
+    pictures = _pictures(config)
+    caches = {"latents and prompts": pictures * (8.0 * found.latent + width * found.prompt)}
+    adapter = {"adapter's frozen factors": float(found.frozen), "adapter and optimizer": 12.0 * found.trained}
+    first = {} if found.waits else denoiser
+    encoding = first | texts | vae | caches | {"activations of the VAE": float(ends.encoded)}
+    previews = vae if config.train.preview_steps else {}
+    training = denoiser | adapter | caches | previews | {"activations and gradients": float(found.step.bytes)}
+    fresh = {"adapter's frozen factors": float(found.frozen), "adapter": 4.0 * found.trained}
+    drawn = {"activations of drawing": float(max(ends.drawn, ends.decoded))}
+    drawing = denoiser | vae | ({} if found.waits else texts) | fresh | caches | drawn
+    checkpoints = min(config.train.checkpoints_total_limit, -(-config.train.max_train_steps // config.train.checkpointing_steps))
+    disk = {"the adapter": 4.0 * found.trained, f"{checkpoints} checkpoints": 12.0 * found.trained * checkpoints}
+    disk["the base's files in 16 bits"] = 2.0 * (found.parameters + ends.vae + sum(shapes.texts.values()))
+    return Plan(
+        config, shapes, found.resolution, found.trained, found.parameters, found.covered, found.step, encoding, training,
+        drawing, disk,
+    )  # fmt: skip
+
+
+def _pictures(config: PersonalizeConfig) -> int:
+    folder = config.data.folder
+    if folder is None:
+        return PICTURES
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {str(folder)!r}; leave it out to plan for {PICTURES} pictures.")
+    from smidgen.tasks.data import images
+
+    return len(images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.resolution or 64).pictures)
+
+
+# ---- this machine ---------------------------------------------------------------------------------------------------
+
+_WEIGH = """
+import resource
+import torch
+from diffusers import {pipeline}
+from smidgen.tasks.personalize import recipe
+from smidgen.training.processes import make_accelerator
+torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4))], fused=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def _process(pipeline: str = "StableDiffusionPipeline") -> float:
+    """Bytes of a process that imported what a run imports, measured in one."""
+    told = subprocess.run([sys.executable, "-c", _WEIGH.format(pipeline=pipeline)], capture_output=True, text=True)
+    if told.returncode:
+        raise ConfigError(f"A process that imports what a run imports did not end well: {told.stderr[-300:]}")
+    return float(told.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(config: PersonalizeConfig) -> float:
+    """Seconds of a step on this machine: the run's own base, adapter, loss and loop on made-up latents; the median of at least
+    two steps after the first two."""
+    base = load_base(config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant)
+    base.release_encoders()
+    size = config.data.resolution or base.resolution
+    shapes, rows = shapes_of(config.base), config.data.train_batch_size
+    latents = torch.randn(2, *base.latent_shape(size))
+    known = base.prompt_shapes(base.model, shapes.tokens)
+    prompts = Prompts({n: torch.ones(2, *s, dtype=torch.bool) if n == "mask" else torch.randn(2, *s) for n, s in known.items()})
+    encoded = Encoded(latents, torch.zeros_like(latents), prompts, ("one", "two"))
+    prior = encoded if config.data.with_prior_preservation else None
+    task = _Timed(encoded, base, rows, prior=prior, prior_batch_size=max(1, rows // 2), snr_gamma=config.adapter.snr_gamma)
+    if config.gradient_checkpointing:
+        base.model.enable_gradient_checkpointing()
+    targets = list(config.adapter.target_modules or base.targets)
+    setup = adapter_setup(config, config.adapter.method, targets)
+    parts = config.train.gradient_accumulation_steps
+    loop = replace(
+        type(config.train)(), max_train_steps=12, lr_warmup_steps=0, checkpointing_steps=10**6, gradient_accumulation_steps=parts,
+        mixed_precision=config.train.mixed_precision,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="smidgen-plan-") as folder:
+        task.stop = time.perf_counter() + LONGEST
+        try:
+            fit("plan", base.model, task, setup, rates(config, config.adapter.method), loop, Path(folder), progress=False)
+        except _Enough:
+            pass
+    steps = [later - earlier for earlier, later in zip(task.at, task.at[1:], strict=False)]
+    return parts * statistics.median(steps[2 * parts :] or steps[-1:])
+
+
+class _Enough(Exception):
+    """Steps were tried long enough."""
+
+
+class _Timed(PersonalizeTask):
+    """Notes when each batch is asked for."""
+
+    stop = 0.0
+
+    def batch(self, index: int) -> dict[str, Any]:
+        self.__dict__.setdefault("at", []).append(time.perf_counter())
+        if len(self.at) > 4 and self.at[-1] > self.stop:  # type: ignore[has-type]
+            raise _Enough
+        return super().batch(index)
+
+
+# ---- what would fit -------------------------------------------------------------------------------------------------
+
+
+def fitting(config: PersonalizeConfig, memory: float, card: bool = True) -> PersonalizeConfig | None:
+    """The settings nearest to ``config`` that need at most ``memory`` bytes; None where none do.
+
+    In this order: as they are, gradient checkpointing, bf16, smaller batches, a base in 8 bits (fp8), in 4 bits (nf4, on a card),
+    half the resolution.
+    """
+    for other in _nearer(config, card):
+        if make_plan(other, card, measured=False).peak <= memory:
+            return other
+    return None
+
+
+def _nearer(config: PersonalizeConfig, card: bool) -> Iterator[PersonalizeConfig]:
+    found = shapes_of(config.base)
+    size = config.data.resolution or found.pixels or found.base().resolution
+    batches = sorted({max(1, config.data.train_batch_size >> n) for n in range(17)}, reverse=True)
+    half = replace(config, train=replace(config.train, mixed_precision="bf16")) if config.train.mixed_precision == "no" else config
+    kinds = [config.quantize] if config.quantize else [None, "fp8", *(["nf4"] if card else [])]
+    seen = set()
+    for resolution in (size, size // 2):
+        for kind in kinds:
+            for start in (config, half) if kind is None else (half,):
+                for batch in batches:
+                    for less in (config.gradient_checkpointing, True):
+                        data = replace(config.data, train_batch_size=batch)
+                        if resolution != size:
+                            data = replace(data, resolution=resolution)
+                        other = replace(start, data=data, gradient_checkpointing=less, quantize=kind)
+                        if other not in seen:
+                            seen.add(other)
+                            yield other
