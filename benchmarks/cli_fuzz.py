@@ -128,6 +128,7 @@ def world(root: Path) -> World:
     sheet = ["--no-sheet", "--out", out]
     lines = {
         "personalize": [str(pictures), "--base", str(base), *few, *drawn, "--out", out],
+        "plan personalize": [str(pictures), "--base", "sd15", "--train-batch-size", "1"],
         "train control": [str(pictures), "--base", str(base), "--control", "canny", *few, "--out", out],
         "train text-classification": [str(good / "texts.csv"), *few, "--out", out],
         "train image-classification": [str(good / "labelled"), *few, "--out", out],

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,13 @@ RUNS: tuple[tuple[str, int, bool], ...] = (  # method, batch, gradient checkpoin
     ("lora", 256, False),
     ("lora", 256, True),
 )
-STEPS = 12
+# Starts a run from a small process and says its peak: a child's ru_maxrss begins at what its parent had.
+RUN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+
+
+def steps(batch: int) -> int:
+    """Steps of a real run: enough for the first one not to count."""
+    return 60 if batch <= 16 else 16
 
 
 def flow_base(folder: Path) -> str:
@@ -58,7 +63,7 @@ def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Pat
     config = PersonalizeConfig(
         Data(folder=pictures, instance_prompt="a portrait of a person", train_batch_size=batch),
         Adapter(method),
-        LoopConfig(max_train_steps=STEPS, lr_warmup_steps=1),
+        LoopConfig(max_train_steps=steps(batch), lr_warmup_steps=1),
         Show(compare_lora=False, num_prompts=1, num_seeds=1, inference_steps=2),
         base=base,
         out=out,
@@ -69,15 +74,16 @@ def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Pat
 
     settings = out.with_suffix(".yaml")
     settings.write_text(dump_yaml(replace(config, overwrite=True)))
-    words = [sys.executable, "-m", "smidgen", "personalize", "--config", str(settings)]
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    said = child.stderr.read() if child.stderr else ""
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(words)} ended with {child.returncode}: {said[-2000:]}")
+    words = [sys.executable, "-c", RUN, sys.executable, "-m", "smidgen", "personalize", "--config", str(settings)]
+    told = subprocess.run(words, capture_output=True, text=True)
+    if told.returncode:
+        raise RuntimeError(f"{' '.join(words[3:])} ended with {told.returncode}: {told.stderr[-2000:]}")
     entries = json.loads((out / "report.json").read_text())["entries"]
-    return plan, usage.ru_maxrss * 1024.0, next(e["seconds"] for e in entries if e["seconds"]) / STEPS
+    return (
+        plan,
+        float(told.stdout.split()[-1]) * 1024,
+        next(e["seconds"] for e in entries if e["seconds"]) / steps(batch),
+    )
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def test_a_row_leads_to_a_function_that_explains_its_flags(name):
 
 def test_every_preset_command_is_found():
     assert set(PRESET) == {
-        "personalize", "zoo build", "zoo evaluate", "generator train",
+        "personalize", "plan personalize", "zoo build", "zoo evaluate", "generator train",
         *(name for name in table.COMMANDS if name.startswith("train ")),
     }  # fmt: skip
 

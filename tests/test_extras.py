@@ -33,6 +33,7 @@ COMMANDS = {
     "zoo import": (["adapter", "--out", "OUT"], "diffusion,zoo"),
     "zoo evaluate": (["OUT"], "diffusion,zoo"),
     "zoo plan": ([], "diffusion"),
+    "plan personalize": (["--base", "sd15"], "diffusion"),
     "generator train": (["--out", "OUT"], "diffusion,zoo"),
     "generator directions": (["OUT", "--people", "OUT"], "diffusion,zoo"),
     "generator inspect": ([], None),

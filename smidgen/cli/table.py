@@ -16,6 +16,7 @@ class Command:
 
 GROUPS = {  # words that stand before others
     "train": "train an adapter of kilobytes on texts, pictures or conversations: train TASK DATA",
+    "plan": "say what a run would need before it is run: plan personalize",
     "zoo": "train the adapters of many people at once: zoo build|status|import",
     "generator": "train and look at what predicts: generator train|directions|inspect",
 }
@@ -32,6 +33,11 @@ COMMANDS = {
     "train instruction": Command("teach a language model to answer", "recipes:instruction", ("tasks",)),
     "personalize": Command(
         "train an adapter of kilobytes on a folder of pictures", "recipes:personalize", ("diffusion",)
+    ),
+    "plan personalize": Command(
+        "memory, disk and seconds of a personalisation, and the settings that would fit",
+        "planning:personalize",
+        ("diffusion",),
     ),
     "subject": Command("draw pictures of an invented person for the embedded base", "using:subject", ("world",)),
     "pairs": Command(

@@ -9,6 +9,7 @@ sums. What was not counted but assumed is in ``ASSUMED``, which every plan print
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,17 @@ from smidgen.training.cost import ADAM, CARDS, Cost, checkpointed, cost
 from smidgen.training.fitting import fit
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-BITS = {"nf4": 4.5, "int8": 8.0, "int8-torchao": 8.0, "fp8": 8.0}  # of a number of a quantised layer, nf4 with its scales (32 / 64)
+BITS = {
+    "nf4": 4.5,
+    "int8": 8.0,
+    "int8-torchao": 8.0,
+    "fp8": 8.0,
+}  # of a number of a quantised layer, nf4 with its scales (32 / 64)
 PICTURES = 20  # of a subject, where no folder is given
 DRAWN = 8  # images at once at the end, each with its guidance
 SMALL = 2e8  # parameters of a denoiser whose steps are tried rather than counted
 LONGEST = 20.0  # seconds that trying steps may take, beyond two of them
+KEPT = 1.4  # bytes of a processor's memory for one of activations: scratch of its kernels, and what its allocator does not give back
 SHARE, CONTEXT = 0.92, 0.6e9  # of a card's memory that can be used; bytes that CUDA takes
 UTILISATION = 0.35  # share of a card's peak that training reaches
 ASSUMED = (
@@ -49,6 +56,7 @@ ASSUMED = (
     "fused attention; text encoders in the run's precision, the VAE in fp32; only linear layers (and with fp8 convolutions) are "
     "quantised, their 4- and 8-bit weights are made whole one layer at a time",
     f"{PICTURES} pictures where no folder is given, square, and {DRAWN} drawn at a time",
+    f"on a processor {KEPT:g} bytes for one of activations (kernels' scratch and what the allocator keeps; found on the embedded UNet)",
     f"on a card {1 - SHARE:.0%} lost to fragments and {CONTEXT / 1e9:g} GB to CUDA; {UTILISATION:.0%} of its peak reached",
 )
 
@@ -89,8 +97,13 @@ class Plan:
     @property
     def peak(self) -> float:
         """Most bytes at a time, with the program's own."""
-        most = max(sum(part.values()) for part in (self.encoding, self.training, self.drawing))
-        return (most / SHARE + CONTEXT) if self.card else most + (self.process or 0.0)
+        phases = self.encoding, self.training, self.drawing
+        if self.card:
+            return max(sum(part.values()) for part in phases) / SHARE + CONTEXT
+        most = max(
+            sum(v * (KEPT if name.startswith("activations") else 1) for name, v in part.items()) for part in phases
+        )
+        return most + (self.process or 0.0)
 
     def counted_seconds(self) -> dict[str, float]:
         """Seconds a step on each card, from its operations and the share of its peak that is assumed."""
@@ -111,22 +124,17 @@ def make_plan(config: PersonalizeConfig, card: bool | None = None, measured: boo
         ConfigError: no such base, or settings that cannot be.
     """
     shapes = shapes_of(config.base)
-    quantization(config.quantize if config.quantize in (None, "fp8") else _known(config.quantize), torch.float32)
-    here = bool(shapes.folder)
+    if config.quantize not in (None, *BITS):
+        quantization(config.quantize, torch.float32)  # refuses it; the libraries of others need not be here to plan
+    here, pictures = bool(shapes.folder), _pictures(config)
     card = (not here or default_device().type != "cpu") if card is None else card
-    counted = _count(config.base, _decisive(config))
+    counted = _counted(shapes, _decisive(config))
     small = here and counted.parameters < SMALL and measured and not card
     return replace(
-        _plan(config, shapes, counted), card=card,
-        process=_process() if measured and not card else None,
+        _plan(config, shapes, counted, pictures), card=card,
+        process=_process(shapes.pipeline) if measured and not card else None,
         seconds=seconds(config) if small else None,
     )  # fmt: skip
-
-
-def _known(kind: str) -> None:
-    """Refuses a quantisation that there is not; its library need not be here to plan."""
-    if kind not in BITS:
-        quantization(kind, torch.float32)
 
 
 # ---- counting -------------------------------------------------------------------------------------------------------
@@ -192,8 +200,7 @@ def _count(name: str, config: PersonalizeConfig) -> _Counted:
     nn.Module.to(model, precision).train()  # diffusers would speak of layers kept in fp32
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     parameters = _numbers(model)
-    rows = config.data.train_batch_size
-    rows += max(1, rows // 2) if config.data.with_prior_preservation else 0
+    rows = _rows(config)
     before = _bytes(model)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing(checkpointed(precision))
@@ -205,11 +212,16 @@ def _count(name: str, config: PersonalizeConfig) -> _Counted:
             trained += parameter.numel()
             parameter.data = parameter.data.float()
     frozen = _bytes(model) - before - 4 * trained
-    task = PersonalizeTask(Encoded(torch.empty(1), torch.empty(1), Prompts({}), ()), base, batch_size=rows, snr_gamma=config.adapter.snr_gamma)
+    task = PersonalizeTask(
+        Encoded(torch.empty(1), torch.empty(1), Prompts({}), ()),
+        base,
+        batch_size=rows,
+        snr_gamma=config.adapter.snr_gamma,
+    )
     at_once = _counted_rows(model, rows)
     batch = _batch(base, shapes, at_once, size, precision)
     step = cost(lambda: task.errors(model, batch).sum(), precision=precision)
-    step = Cost(*(value * rows // at_once for value in (step.forward, step.training, step.bytes)))
+    step = _times(step, rows, at_once)
     prompt = sum(value[0].numel() for value in batch["prompts"].tensors.values())
     return _Counted(
         size, trained, parameters, linear, frozen, coverage(model, engine.NAME), step,
@@ -217,12 +229,35 @@ def _count(name: str, config: PersonalizeConfig) -> _Counted:
     )  # fmt: skip
 
 
+def _counted(shapes: Shapes, config: PersonalizeConfig) -> _Counted:
+    """The count; of a published base that of one image, which serves for batches of all sizes."""
+    if shapes.folder:
+        return _count(config.base, config)
+    found = _count(
+        config.base, replace(config, data=replace(config.data, train_batch_size=1, with_prior_preservation=False))
+    )
+    return replace(found, step=_times(found.step, _rows(config), 1))
+
+
+def _rows(config: PersonalizeConfig) -> int:
+    rows = config.data.train_batch_size
+    return rows + max(1, rows // 2) * config.data.with_prior_preservation
+
+
+def _times(step: Cost, rows: int, counted: int) -> Cost:
+    return Cost(*(value * rows // counted for value in (step.forward, step.training, step.bytes)))
+
+
 def _batch(base: ImageBase, shapes: Shapes, rows: int, size: int, precision: torch.dtype) -> dict[str, Any]:
     latents = torch.empty(rows, *base.latent_shape(size), device="meta")
     found: dict[str, Tensor] = {}
     for name, shape in base.prompt_shapes(base.model, shapes.tokens).items():
         mask = name == "mask"  # which lists are cut by: its numbers are asked for
-        found[name] = torch.ones(rows, *shape, dtype=torch.bool) if mask else torch.empty(rows, *shape, device="meta", dtype=precision)
+        found[name] = (
+            torch.ones(rows, *shape, dtype=torch.bool)
+            if mask
+            else torch.empty(rows, *shape, device="meta", dtype=precision)
+        )
         found[name] = found[name] if base.family == "z-image" or not mask else found[name].to("meta")
     level, weight = torch.zeros(rows, device="meta"), torch.ones(rows, device="meta")
     return {"latents": latents, "noise": latents, "prompts": Prompts(found), "levels": level, "weights": weight}
@@ -263,13 +298,12 @@ def _bytes(model: nn.Module) -> int:
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted) -> Plan:
+def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: int) -> Plan:
     precision = DTYPES[config.train.mixed_precision]
     width, ends = precision.itemsize, _ends(config.base, found.resolution, precision)
     bits = BITS.get(config.quantize or "", 8 * width)
     denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
     vae, texts = {"VAE": 4.0 * ends.vae}, {"text encoders": width * float(sum(shapes.texts.values()))}
-    pictures = _pictures(config)
     caches = {"latents and prompts": pictures * (8.0 * found.latent + width * found.prompt)}
     adapter = {"adapter's frozen factors": float(found.frozen), "adapter and optimizer": 12.0 * found.trained}
     first = {} if found.waits else denoiser
@@ -279,7 +313,9 @@ def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted) -> Plan:
     fresh = {"adapter's frozen factors": float(found.frozen), "adapter": 4.0 * found.trained}
     drawn = {"activations of drawing": float(max(ends.drawn, ends.decoded))}
     drawing = denoiser | vae | ({} if found.waits else texts) | fresh | caches | drawn
-    checkpoints = min(config.train.checkpoints_total_limit, -(-config.train.max_train_steps // config.train.checkpointing_steps))
+    checkpoints = min(
+        config.train.checkpoints_total_limit, -(-config.train.max_train_steps // config.train.checkpointing_steps)
+    )
     disk = {"the adapter": 4.0 * found.trained, f"{checkpoints} checkpoints": 12.0 * found.trained * checkpoints}
     disk["the base's files in 16 bits"] = 2.0 * (found.parameters + ends.vae + sum(shapes.texts.values()))
     return Plan(
@@ -296,43 +332,63 @@ def _pictures(config: PersonalizeConfig) -> int:
         raise ConfigError(f"There is no folder {str(folder)!r}; leave it out to plan for {PICTURES} pictures.")
     from smidgen.tasks.data import images
 
-    return len(images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.resolution or 64).pictures)
+    return len(
+        images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.resolution or 64).pictures
+    )
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------
 
 _WEIGH = """
-import resource
-import torch
+import sys, tempfile
+import matplotlib.pyplot, resource
+from pathlib import Path
 from diffusers import {pipeline}
-from smidgen.tasks.personalize import recipe
-from smidgen.training.processes import make_accelerator
-torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4))], fused=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+from smidgen.bases.families import load_base
+from smidgen.tasks.contact_sheet import loss_plot
+from smidgen.tasks.personalize import plan, settings
+small = settings.PersonalizeConfig(settings.Data(train_batch_size=1), settings.Adapter("lora"))
+plan.seconds(small)  # on the base that ships with the program, whose weights are taken off again
+base = load_base(small.base)
+weights = sum(p.numel() * p.element_size() for part in (base.model, *base.encoders.values()) for p in part.parameters())
+with tempfile.TemporaryDirectory() as folder:
+    loss_plot(dict(weighed=[1.0, 0.5]), Path(folder) / "loss.png")
+try:  # the most that this program had; ru_maxrss also knows of who started it
+    most = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+except OSError:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
+print(int(most) * 1024 - weights)
 """
 
 
-def _process(pipeline: str = "StableDiffusionPipeline") -> float:
-    """Bytes of a process that imported what a run imports, measured in one."""
+@cache
+def _process(pipeline: str) -> float:
+    """Bytes of the program without models: a process that takes steps of one image on the embedded base, less its weights."""
     told = subprocess.run([sys.executable, "-c", _WEIGH.format(pipeline=pipeline)], capture_output=True, text=True)
     if told.returncode:
-        raise ConfigError(f"A process that imports what a run imports did not end well: {told.stderr[-300:]}")
-    return float(told.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+        raise ConfigError(f"The process that weighs the program did not end well: {told.stderr[-300:]}")
+    return float(told.stdout.split()[-1])
 
 
 def seconds(config: PersonalizeConfig) -> float:
     """Seconds of a step on this machine: the run's own base, adapter, loss and loop on made-up latents; the median of at least
     two steps after the first two."""
-    base = load_base(config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant)
+    base = load_base(
+        config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant
+    )
     base.release_encoders()
     size = config.data.resolution or base.resolution
     shapes, rows = shapes_of(config.base), config.data.train_batch_size
     latents = torch.randn(2, *base.latent_shape(size))
     known = base.prompt_shapes(base.model, shapes.tokens)
-    prompts = Prompts({n: torch.ones(2, *s, dtype=torch.bool) if n == "mask" else torch.randn(2, *s) for n, s in known.items()})
+    prompts = Prompts(
+        {n: torch.ones(2, *s, dtype=torch.bool) if n == "mask" else torch.randn(2, *s) for n, s in known.items()}
+    )
     encoded = Encoded(latents, torch.zeros_like(latents), prompts, ("one", "two"))
     prior = encoded if config.data.with_prior_preservation else None
-    task = _Timed(encoded, base, rows, prior=prior, prior_batch_size=max(1, rows // 2), snr_gamma=config.adapter.snr_gamma)
+    task = _Timed(
+        encoded, base, rows, prior=prior, prior_batch_size=max(1, rows // 2), snr_gamma=config.adapter.snr_gamma
+    )
     if config.gradient_checkpointing:
         base.model.enable_gradient_checkpointing()
     targets = list(config.adapter.target_modules or base.targets)
@@ -344,10 +400,17 @@ def seconds(config: PersonalizeConfig) -> float:
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="smidgen-plan-") as folder:
         task.stop = time.perf_counter() + LONGEST
-        try:
-            fit("plan", base.model, task, setup, rates(config, config.adapter.method), loop, Path(folder), progress=False)
-        except _Enough:
-            pass
+        with contextlib.suppress(_Enough):
+            fit(
+                "plan",
+                base.model,
+                task,
+                setup,
+                rates(config, config.adapter.method),
+                loop,
+                Path(folder),
+                progress=False,
+            )
     steps = [later - earlier for earlier, later in zip(task.at, task.at[1:], strict=False)]
     return parts * statistics.median(steps[2 * parts :] or steps[-1:])
 
@@ -360,10 +423,11 @@ class _Timed(PersonalizeTask):
     """Notes when each batch is asked for."""
 
     stop = 0.0
+    at: tuple[float, ...] = ()
 
     def batch(self, index: int) -> dict[str, Any]:
-        self.__dict__.setdefault("at", []).append(time.perf_counter())
-        if len(self.at) > 4 and self.at[-1] > self.stop:  # type: ignore[has-type]
+        self.at = (*self.at, time.perf_counter())
+        if len(self.at) > 4 and self.at[-1] > self.stop:
             raise _Enough
         return super().batch(index)
 
@@ -387,7 +451,11 @@ def _nearer(config: PersonalizeConfig, card: bool) -> Iterator[PersonalizeConfig
     found = shapes_of(config.base)
     size = config.data.resolution or found.pixels or found.base().resolution
     batches = sorted({max(1, config.data.train_batch_size >> n) for n in range(17)}, reverse=True)
-    half = replace(config, train=replace(config.train, mixed_precision="bf16")) if config.train.mixed_precision == "no" else config
+    half = (
+        replace(config, train=replace(config.train, mixed_precision="bf16"))
+        if config.train.mixed_precision == "no"
+        else config
+    )
     kinds = [config.quantize] if config.quantize else [None, "fp8", *(["nf4"] if card else [])]
     seen = set()
     for resolution in (size, size // 2):
