@@ -31,8 +31,7 @@ RUNS: tuple[tuple[str, int, bool], ...] = (  # method, batch, gradient checkpoin
     ("svfit", 4, False),
     ("tlora", 16, False),
     ("loldu", 64, False),
-    ("lora", 256, False),
-    ("lora", 256, True),
+    ("lora", 64, True),
 )
 # Starts a run from a small process and says its peak: a child's ru_maxrss begins at what its parent had.
 RUN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

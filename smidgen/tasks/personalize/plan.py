@@ -105,6 +105,12 @@ class Plan:
         )
         return most + (self.process or 0.0)
 
+    @property
+    def lasting(self) -> float:
+        """What of the peak does not depend on how large images are, or little."""
+        phases = self.encoding, self.training, self.drawing
+        return max(sum(v for name, v in part.items() if not name.startswith("activations")) for part in phases)
+
     def counted_seconds(self) -> dict[str, float]:
         """Seconds a step on each card, from its operations and the share of its peak that is assumed."""
         half = self.config.train.mixed_precision != "no"
@@ -441,9 +447,14 @@ def fitting(config: PersonalizeConfig, memory: float, card: bool = True) -> Pers
     In this order: as they are, gradient checkpointing, bf16, smaller batches, a base in 8 bits (fp8), in 4 bits (nf4, on a card),
     half the resolution.
     """
+    lasting = float("inf")  # least bytes besides activations: where they do not fit, smaller images do not help
     for other in _nearer(config, card):
-        if make_plan(other, card, measured=False).peak <= memory:
+        if other.data.resolution != config.data.resolution and lasting > memory:
+            return None
+        plan = make_plan(other, card, measured=False)
+        if plan.peak <= memory:
             return other
+        lasting = min(lasting, plan.lasting)
     return None
 
 
