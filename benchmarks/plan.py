@@ -33,6 +33,8 @@ RUNS: tuple[tuple[str, int, bool], ...] = (  # method, batch, gradient checkpoin
     ("loldu", 64, False),
     ("lora", 64, True),
 )
+# A process that knows the untrained flow base, as one that ships would be known.
+MAIN = "import sys; from benchmarks.plan import know; know(sys.argv[1]); from smidgen.cli import main; sys.exit(main(sys.argv[2:]))"
 # Starts a run from a small process and says its peak: a child's ru_maxrss begins at what its parent had.
 RUN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 
@@ -57,10 +59,22 @@ def flow_base(folder: Path) -> str:
     return str(folder)
 
 
+def know(folder: str) -> None:
+    """Makes the base in ``folder`` one of the family that the embedded flow base is of."""
+    from smidgen.bases import families
+    from smidgen.lab.embedded_base.flow import FlowBase
+
+    row = families.Family(lambda name, _: name == folder, FlowBase)
+    if folder.endswith("/flow"):
+        rest = {name: family for name, family in families.FAMILIES.items() if name != FlowBase.family}
+        families.FAMILIES.clear()
+        families.FAMILIES.update({FlowBase.family: row} | rest)
+
+
 def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Path) -> tuple[Plan, float, float]:
     """The plan, the real run's peak bytes, and its seconds a step."""
     config = PersonalizeConfig(
-        Data(folder=pictures, instance_prompt="a portrait of a person", train_batch_size=batch),
+        Data(folder=pictures, instance_prompt="a portrait of a person", train_batch_size=batch, resolution=64),
         Adapter(method),
         LoopConfig(max_train_steps=steps(batch), lr_warmup_steps=1),
         Show(compare_lora=False, num_prompts=1, num_seeds=1, inference_steps=2),
@@ -68,12 +82,13 @@ def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Pat
         out=out,
         gradient_checkpointing=less,
     )
+    know(base)
     plan = make_plan(config)
     from smidgen.training.settings import dump_yaml
 
     settings = out.with_suffix(".yaml")
     settings.write_text(dump_yaml(replace(config, overwrite=True)))
-    words = [sys.executable, "-c", RUN, sys.executable, "-m", "smidgen", "personalize", "--config", str(settings)]
+    words = [sys.executable, "-c", RUN, sys.executable, "-c", MAIN, base, "personalize", "--config", str(settings)]
     told = subprocess.run(words, capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(f"{' '.join(words[3:])} ended with {told.returncode}: {told.stderr[-2000:]}")
@@ -89,7 +104,9 @@ def main() -> None:
     """Run, write ``results/plan.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", action="store_true")
-    if parser.parse_args().tables:
+    parser.add_argument("--only", choices=("unet", "flow"))
+    asked = parser.parse_args()
+    if asked.tables:
         from benchmarks._plan_tables import write
 
         return write(between)
@@ -100,6 +117,8 @@ def main() -> None:
         pictures = folder / "pictures"
         subprocess.run([sys.executable, "-m", "smidgen", "subject", str(pictures), "--seed", "7"], check=True)
         for label, base in (("unet", "embedded"), ("flow", flow_base(folder / "flow"))):
+            if asked.only not in (None, label):
+                continue
             for method, batch, less in RUNS:
                 key = f"{label}.{method}.batch{batch}{'.checkpointing' if less else ''}"
                 plan, peak, seconds = run(base, method, batch, less, pictures, folder / key)
@@ -116,7 +135,8 @@ def main() -> None:
         if found:
             figures |= {f"{name}.worst": max(found, key=abs), f"{name}.median": statistics.median(map(abs, found))}
     figures = {name: round(value, 4) for name, value in figures.items()}
-    print(write_result("plan", figures, "make bench NAME=plan"))
+    name = f"plan_{asked.only}" if asked.only else "plan"
+    print(write_result(name, figures, "python -m benchmarks.plan" + (f" --only {asked.only}" if asked.only else "")))
 
 
 if __name__ == "__main__":
