@@ -89,7 +89,7 @@ def test_settings_that_fit_and_those_of_the_presets():
     assert found is not None and found.gradient_checkpointing
     assert make_plan(found, measured=False).peak <= 24e9 < make_plan(FLUX, measured=False).peak
     assert fitting(FLUX, 1e9) is None
-    assert set(presets.by_memory()) == set(full_size()["bases"])
+    assert set(presets.by_memory()) <= set(full_size()["bases"])
     chosen = replace(presets.for_memory(FLUX, "flux2-klein-4b", 24), adapter=FLUX.adapter)
     assert make_plan(chosen, measured=False).peak <= 24e9
     with pytest.raises(ConfigError, match=r"no presets for 'flux2-de'\. Did you mean 'flux2-dev'"):
