@@ -71,8 +71,8 @@ def load_base(
 
     Raises ConfigError when there is no such base or no family that draws knows it.
     """
-    folder = locate(name)
-    pipeline = pipeline_class(folder, str(name))
+    folder = _locate(name)
+    pipeline = _pipeline_class(folder, str(name))
     family = family_of(str(name), pipeline)
     if not FAMILIES[family].draws:
         raise ConfigError(
@@ -112,7 +112,7 @@ def card_lines(name: str) -> tuple[str, str]:
     return "smidgen.embedded_base()", f", num_inference_steps={steps}, guidance_scale={guidance:g}"
 
 
-def locate(name: str | Path) -> str:
+def _locate(name: str | Path) -> str:
     """A local folder or a hub name."""
     if str(name) == EMBEDDED:
         return str(embedded_base())
@@ -126,7 +126,7 @@ def locate(name: str | Path) -> str:
     return str(name)
 
 
-def pipeline_class(folder: str, name: str) -> str:
+def _pipeline_class(folder: str, name: str) -> str:
     """The class that ``model_index.json`` names, "" where a transformers ``config.json`` stands instead."""
     if (Path(folder) / "config.json").is_file() and not (Path(folder) / "model_index.json").is_file():
         return ""
