@@ -54,6 +54,8 @@ def flow_base(folder: Path) -> str:
     from smidgen.lab.embedded_base.flow import base_of, transformer
 
     model = transformer(preset("full"))
+    torch.nn.init.normal_(model.proj_out.weight, std=0.02)  # zero at its start, which no gradient passes
+    torch.nn.init.normal_(model.norm_out.linear.weight, std=0.02)
     channels = model.config.in_channels
     base_of(model, torch.zeros(channels), torch.ones(channels)).pipe.save_pretrained(folder)
     return str(folder)
