@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.errors import ConfigError, TrainingError
-from smidgen.training import snapshots
+from smidgen.training import optimizers, snapshots
 from smidgen.training.checkpoints import Checkpoint, CheckpointStore, read_checkpoint, resolve
 from smidgen.training.evaluation import Criterion, Evaluation, criterion, measured
 from smidgen.training.interrupts import Interrupts
@@ -57,6 +57,7 @@ class LoopConfig:
     """How long, how fast and how safely to train. Steps are optimizer steps."""
 
     max_train_steps: int = 250  # optimizer steps
+    optimizer: optimizers.Name = "adamw"  # adamw8bit (bitsandbytes) and adafactor remember less
     lr_scheduler: Literal["constant", "cosine", "linear"] = "cosine"
     lr_warmup_steps: int = 10
     max_grad_norm: float = 1.0  # longer gradients are cut to this
@@ -159,8 +160,7 @@ class _Run:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         snapshots.check_groups(self.trained, groups)
         self.model = prepare(self.accelerator, model, list(self.trained.values()))
-        fused = self.accelerator.device.type == "cpu" or None  # of many small tensors; None: torch's own choice
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW([dict(group) for group in groups], fused=fused))
+        self.optimizer = self.accelerator.prepare(optimizers.make_optimizer(config.optimizer, groups, self.accelerator.device))
         self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
         self.losses: list[float] = []

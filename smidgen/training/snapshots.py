@@ -36,13 +36,15 @@ def put(trained: Trained, found: Mapping[str, Tensor]) -> None:
 
 
 def moments(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as ``<parameter>::<key>``, on the CPU."""
+    """What the optimizer remembers as ``<parameter>::<key>``, on the CPU; ``<key>#`` where it is no tensor but a number."""
     names = {id(parameter): name for name, parameter in trained.items()}
-    return {
-        f"{names[id(parameter)]}::{key}": value.detach().cpu().clone()
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+    found: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            whole = isinstance(value, Tensor)
+            number = value.detach() if whole else torch.tensor(value, dtype=None if isinstance(value, int) else torch.float64)
+            found[f"{names[id(parameter)]}::{key}{'' if whole else '#'}"] = number.cpu().clone()
+    return found
 
 
 def update_averages(trained: Trained, optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
@@ -51,7 +53,9 @@ def update_averages(trained: Trained, optimizer: torch.optim.Optimizer, decay: f
     share = 1 - min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         for parameter in trained.values():
-            state = optimizer.state[parameter]
+            state = optimizer.state.get(parameter)
+            if not state:  # nothing has moved it yet, and optimizers set up a state that is empty
+                continue
             state["ema"] = state["ema"].lerp_(parameter, share) if "ema" in state else parameter.detach().clone()
 
 
@@ -65,5 +69,8 @@ def put_moments(trained: Trained, optimizer: torch.optim.Optimizer, found: Mappi
     for key, value in found.items():
         name, _, slot = key.rpartition("::")
         parameter = trained[name]
+        if slot.endswith("#"):
+            optimizer.state[parameter][slot[:-1]] = value.item()
+            continue
         # Adam keeps its step counter on the CPU, its moments beside the parameter
         optimizer.state[parameter][slot] = value if value.ndim == 0 else value.to(parameter.device)

@@ -109,6 +109,8 @@ def _fit(
     captions = [picture.caption for picture in seen.pictures]
     encoded = encode_examples(base, seen.pictures, captions, scenes.options["size"])
     options: dict[str, Any] = {"batch_size": config.data.train_batch_size, "seed": config.train.seed}
+    if config.data.caption_dropout:
+        options |= {"blank": base.encode_prompts([""]), "dropout": config.data.caption_dropout}
     controls = as_controls(seen.controls)
     task = ControlTask(encoded, base, controls=controls, cubic=chosen.cubic_timesteps, **options)
     task.previewer = lambda _, step, folder: scenes.preview(base, held_out.controls, step, folder)

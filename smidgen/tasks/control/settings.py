@@ -21,6 +21,7 @@ class Data:
     control: Control = "canny"  # what the control pictures show; canny can be drawn from the pictures themselves
     instance_prompt: str | None = None  # caption of pictures that have none
     num_held_out: int = 16  # the last pictures, kept from training to draw and score at the end
+    caption_dropout: float = 0.0  # share of the captions that train the empty prompt
     resolution: int | None = None  # None: the base's own
     train_batch_size: int = 8
 

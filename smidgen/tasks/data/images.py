@@ -103,20 +103,38 @@ def read_folder(
 
 
 def bind(captions: Sequence[str], class_word: str, placeholder: str) -> list[str]:
-    """Put ``placeholder`` before the first ``class_word`` of each caption.
+    """Put ``placeholder`` before the first ``class_word`` of each caption that does not hold it yet.
 
     Example:
-        >>> bind(["a portrait of a person, smiling"], "person", "sks")
-        ['a portrait of a sks person, smiling']
+        >>> bind(["a portrait of a person, smiling", "sks in the rain"], "person", "sks")
+        ['a portrait of a sks person, smiling', 'sks in the rain']
     """
-    word = re.compile(rf"\b{re.escape(class_word)}\b", re.IGNORECASE)
-    without = [caption for caption in captions if not word.search(caption)]
+    word, named = _word(class_word), _word(placeholder)
+    without = [caption for caption in captions if not word.search(caption) and not named.search(caption)]
     if without:
         raise DataError(
             f"{len(without)} caption(s) do not hold the class word {class_word!r}, so {placeholder!r} has no place in "
             f"them, for example {without[0]!r}. Name the word they share with --class-word."
         )
-    return [word.sub(lambda match: f"{placeholder} {match.group(0)}", caption, count=1) for caption in captions]
+    unnamed = lambda caption: word.sub(lambda match: f"{placeholder} {match.group(0)}", caption, count=1)  # noqa: E731
+    return [caption if named.search(caption) else unnamed(caption) for caption in captions]
+
+
+def of_class(captions: Sequence[str], class_word: str, placeholder: str) -> list[str]:
+    """Captions with ``placeholder`` as captions of its class: inverse of ``bind``, and the class word where the
+    placeholder stands alone.
+
+    Example:
+        >>> of_class(["a portrait of a sks person, smiling", "sks in the rain"], "person", "sks")
+        ['a portrait of a person, smiling', 'person in the rain']
+    """
+    both = re.compile(rf"{_word(placeholder).pattern}(\s+{_word(class_word).pattern})?", re.IGNORECASE)
+    return [both.sub(lambda match: (match.group(1) or class_word).strip(), caption) for caption in captions]
+
+
+def _word(text: str) -> re.Pattern[str]:
+    """``text`` where it stands alone, in any case of letters."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
 def load_picture(path: "str | Path | IO[bytes]", resolution: int) -> "Image.Image":

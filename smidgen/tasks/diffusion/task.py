@@ -1,9 +1,10 @@
 """The task of personalisation: teach a text-to-image UNet one subject from a handful of pictures.
 
 Pictures and prompts are encoded once and held in memory. A batch draws pictures, noise and timesteps by its number
-alone; the loss is the mean squared error of what the base's scheduler asks the UNet to predict. With prior
-preservation each batch also holds pictures that the base itself drew of the subject's class, so that the class keeps
-looking as it did.
+alone; the loss is the mean squared error of what the base's scheduler asks the UNet to predict. So that the class keeps
+looking as it did, a batch may also hold pictures that the base itself drew of the subject's class (prior preservation), or
+the subject's own noisy latents with a caption of the class, whose target is what the base answers without the adapter
+(output preservation, as ai-toolkit has it).
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from smidgen.adapters import api
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.tasks.data.images import Picture, load_picture, to_tensor
@@ -99,6 +101,10 @@ class PersonalizeTask:
 
     ``base`` says what noise there is and what the denoiser predicts, ``prior`` are the class examples (``prior_batch_size`` to a batch,
     their mean loss weighted by ``prior_weight``), ``snr_gamma`` the clamp of min-SNR weighting (None: off).
+
+    ``dropout`` is the share of the subject's captions that ``blank``, the encoded empty prompt, takes the place of.
+    ``preserved`` are prompts, one for each example of the subject: at the same noisy latents the model is held to what the
+    base itself answers to them; their mean loss is weighted by ``preserved_weight``.
     """
 
     subject: Encoded
@@ -109,11 +115,19 @@ class PersonalizeTask:
     prior_batch_size: int = 0
     prior_weight: float = 1.0
     snr_gamma: float | None = None
+    blank: Prompts | None = None
+    dropout: float = 0.0
+    preserved: Prompts | None = None
+    preserved_weight: float = 1.0
     previewer: Callable[[nn.Module, int, Path], None] | None = None
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "noise", index)
-        parts = [self.subject.rows(self._picks(index, self.subject, self.batch_size), noise)]
+        picks = self._picks(index, self.subject, self.batch_size)
+        parts = [self.subject.rows(picks, noise)]
+        if self.blank is not None and self.dropout:
+            chance = torch.rand(len(picks), generator=stream(self.seed, "caption dropout", index))
+            parts[0]["prompts"] = swapped(parts[0]["prompts"], chance < self.dropout, self.blank)
         weights = [torch.full((self.batch_size,), 1 / self.batch_size)]
         if self.prior is not None:
             parts.append(self.prior.rows(self._picks(index, self.prior, self.prior_batch_size), noise))
@@ -121,7 +135,16 @@ class PersonalizeTask:
         batch = {key: join([part[key] for part in parts]) for key in parts[0]}
         batch["noise"] = torch.randn(batch["latents"].shape, generator=noise)
         batch["levels"] = torch.cat([self.levels(len(weight), noise) for weight in weights])
-        return batch | {"weights": torch.cat(weights)}
+        batch |= {"weights": torch.cat(weights)}
+        return batch if self.preserved is None else self._with_preserved(batch, picks)
+
+    def _with_preserved(self, batch: dict[str, Any], picks: Sequence[int]) -> dict[str, Any]:
+        """``batch`` with its rows of the subject once more, at the end, with the prompts that are to stay as they were."""
+        count = len(picks)
+        again = {key: value[:count] for key, value in batch.items()}
+        again["prompts"] = self.preserved[list(picks)]  # type: ignore[index]
+        again["weights"] = torch.full((count,), self.preserved_weight / count)
+        return {key: join([value, again[key]]) for key, value in batch.items()} | {"preserved": count}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         return self.errors(model, batch).sum()
@@ -131,6 +154,11 @@ class PersonalizeTask:
         schedule = self.base.schedule
         timesteps = schedule.timesteps(batch["levels"])
         noisy, target = schedule.add_noise(batch["latents"], batch["noise"], timesteps)
+        if batch.get("preserved"):
+            last = slice(-batch["preserved"], None)
+            with torch.no_grad(), api.disabled(model):
+                kept = self.base.predict(model, noisy[last], timesteps[last], batch["prompts"][last])
+            target = torch.cat([target[: -len(kept)], kept.to(target.dtype)])
         errors = (self.base.predict(model, noisy, timesteps, batch["prompts"]) - target).square()
         errors = errors.mean(dim=tuple(range(1, errors.ndim)))
         if self.snr_gamma is not None:
@@ -151,6 +179,14 @@ class PersonalizeTask:
     def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
         """Numbers in 0..1 spread evenly from one random start, uniform each."""
         return (torch.rand(1, generator=noise) + torch.arange(count) / count) % 1.0
+
+
+def swapped(prompts: Prompts, rows: Tensor, other: Prompts) -> Prompts:
+    """``prompts`` with the one prompt ``other`` in the ``rows`` [prompts] (true or false); what else is told, such as the sizes
+    of images, stays."""
+    told = Prompts({name: prompts.tensors[name] for name in other.tensors})
+    places = torch.where(rows, len(prompts), torch.arange(len(prompts)))
+    return Prompts({**prompts.tensors, **Prompts.join([told, other])[places].tensors})
 
 
 def join(values: Sequence[Any]) -> Any:

@@ -17,7 +17,7 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
-from smidgen.bases.protocol import ImageBase
+from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.errors import DataError
 from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
@@ -25,7 +25,7 @@ from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words
 from smidgen.tasks.diffusion.scenes import Scenes
-from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
+from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.tasks.report import Report, card
@@ -149,8 +149,9 @@ def _task(
         seeds = tuple(derive(config.train.seed, "prior", number) for number in range(len(prompts)))
         scenes = Scenes(prompts, seeds, size=resolution, **_sampling(config, base))
         prior = encode_prior(base, scenes, config.out / CLASS_LATENTS, base.fingerprint())
+    subject = encode_examples(base, found.pictures, captions, resolution)
     return PersonalizeTask(
-        encode_examples(base, found.pictures, captions, resolution),
+        subject,
         base,
         batch_size=data.train_batch_size,
         seed=config.train.seed,
@@ -158,7 +159,22 @@ def _task(
         prior_batch_size=max(1, data.train_batch_size // 2),
         prior_weight=data.prior_loss_weight,
         snr_gamma=config.adapter.snr_gamma,
+        blank=base.encode_prompts([""]) if data.caption_dropout else None,
+        dropout=data.caption_dropout,
+        preserved=_preserved(data, base, subject, found),
+        preserved_weight=data.preservation_loss_weight,
     )
+
+
+def _preserved(data: Data, base: ImageBase, subject: Encoded, found: images.PictureFolder) -> Prompts | None:
+    """For each picture the prompt whose answer stays the base's."""
+    if data.preservation is None:
+        return None
+    plain = [""] * len(subject)
+    if data.preservation == "class":
+        named, word = data.placeholder_token, data.class_word
+        plain = [data.class_prompt] * len(subject) if data.class_prompt else images.of_class(found.captions, word, named)
+    return Prompts({**subject.prompts.tensors, **base.encode_prompts(plain).tensors})
 
 
 def _scenes(

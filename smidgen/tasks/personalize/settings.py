@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from smidgen.adapters.methods import Rates, learning_rates, parse_method
 from smidgen.bases.families import learning_kind
+from smidgen.errors import ConfigError
 from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check
 
@@ -23,8 +25,23 @@ class Data:
     with_prior_preservation: bool = False  # also train on the base's own pictures of the class
     prior_loss_weight: float = 1.0  # of the class pictures' loss
     num_class_images: int = 32  # drawn once by the base, half a batch in each batch
+    caption_dropout: float = 0.0  # share of the subject's captions that train the empty prompt
+    preservation: Literal["class", "blank"] | None = None  # prompts whose answers stay the base's; no class pictures needed
+    preservation_loss_weight: float = 1.0  # of that
     resolution: int | None = None  # None: the base's own
     train_batch_size: int = 4  # pictures of the subject in a batch
+
+    def __post_init__(self) -> None:
+        if self.preservation == "class" and not (self.placeholder_token or self.class_prompt):
+            raise ConfigError(
+                "preservation class holds the class to what the base draws, so the subject needs a word of its own: give it "
+                "one, as with --placeholder-token sks, or say the class with --class-prompt; --preservation blank needs none."
+            )
+        if self.preservation == "blank" and self.caption_dropout:
+            raise ConfigError(
+                f"caption_dropout {self.caption_dropout} teaches the empty prompt the subject, and preservation blank keeps it "
+                "as it was; take one of them."
+            )
 
 
 @dataclass(frozen=True)
