@@ -98,7 +98,11 @@ class Bench:
         from smidgen.training.randomness import derive
 
         noise = [derive(seed, "bench", number) for number in range(SCENES)]
-        options: dict[str, Any] = {"negative": self.base.encode_prompts([""]), "steps": DRAW_STEPS, "guidance": GUIDANCE}
+        options: dict[str, Any] = {
+            "negative": self.base.encode_prompts([""]),
+            "steps": DRAW_STEPS,
+            "guidance": GUIDANCE,
+        }
         return self.base.draw(self.base.encode_prompts(prompts), noise, **options)
 
 
@@ -118,7 +122,10 @@ def main() -> int:
     figures: dict[str, Any] = {"people": PEOPLE, "seeds": SEEDS, "steps": STEPS, "batch": BATCH}
     for way, scores in found.items():
         for name, people in scores.items():
-            values, key = np.array([np.mean(people[person]) for person in sorted(people)]), f"{way.replace(' ', '_')}_{name}"
+            values, key = (
+                np.array([np.mean(people[person]) for person in sorted(people)]),
+                f"{way.replace(' ', '_')}_{name}",
+            )
             figures[key] = float(values.mean())
             if name != "cpu_seconds":
                 figures[f"{key}_interval"] = interval(values)

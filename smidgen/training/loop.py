@@ -160,7 +160,9 @@ class _Run:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         snapshots.check_groups(self.trained, groups)
         self.model = prepare(self.accelerator, model, list(self.trained.values()))
-        self.optimizer = self.accelerator.prepare(optimizers.make_optimizer(config.optimizer, groups, self.accelerator.device))
+        self.optimizer = self.accelerator.prepare(
+            optimizers.make_optimizer(config.optimizer, groups, self.accelerator.device)
+        )
         self.stepper = Stepper(self.accelerator, task, self.model, self.optimizer, self.trained)
         self.store = CheckpointStore(folder, config.checkpoints_total_limit)
         self.losses: list[float] = []

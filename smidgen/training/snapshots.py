@@ -42,7 +42,11 @@ def moments(trained: Trained, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             whole = isinstance(value, Tensor)
-            number = value.detach() if whole else torch.tensor(value, dtype=None if isinstance(value, int) else torch.float64)
+            number = (
+                value.detach()
+                if whole
+                else torch.tensor(value, dtype=None if isinstance(value, int) else torch.float64)
+            )
             found[f"{names[id(parameter)]}::{key}{'' if whole else '#'}"] = number.cpu().clone()
     return found
 

@@ -42,7 +42,8 @@ def test_a_dropped_caption_is_the_empty_prompt_and_follows_from_its_number(sdxl,
 @pytest.mark.parametrize("lengths", [(3, 5), (5, 3), (4, 4)])
 def test_swapped_prompts_of_other_lengths_carry_their_masks(lengths):
     long, short = (
-        Prompts({"embeds": torch.full((2, n, 1), float(n)), "mask": torch.ones(2, n, dtype=torch.bool)}) for n in lengths
+        Prompts({"embeds": torch.full((2, n, 1), float(n)), "mask": torch.ones(2, n, dtype=torch.bool)})
+        for n in lengths
     )
     found = swapped(long, torch.tensor([False, True]), short[:1])
     assert found.tensors["mask"].sum(1).tolist() == list(lengths)
@@ -140,8 +141,21 @@ def test_what_contradicts_itself_is_refused(options, message):
         from_dict(Data, options)
 
 
+def test_a_caption_that_is_also_kept_is_refused(sd, pictures, tmp_path):
+    data = Data(pictures, preservation="class", class_prompt=read_folder(pictures).captions[0], train_batch_size=2)
+    made = replace(PRESETS["debug"], base=str(sd), out=tmp_path / "out", data=data, adapter=Adapter("svfit"))
+    with pytest.raises(ConfigError, match="which is also a caption of the subject"):
+        personalize(made, progress=False)
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_captions_of_the_class():
     captions = ["a Person, smiling", "sks in the rain", "two (sks person) here", "a risks person"]
     bound = bind(captions, "person", "sks")
     assert bound == ["a sks Person, smiling", "sks in the rain", "two (sks person) here", "a risks sks person"]
-    assert of_class(bound, "person", "sks") == ["a Person, smiling", "person in the rain", "two (person) here", "a risks person"]
+    assert of_class(bound, "person", "sks") == [
+        "a Person, smiling",
+        "person in the rain",
+        "two (person) here",
+        "a risks person",
+    ]

@@ -18,7 +18,7 @@ from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase, Prompts
-from smidgen.errors import DataError
+from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
@@ -170,10 +170,16 @@ def _preserved(data: Data, base: ImageBase, subject: Encoded, found: images.Pict
     """For each picture the prompt whose answer stays the base's."""
     if data.preservation is None:
         return None
-    plain = [""] * len(subject)
-    if data.preservation == "class":
-        named, word = data.placeholder_token, data.class_word
-        plain = [data.class_prompt] * len(subject) if data.class_prompt else images.of_class(found.captions, word, named)
+    about = data.class_prompt if data.preservation == "class" else ""
+    plain = [about or ""] * len(subject)
+    if about is None and data.placeholder_token:
+        plain = images.of_class(found.captions, data.class_word, data.placeholder_token)
+    same = sorted(set(plain) & set(_bound(found.captions, data)))
+    if same:
+        raise ConfigError(
+            f"preservation {data.preservation} keeps the base's answer to {same[0]!r}, which is also a caption of the subject; "
+            "give the subject a word of its own, as with --placeholder-token sks."
+        )
     return Prompts({**subject.prompts.tensors, **base.encode_prompts(plain).tensors})
 
 

@@ -26,7 +26,9 @@ class Data:
     prior_loss_weight: float = 1.0  # of the class pictures' loss
     num_class_images: int = 32  # drawn once by the base, half a batch in each batch
     caption_dropout: float = 0.0  # share of the subject's captions that train the empty prompt
-    preservation: Literal["class", "blank"] | None = None  # prompts whose answers stay the base's; no class pictures needed
+    preservation: Literal["class", "blank"] | None = (
+        None  # prompts whose answers stay the base's; no class pictures needed
+    )
     preservation_loss_weight: float = 1.0  # of that
     resolution: int | None = None  # None: the base's own
     train_batch_size: int = 4  # pictures of the subject in a batch
