@@ -2,6 +2,7 @@
 
     python -m benchmarks.personalize --stage tune   (learning rates: the same small grid for every method, other people)
     python -m benchmarks.personalize                (8 people x 3 seeds x methods; resumable, a file a cell in work/)
+    python -m benchmarks.personalize_flow           (the same on the embedded flow base)
 
 Every method sees the same pictures, noise, timesteps and number of steps, and draws the same scenes from the same
 noise.
@@ -25,8 +26,7 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.tasks.png import write_figure
 
 ROOT = Path(__file__).parents[1]
-CELLS = ROOT / "work" / "personalize_bench"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+RESULTS = {"embedded": "personalize", "embedded-flow": "personalize_flow"}  # base -> name of its results
 PICTURES, STEPS, BATCH = 6, 150, 4
 SCENES, DRAW_STEPS, GUIDANCE = 8, 12, 3.0
 SUBJECTS, SEEDS, TUNING = 8, 3, 2  # people in the run, seeds each, other people the rates are chosen on
@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "svfit": ("svfit", {"r": "full"}),
     "loldu": ("loldu", {"r": "full"}),
     "lora": ("lora", {"r": 4}),
+    "lora r1": ("lora", {"r": 1}),
     "peft LoRA": ("peft.LoraConfig", {"r": 4, "lora_alpha": 4}),
     "peft OFT": ("peft.OFTConfig", {"oft_block_size": 16, "r": 0}),
 }
@@ -44,6 +45,7 @@ GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 t
     "svfit": (1e-1, 2e-1, 5e-1),
     "loldu": (1e-1, 2e-1, 5e-1),
     "lora": (3e-3, 1e-2, 3e-2),
+    "lora r1": (3e-3, 1e-2, 3e-2),
     "peft LoRA": (3e-3, 1e-2, 3e-2),
     "peft OFT": (3e-3, 1e-2, 3e-2),
 }
@@ -52,14 +54,14 @@ GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 t
 class Bench:
     """One process's base, judge and pictures."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: str) -> None:
         import torch
 
         from smidgen.bases.embedded.base import EmbeddedJudge
         from smidgen.bases.families import load_base
 
         torch.set_num_threads(1)
-        self.base = load_base("embedded")
+        self.base = load_base(base)
         self.judge = EmbeddedJudge()
         self.scenes = self.judge.prompts(SCENES, seed=1)
         self.prompts, self.nothing = self.base.encode_prompts(self.scenes), self.base.encode_prompts([""])
@@ -72,11 +74,11 @@ class Bench:
         from smidgen.training.loop import LoopConfig
 
         subject, encoded = self._person(person)
-        self.base.pipe.unet = copy.deepcopy(self.clean)
+        setattr(self.base.pipe, self.base.component, copy.deepcopy(self.clean))
         figures: dict[str, float] = {}
         if method != "base":
             task = PersonalizeTask(encoded, self.base, batch_size=BATCH, seed=seed)
-            setup = config_of(method, seed)
+            setup = config_of(method, seed, list(self.base.targets))
             loop = LoopConfig(max_train_steps=STEPS, seed=seed, checkpointing_steps=STEPS)
             with tempfile.TemporaryDirectory() as folder:
                 rates = Rates(rate, 0.3 * rate)
@@ -106,7 +108,7 @@ class Bench:
         return self.judge.scores(images, self.scenes, subject)
 
 
-def config_of(method: str, seed: int) -> Any:
+def config_of(method: str, seed: int, targets: list[str]) -> Any:
     """The config of one of ``METHODS``."""
     import peft
 
@@ -114,44 +116,56 @@ def config_of(method: str, seed: int) -> Any:
 
     name, options = METHODS[method]
     if name.startswith("peft."):
-        return getattr(peft, name.removeprefix("peft."))(target_modules=TARGETS, **options)
-    return smidgen.config(name, target_modules=TARGETS, seed=seed, **options)
+        return getattr(peft, name.removeprefix("peft."))(target_modules=targets, **options)
+    return smidgen.config(name, target_modules=targets, seed=seed, **options)
 
 
-def plan(stage: str) -> list[tuple[str, float, int, int]]:
+def plan(base: str, stage: str) -> list[tuple[str, float, int, int]]:
     """All cells of a stage as (method, rate, person, seed), people outermost: early results cover all methods."""
     if stage == "tune":
         people = range(100, 100 + TUNING)
         return [(m, rate, person, 0) for person in people for m in METHODS for rate in GRIDS[m]]
-    rates = chosen_rates()
+    rates = chosen_rates(base)
     pairs = [(person, seed) for seed in range(SEEDS) for person in range(SUBJECTS)]
     return [(m, rates.get(m, 0.0), person, seed) for person, seed in pairs for m in ("base", *METHODS)]
 
 
-def path_of(stage: str, cell: tuple[str, float, int, int]) -> Path:
+def path_of(base: str, stage: str, cell: tuple[str, float, int, int]) -> Path:
     method, rate, person, seed = cell
-    return CELLS / stage / f"{method.replace(' ', '_')}-{rate:g}-{person}-{seed}.json"
+    return (
+        ROOT / "work" / f"{RESULTS[base]}_bench" / stage / f"{method.replace(' ', '_')}-{rate:g}-{person}-{seed}.json"
+    )
 
 
-def work(stage: str, worker: int, workers: int) -> None:
+def work(base: str, stage: str, worker: int, workers: int) -> None:
     """Do this worker's share of the cells that are not done."""
-    mine = plan(stage)[worker::workers]
+    mine = plan(base, stage)[worker::workers]
     bench = None
     for cell in mine:
-        path = path_of(stage, cell)
+        path = path_of(base, stage, cell)
         if path.exists():
             continue
-        bench = bench or Bench()
+        bench = bench or Bench(base)
         started = time.process_time()
         figures = bench.cell(*cell) | {"cpu_seconds": time.process_time() - started}
         replace_file(path, json.dumps(figures))
         print(f"{cell}: identity {figures['identity']:.3f} captions {figures['caption']:.3f}", flush=True)
 
 
-def run_workers(stage: str, workers: int) -> None:
+def run_workers(base: str, stage: str, workers: int) -> None:
     """One process a core."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "benchmarks.personalize", "--stage", stage, "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.personalize",
+        "--base",
+        base,
+        "--stage",
+        stage,
+        "--workers",
+        str(workers),
+    ]
     running = [
         subprocess.Popen([*command, "--worker", str(number)], env=environment, cwd=ROOT) for number in range(workers)
     ]
@@ -159,31 +173,33 @@ def run_workers(stage: str, workers: int) -> None:
         raise SystemExit("a worker failed; run the same command again to go on")
 
 
-def chosen_rates() -> dict[str, float]:
+def chosen_rates(base: str) -> dict[str, float]:
     """For each method the rate of its grid with the best mean of identity and caption score on the tuning people."""
     scores: dict[tuple[str, float], list[float]] = {}
-    for cell in plan("tune"):
-        path = path_of("tune", cell)
+    for cell in plan(base, "tune"):
+        path = path_of(base, "tune", cell)
         if not path.exists():
-            raise SystemExit("choose the learning rates first: python -m benchmarks.personalize --stage tune")
+            raise SystemExit(
+                f"choose the learning rates first: python -m benchmarks.personalize --base {base} --stage tune"
+            )
         found = json.loads(path.read_text())
         scores.setdefault(cell[:2], []).append((found["identity"] + found["caption"]) / 2)
     return {m: max(GRIDS[m], key=lambda rate: np.mean(scores[m, rate])) for m in METHODS}
 
 
-def finished_seeds() -> list[int]:
+def finished_seeds(base: str) -> list[int]:
     """Seeds of which every cell is done; a report may be made before the last one is."""
-    cells = plan("run")
-    return [seed for seed in range(SEEDS) if all(path_of("run", c).exists() for c in cells if c[3] == seed)]
+    cells = plan(base, "run")
+    return [seed for seed in range(SEEDS) if all(path_of(base, "run", c).exists() for c in cells if c[3] == seed)]
 
 
-def table() -> dict[str, dict[str, np.ndarray]]:
+def table(base: str) -> dict[str, dict[str, np.ndarray]]:
     """method -> figure -> [person], averaged over the finished seeds."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    seeds = finished_seeds()
-    for method, rate, person, seed in plan("run"):
+    seeds = finished_seeds(base)
+    for method, rate, person, seed in plan(base, "run"):
         if seed in seeds:
-            figures = json.loads(path_of("run", (method, rate, person, seed)).read_text())
+            figures = json.loads(path_of(base, "run", (method, rate, person, seed)).read_text())
             for name, value in figures.items():
                 found.setdefault(method, {}).setdefault(name, {}).setdefault(person, []).append(value)
     return {
@@ -198,12 +214,12 @@ def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
     return [float(q) for q in np.quantile(values[picks].mean(axis=1), (0.025, 0.975))]
 
 
-def report(command: str) -> None:
-    """results/personalize.json, docs/results/personalize.md and its plot."""
+def report(base: str) -> None:
+    """Results, page and plot of a base."""
     from benchmarks._harness import write_result
 
-    found, rates = table(), chosen_rates()
-    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": len(finished_seeds()), "steps": STEPS, "batch": BATCH}
+    found, rates, name = table(base), chosen_rates(base), RESULTS[base]
+    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": len(finished_seeds(base)), "steps": STEPS, "batch": BATCH}
     for method, values in found.items():
         key = method.replace(" ", "_").lower()
         for score in ("identity", "caption", "traits"):
@@ -212,14 +228,14 @@ def report(command: str) -> None:
         if method in rates:
             figures |= {f"{key}_{name}": float(values[name].mean()) for name in ("numbers", "bytes", "cpu_seconds")}
             figures[f"{key}_learning_rate"] = rates[method]
-    write_result("personalize", figures, command)
+    write_result(name, figures, f"python -m benchmarks.{name}")
     folder = ROOT / "docs" / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "personalize.md").write_text(_page(figures, list(found)))
-    _plot(figures, list(rates), folder / "personalize.png")
+    (folder / f"{name}.md").write_text(_page(base, figures, list(found)))
+    _plot(figures, list(rates), folder / f"{name}.png")
 
 
-def _page(figures: dict[str, Any], methods: list[str]) -> str:
+def _page(base: str, figures: dict[str, Any], methods: list[str]) -> str:
     from smidgen.tasks import cards
 
     def score(key: str, name: str) -> str:
@@ -236,19 +252,19 @@ def _page(figures: dict[str, Any], methods: list[str]) -> str:
         rate = f"{figures[f'{key}_learning_rate']:g}" if f"{key}_learning_rate" in figures else "-"
         rows.append([method, *sizes, *scores, rate])
     head = ["method", "trained numbers", "bytes on disk", "identity", "traits", "captions", "learning rate"]
-    return f"""# Personalisation on the embedded base, by method and bytes
+    return f"""# Personalisation on the base `{base}`, by method and bytes
 
 {SUBJECTS} people the base has never seen, {figures["seeds"]} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
 Every method saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people.
 Scores by the embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of
 hair, hair colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 %
-bootstrap intervals over people. `make bench NAME=personalize` redoes it.
+bootstrap intervals over people. `make bench NAME={RESULTS[base]}` redoes it.
 
 {cards.table(head, rows)}
 
 {_reading(figures)}
 
-![identity and captions by bytes](personalize.png)
+![identity and captions by bytes]({RESULTS[base]}.png)
 """
 
 
@@ -288,24 +304,24 @@ def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
     write_figure(figure, path)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", choices=RESULTS, default="embedded")
     parser.add_argument("--stage", choices=("tune", "run", "report"), default="run")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    base, stage = options.base, options.stage
     if options.worker is not None:
-        work(options.stage, options.worker, options.workers)
+        work(base, stage, options.worker, options.workers)
         return 0
-    if options.stage == "report":
-        report("python -m benchmarks.personalize")
-        return 0
-    if options.stage == "run" and not all(path_of("tune", cell).exists() for cell in plan("tune")):
-        run_workers("tune", options.workers)
-    run_workers(options.stage, options.workers)
-    if options.stage == "run":
-        report("python -m benchmarks.personalize")
-    print(chosen_rates())
+    if stage == "run" and not all(path_of(base, "tune", cell).exists() for cell in plan(base, "tune")):
+        run_workers(base, "tune", options.workers)
+    if stage != "report":
+        run_workers(base, stage, options.workers)
+    if stage != "tune":
+        report(base)
+    print(chosen_rates(base))
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from smidgen.adapters.methods import Kind
-from smidgen.bases.embedded import embedded_base
+from smidgen.bases.embedded import EMBEDDED, FOLDERS, embedded_base
 from smidgen.bases.embedded.base import Embedded
 from smidgen.bases.flow_transformers import Chroma, Flux2, Flux2Klein, Krea2, QwenImage, StableDiffusion3, Wan, ZImage
 from smidgen.bases.pipelines import PipelineBase, import_diffusers
@@ -25,8 +25,6 @@ from smidgen.bases.stable_diffusion import StableDiffusion, StableDiffusionXL
 from smidgen.bases.transformers import TransformersBase
 from smidgen.errors import ConfigError, did_you_mean
 from smidgen.training.quiet import quiet
-
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,18 @@ class Family:
     draws: bool = True
 
 
+def _called(name: str) -> Callable[[str, str], bool]:
+    return lambda asked, _: asked == name
+
+
 def _pipeline(name: str) -> Callable[[str, str], bool]:
     return lambda _, cls: cls == name
 
 
 FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
-    "embedded": Family(lambda name, cls: name == EMBEDDED, Embedded),
+    cls.family: Family(_called(cls.family), cls)  # by their names, as their classes are others' too
+    for cls in (Embedded,)
+} | {
     "sd": Family(_pipeline("StableDiffusionPipeline"), StableDiffusion),
     "sdxl": Family(_pipeline("StableDiffusionXLPipeline"), StableDiffusionXL),
     "flux2": Family(_pipeline("Flux2Pipeline"), Flux2),
@@ -101,28 +105,35 @@ def family_of(name: str, pipeline: str) -> str:
 
 def learning_kind(name: str, task: str = "image") -> Kind:
     """What learning rates of ``task`` (``image``, ``control``) on the base called ``name`` go by; nothing is loaded."""
-    return (Embedded if name == EMBEDDED else PipelineBase).learning[task]
+    cls = FAMILIES[name].cls if name in FOLDERS else PipelineBase
+    return cls.learning[task]  # type: ignore[no-any-return]
 
 
 def card_lines(name: str) -> tuple[str, str]:
     """For the example in a model card: what from_pretrained is given, and what to draw with (", a=1")."""
-    if name != EMBEDDED:
+    if name not in FOLDERS:
         return repr(name), ""
-    steps, guidance = Embedded.sampling
-    return "smidgen.embedded_base()", f", num_inference_steps={steps}, guidance_scale={guidance:g}"
+    base = FAMILIES[name].cls
+    called = {"num_inference_steps": base.sampling.steps, "guidance_scale": base.sampling.guidance, **base.drawing}
+    options = "".join(
+        f", {key}={value:g}" if isinstance(value, float) else f", {key}={value}" for key, value in called.items()
+    )
+    return f"smidgen.embedded_base({'' if name == EMBEDDED else repr(name)})", options
 
 
 def _locate(name: str | Path) -> str:
     """A local folder or a hub name."""
-    if str(name) == EMBEDDED:
-        return str(embedded_base())
+    if str(name) in FOLDERS:
+        return str(embedded_base(str(name)))
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, [*near, EMBEDDED])
-        raise ConfigError(f"There is no base {str(name)!r}: neither a folder, nor {EMBEDDED!r}, nor owner/name.{hint}")
+        hint = did_you_mean(path.name, [*near, *FOLDERS])
+        raise ConfigError(
+            f"There is no base {str(name)!r}: neither a folder, nor one of {', '.join(FOLDERS)}, nor owner/name.{hint}"
+        )
     return str(name)
 
 

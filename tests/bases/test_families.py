@@ -273,8 +273,12 @@ def test_rates_and_cards_need_no_weights(base):
     assert learning_kind(base.name) in KINDS and learning_kind(base.name, "control") in KINDS
     assert base.learning["image"] == learning_kind(base.name)
     loaded, sampling = card_lines(base.name)
-    assert loaded == ("smidgen.embedded_base()" if base.name == "embedded" else repr(base.name))
-    assert sampling in ("", ", num_inference_steps=20, guidance_scale=3")
+    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": "12, guidance_scale=3, height=64"}.get(base.name)
+    if steps is None:
+        assert (loaded, sampling) == (repr(base.name), "")
+    else:
+        assert eval(loaded, {"smidgen": smidgen}).is_dir()
+        assert sampling.startswith(f", num_inference_steps={steps}")
 
 
 def test_a_judge_scores_what_its_base_draws(base):

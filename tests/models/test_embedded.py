@@ -109,6 +109,10 @@ def test_the_judge_takes_tensors_and_refuses_nonsense(held_out):
 
 
 def test_a_missing_folder_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded, "PIPELINE", tmp_path)
+    monkeypatch.setattr(embedded, "FOLDERS", {"embedded": (tmp_path,), "embedded-flow": (embedded.PIPELINE, tmp_path)})
     with pytest.raises(SmidgenError, match="--stage all"):
         embedded_base()
+    with pytest.raises(SmidgenError, match="--stage flow"):
+        embedded_base("embedded-flow")
+    with pytest.raises(SmidgenError, match=r"'embedded_flow'.* Did you mean 'embedded-flow'"):
+        embedded_base("embedded_flow")

@@ -5,13 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.bases.embedded import embedded_base, world
-from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, flow, text
+from smidgen.bases.embedded import PIPELINE, embedded_base, world
+from smidgen.bases.embedded.base import EmbeddedFlow
+from smidgen.bases.embedded.layers import lay
+from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, text
 from smidgen.lab.embedded_base.config import Budget, preset
 from smidgen.lab.embedded_base.run import Run, learning_rate
 
 pytest.importorskip("dicebear")
 diffusers = pytest.importorskip("diffusers")
+VAE = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +108,24 @@ def test_the_flow_stage_gives_a_klein_pipeline_on_the_shipped_parts(made):
     folder = made[0] / "flow"
     pipe = diffusers.Flux2KleinPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    call = {"max_sequence_length": flow.TOKENS, "text_encoder_out_layers": (-1,), "height": 64, "width": 64}
-    assert pipe(prompt="a person", num_inference_steps=2, guidance_scale=3, **call).images[0].size == (64, 64)
+    assert pipe(prompt="a person", num_inference_steps=2, **EmbeddedFlow.drawing).images[0].size == (64, 64)
     ours, shipped = pipe.vae.state_dict(), diffusers.AutoencoderKL.from_pretrained(embedded_base() / "vae").state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in shipped.items())
-    base = flow.FlowBase("flow", pipe)
+    base = EmbeddedFlow("flow", pipe)
     pixels = torch.from_numpy(draw.load(made[0], "train")[0].copy()).permute(0, 3, 1, 2) / 127.5 - 1
     latents = base.encode_images(pixels)[0]
     torch.testing.assert_close(latents.var((0, 2, 3)), torch.ones(latents.shape[1]), atol=0.05, rtol=0)
+
+
+def test_what_ships_of_the_flow_base_gives_its_whole_folder(made, tmp_path):
+    cli.run("flow", preset("debug"), *made)
+    own, whole = made[1] / "flow", made[0] / "flow"
+    assert not (own / "text_encoder").exists() and set(load_file(own / "vae" / VAE)) < set(
+        load_file(whole / "vae" / VAE)
+    )
+    lay([PIPELINE, own], tmp_path)
+    for path in whole.rglob("*.safetensors"):
+        ours, its = load_file(tmp_path / path.relative_to(whole)), load_file(path)
+        assert ours.keys() == its.keys() and all(torch.equal(ours[name], tensor) for name, tensor in its.items())
+    assert not (tmp_path / "unet").exists()
+    assert "Flux2KleinPipeline" in (tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""The embedded base as a family: Stable Diffusion, with scenes of its own world and a judge."""
+"""The embedded bases as families: Stable Diffusion and FLUX.2 [klein], with scenes of their own world and a judge."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy
+
 from smidgen.adapters.methods import Kind
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_FLOW, world
 from smidgen.bases.embedded.parts_reader import load_parts_reader
+from smidgen.bases.flow_transformers import Flux2Klein
+from smidgen.bases.pipelines import PipelineBase
 from smidgen.bases.protocol import Sampling
 from smidgen.bases.stable_diffusion import StableDiffusion
 from smidgen.errors import SmidgenError
@@ -29,24 +34,18 @@ LOST = 0.135  # mean change of a picture (-1..1) by the autoencoder: drawings, p
 @cache
 def _words() -> frozenset[str]:
     """Every word that its captions held."""
-    from smidgen.bases.embedded import world
-
     return frozenset(world.vocabulary())
 
 
-class Embedded(StableDiffusion):
-    """The base that ships with the package."""
+class Portraits(PipelineBase):
+    """What the bases that ship with the package share: the world of portraits. ``drawing`` is what a genuine pipeline of
+    theirs is called with besides prompt, steps and guidance."""
 
-    family = "embedded"
-    sampling = Sampling(20, 3.0)
+    drawing: Mapping[str, Any] = {}
     parts_reader = staticmethod(load_parts_reader)
     learning: Mapping[str, Kind] = {"image": "picture_embedded", "control": "control_embedded"}
 
     def scenes(self, count: int, seed: int) -> list[str]:
-        import numpy
-
-        from smidgen.bases.embedded import world
-
         rng = numpy.random.default_rng(derive(seed, "scenes"))
         return [world.caption(world.sample_scene(rng)) for _ in range(count)]
 
@@ -77,24 +76,46 @@ class Embedded(StableDiffusion):
             return None
 
 
+class Embedded(Portraits, StableDiffusion):
+    """A UNet."""
+
+    family = EMBEDDED
+    sampling = Sampling(20, 3.0)
+
+
+class EmbeddedFlow(Portraits, Flux2Klein):
+    """A flow-matching transformer. Its prompts are the last hidden state of CLIP's text model before the final norm, at a
+    fixed length: FLUX.2 attends to padding."""
+
+    family = EMBEDDED_FLOW
+    sampling = Sampling(12, 3.0)  # type: ignore[assignment]
+    prompt_options: Mapping[str, Any] = {
+        "max_sequence_length": 40,
+        "text_encoder_out_layers": (-1,),
+    }  # a caption has 37 at most
+    drawing: Mapping[str, Any] = {"height": world.SIZE, "width": world.SIZE, **prompt_options}
+
+    @property
+    def resolution(self) -> int:
+        return world.SIZE
+
+
 class EmbeddedJudge:
-    """The embedded base's own judge; its classifiers' accuracy on real drawings stands in the base's model card."""
+    """The embedded bases' own judge; its classifiers' accuracy on real drawings stands in the base's model card."""
 
     name = "the embedded base's attribute classifiers"
 
     def __init__(self) -> None:
-        from smidgen.bases.embedded import judge, world
+        from smidgen.bases.embedded import judge
 
-        self._world, self._judge = world, judge.load_judge()
+        self._judge = judge.load_judge()
         self._scenes: dict[str, Any] = {}
 
     def prompts(self, count: int, seed: int) -> list[str]:
-        import numpy
-
         rng = numpy.random.default_rng(derive(seed, "scenes"))
         while len(found := list(self._scenes)) < count:
-            scene = self._world.sample_scene(rng)
-            self._scenes[self._world.caption(scene)] = scene
+            scene = world.sample_scene(rng)
+            self._scenes[world.caption(scene)] = scene
         return found[:count]
 
     def scores(self, images: Sequence[Image], prompts: Sequence[str], references: Sequence[Image]) -> dict[str, float]:
@@ -107,7 +128,7 @@ class EmbeddedJudge:
         ]
         caption = self._judge.caption_score(*map(list, zip(*asked, strict=True))) if asked else {}
         read, wanted = self._judge.read(list(images)), self._judge.read(list(references))
-        usual = {name: Counter(wanted[name]).most_common(1)[0][0] for name in self._world.IDENTITY_ATTRIBUTES}
+        usual = {name: Counter(wanted[name]).most_common(1)[0][0] for name in world.IDENTITY_ATTRIBUTES}
         traits = {name: sum(word == usual[name] for word in read[name]) / len(images) for name in usual}
         scores = {"identity": float(self._judge.identity_score(list(images), list(references)).mean())}
         scores |= {"traits": sum(traits.values()) / len(traits)}

@@ -14,7 +14,7 @@ from smidgen.lab.embedded_base.config import PRESETS, Config, preset
 from smidgen.training.alone import alone
 
 STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", "decoder", "export", "card")
-APART = ("flow",)  # does not belong to what is shipped
+APART = ("flow",)  # a base of its own, on parts of the other
 
 
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
@@ -31,7 +31,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
         "decoder": lambda: autoencoder.fine_tune_decoder(config, folder),
         "export": lambda: exporting.export(config, folder, out / "pipeline"),
         "card": lambda: card.write(config, folder, out / "pipeline"),
-        "flow": lambda: flow.make(config, folder, folder / "flow"),
+        "flow": lambda: flow.make(config, folder, out / "flow"),
     }
     for name in STAGES if stage == "all" else (stage,):
         actions[name]()

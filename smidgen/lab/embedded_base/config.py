@@ -36,7 +36,7 @@ class Config:
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
-    flow: Budget = Budget(minutes=70, batch=48, lr=1.5e-3)
+    flow: Budget = Budget(minutes=45, batch=48, lr=1.5e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)

@@ -9,9 +9,8 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
 import numpy as np
 import torch
@@ -28,10 +27,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from smidgen.adapters.atomic import replace_file, replace_folder
 from smidgen.bases.embedded import PIPELINE, embedded_base, world
+from smidgen.bases.embedded.base import EmbeddedFlow
 from smidgen.bases.embedded.judge import load_judge
-from smidgen.bases.flow_transformers import Flux2Klein
-from smidgen.bases.protocol import Sampling
-from smidgen.lab.embedded_base import draw, text
+from smidgen.bases.embedded.layers import upper
+from smidgen.lab.embedded_base import card, draw, text
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.run import PARTS, Run
 
@@ -39,15 +38,7 @@ log = logging.getLogger(__name__)
 FACE_TOKENS = slice(1, 3)
 FACE_WEIGHT = 2.0
 UNIFORM = 0.1
-TOKENS = 40  # of a prompt; the longest caption has 37, and FLUX.2 attends to padding
 TEMPLATE = "{{ messages[0]['content'] }}"  # klein's pipeline asks for a chat template
-
-
-class FlowBase(Flux2Klein):
-    """FLUX.2 [klein] with CLIP's text model: its last hidden state before the final norm is what prompts are."""
-
-    sampling = Sampling(12, 3.0)  # type: ignore[assignment]
-    prompt_options: Mapping[str, Any] = {"max_sequence_length": TOKENS, "text_encoder_out_layers": (-1,)}
 
 
 def transformer(config: Config) -> Flux2Transformer2DModel:
@@ -69,7 +60,7 @@ def _shipped() -> tuple[int, int]:
     return 4 * configs[0]["latent_channels"], configs[1]["hidden_size"]
 
 
-def base_of(model: Flux2Transformer2DModel, mean: Tensor, var: Tensor) -> FlowBase:
+def base_of(model: Flux2Transformer2DModel, mean: Tensor, var: Tensor) -> EmbeddedFlow:
     """``model`` in a pipeline, as a base of its family: it is trained through the code that adapters are trained through.
     ``mean`` and ``var`` [4 c] of the VAE's latents, 2 x 2 in one, are what FLUX.2 standardises by."""
     plain = AutoencoderKL.from_pretrained(embedded_base() / "vae")
@@ -86,7 +77,7 @@ def base_of(model: Flux2Transformer2DModel, mean: Tensor, var: Tensor) -> FlowBa
     pipe = Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae.eval(), encoder, words, model.eval())
     pipe.default_sample_size = world.SIZE // pipe.vae_scale_factor
     pipe.set_progress_bar_config(disable=True)
-    return FlowBase("flow", pipe)
+    return EmbeddedFlow("flow", pipe)
 
 
 def latents(config: Config, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,11 +115,14 @@ def train(config: Config, folder: Path) -> Run:
     cells = torch.ones(clean.shape[-2:])
     cells[FACE_TOKENS, FACE_TOKENS] = FACE_WEIGHT
     cells, batch = cells / cells.mean(), config.flow.batch // PARTS
+    one_at_a_time = Lock()  # a tokenizer keeps its padding in itself
 
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(codes), (batch,), generator=generator)
         rng = np.random.default_rng(generator.initial_seed())
-        prompts = base.encode_prompts([text.training_caption(codes[i], rng) for i in index.tolist()], batch)
+        captions = [text.training_caption(codes[i], rng) for i in index.tolist()]
+        with one_at_a_time:
+            prompts = base.encode_prompts(captions, batch)
         x = clean[index].float()
         noise = torch.randn(x.shape, generator=generator)
         strata = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
@@ -143,12 +137,15 @@ def train(config: Config, folder: Path) -> Run:
 
 
 def make(config: Config, folder: Path, out: Path) -> None:
-    """The whole stage."""
+    """The whole stage: the pipeline in the folder ``flow`` of `folder`, and in `out` what it has besides the shipped one."""
     train(config, folder)
-    export(config, folder, out)
+    export(config, folder, folder / "flow")
+    with replace_folder(out) as scratch:
+        upper(PIPELINE, folder / "flow", scratch)
+        card.write_flow(config, folder, scratch)
 
 
-def read_back(base: FlowBase, pictures: int) -> str:
+def read_back(base: EmbeddedFlow, pictures: int) -> str:
     """What the judge reads of pictures drawn for new captions, as a line for the log."""
     rng = np.random.default_rng([7, 8])
     scenes = [world.sample_scene(rng) for _ in range(pictures)]
@@ -159,7 +156,7 @@ def read_back(base: FlowBase, pictures: int) -> str:
 
 
 def export(config: Config, folder: Path, out: Path) -> None:
-    """Write the pipeline of the averaged transformer to `out` in fp16, but for its card."""
+    """Write the pipeline of the averaged transformer to `out` in fp16."""
     model = transformer(config)
     tensors = load_file(folder / "flow.safetensors")
     model.load_state_dict({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})
@@ -169,5 +166,3 @@ def export(config: Config, folder: Path, out: Path) -> None:
         shutil.copytree(PIPELINE / "text_encoder", scratch / "text_encoder", dirs_exist_ok=True)  # loads as fp32
         for path in scratch.rglob("*.safetensors"):
             path.chmod(0o644)
-        if (out / "README.md").exists():
-            shutil.copy(out / "README.md", scratch / "README.md")

@@ -1,0 +1,77 @@
+"""Pipeline folders laid over each other: a base that shares parts with another ships only what it has besides.
+
+A file of an upper folder replaces the one below; of two safetensors files of one name, the upper one's tensors replace and add.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from smidgen.adapters.atomic import replace_file, replace_folder
+
+LEFT = "README.md"  # of a lower folder: each base has a card of its own
+
+
+def put_together(name: str, folders: Sequence[Path]) -> Path:
+    """The folder that ``folders`` make, the first at the bottom; made once in ``$SMIDGEN_CACHE/bases``, else
+    ``~/.cache/smidgen/bases``, and again when one of them has changed."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in _files(folder):
+            digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    chosen = os.environ.get("SMIDGEN_CACHE", "")
+    root = Path("~/.cache/smidgen") if chosen.lower() in ("", "off") else Path(chosen)
+    target = root.expanduser() / "bases" / f"{name}-{digest.hexdigest()[:16]}"
+    if not (target / "model_index.json").exists():
+        with replace_folder(target) as scratch:
+            lay(folders, scratch)
+    return target
+
+
+def lay(folders: Sequence[Path], out: Path) -> None:
+    """Write what ``folders`` make, the first at the bottom, into the folder ``out``; only parts that the topmost
+    ``model_index.json`` names."""
+    from safetensors.torch import load_file, save
+
+    index = json.loads((folders[-1] / "model_index.json").read_text())
+    parts = {name for name, value in index.items() if isinstance(value, list)}
+    for folder in folders:
+        for path in _files(folder):
+            place = path.relative_to(folder)
+            below = folder != folders[-1]
+            if below and (str(place) == LEFT or (len(place.parts) > 1 and place.parts[0] not in parts)):
+                continue
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors" and (out / place).exists():
+                replace_file(out / place, save(load_file(out / place) | load_file(path), {"format": "pt"}))
+            else:
+                shutil.copyfile(path, out / place)
+
+
+def upper(lower: Path, whole: Path, out: Path) -> None:
+    """The inverse: write into ``out`` what ``whole`` has and ``lower`` has not, bit for bit."""
+    import torch
+    from safetensors.torch import load_file, save
+
+    for path in _files(whole):
+        place = path.relative_to(whole)
+        other = lower / place
+        if other.exists() and other.read_bytes() == path.read_bytes():
+            continue
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors" and other.exists():
+            mine, theirs = load_file(path), load_file(other)
+            own = {n: t for n, t in mine.items() if n not in theirs or not torch.equal(t, theirs[n])}
+            if own:
+                replace_file(out / place, save(own, {"format": "pt"}))
+        else:
+            shutil.copyfile(path, out / place)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
