@@ -99,9 +99,9 @@ def test_write_subject_is_an_imagefolder_of_one_person(tmp_path):
 
 def test_without_dicebear_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dicebear", None)
-    world._style.cache_clear()
+    world.drawing_tools.cache_clear()
     try:
         with pytest.raises(MissingExtraError, match=r"pip install 'smidgen\[world\]'"):
             world.render(next(world.identities()), world.sample_scene(np.random.default_rng(0)))
     finally:
-        world._style.cache_clear()
+        world.drawing_tools.cache_clear()

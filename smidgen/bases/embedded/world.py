@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import product
@@ -134,8 +134,9 @@ def sample_identity(rng: np.random.Generator, split: Split = "train") -> Identit
             return identity
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """One scene, attributes uniform and independent but for glasses (40 % none) and the eyes behind sunglasses."""
+def sample_scene(rng: np.random.Generator, identity: Identity | None = None) -> Scene:
+    """One scene, attributes uniform and independent but for glasses (40 % none) and the eyes behind sunglasses; here every
+    scene fits every `identity`."""
     glasses = _choose(rng, GLASSES, [0.4, 0.2, 0.2, 0.2])
     eyes = list(EYES)[rng.integers(len(EYES) - 1)]
     return Scene(
@@ -152,18 +153,19 @@ _MOUTH_WORDS = {
     "smile": "smiling", "faint smile": "with a faint smile", "straight": "with a straight mouth", "frown": "frowning",
     "scream": "screaming", "tongue": "sticking out the tongue", "clenched teeth": "with clenched teeth",
 }  # fmt: skip
+_GLASSES_WORDS = {"sunglasses": "sunglasses", "eyepatch": "an eyepatch"}
 _EYES_WORDS = {"winking": "winking", "rolling": "rolling the eyes", "squinting": "squinting"}
 
 
-def _phrases(scene: Scene, rng: np.random.Generator | None) -> list[str]:
-    """The scene as phrases in the canonical order; with a generator, wordings vary."""
+def phrases(scene: Any, rng: np.random.Generator | None) -> list[str]:
+    """A scene, of this world or of a wider one, as phrases in the canonical order; with a generator, wordings vary."""
 
     def one_of(*wordings: str) -> str:
         return wordings[0] if rng is None else wordings[rng.integers(len(wordings))]
 
     article = "" if scene.clothes == "overalls" else "a "
     clothes = f"{article}{scene.clothes_color} {scene.clothes}"
-    glasses = scene.glasses if scene.glasses == "sunglasses" else f"{scene.glasses} glasses"
+    glasses = _GLASSES_WORDS.get(scene.glasses, f"{scene.glasses} glasses")
     article = "an" if scene.background[0] in "aeiou" else "a"
     background = f"{article} {scene.background} background"
     eyes = _EYES_WORDS.get(scene.eyes, f"with {scene.eyes} eyes")
@@ -185,11 +187,15 @@ def caption(
     vary, and each attribute is left out with probability `omit`. `subject` replaces the class phrase, as in ``"a sks
     person"``.
     """
-    phrases = _phrases(scene, rng)
-    if rng is not None:
-        phrases = [p for p in phrases if rng.random() >= omit]
-        phrases = [phrases[i] for i in rng.permutation(len(phrases))]
-    return ", ".join([f"a portrait of {subject}", *phrases])
+    return ", ".join([f"a portrait of {subject}", *shuffled(phrases(scene, rng), rng, omit)])
+
+
+def shuffled(parts: list[str], rng: np.random.Generator | None, omit: float) -> list[str]:
+    """With a generator: the parts in any order, each left out with probability `omit`."""
+    if rng is None:
+        return parts
+    parts = [p for p in parts if rng.random() >= omit]
+    return [parts[i] for i in rng.permutation(len(parts))]
 
 
 def vocabulary() -> list[str]:
@@ -228,7 +234,7 @@ def _cycled(*columns: dict) -> list[list[str]]:
 
 
 @cache
-def _style() -> tuple[Any, Any, Any]:
+def drawing_tools(style: str = "avataaars") -> tuple[Any, Any, Any]:
     """(Avatar class, the loaded style, resvg's svg_to_bytes), imported on first use."""
     try:
         from importlib.resources import files
@@ -236,7 +242,7 @@ def _style() -> tuple[Any, Any, Any]:
         import resvg_py
         from dicebear import Avatar, Style
 
-        definition = files("dicebear_styles").joinpath("avataaars.json").read_text("utf-8")
+        definition = files("dicebear_styles").joinpath(f"{style}.json").read_text("utf-8")
     except (ImportError, FileNotFoundError) as error:
         raise MissingExtraError(
             f"Drawing portraits needs DiceBear and resvg ({error}): pip install 'smidgen[world]'"
@@ -263,7 +269,7 @@ def _options(identity: Identity, scene: Scene) -> dict:
 
 def drawing(identity: Identity, scene: Scene, placement: Mapping[str, float] | None = None) -> str:
     """The portrait as SVG; ``placement`` holds DiceBear's scale, rotate, translateX, translateY where they differ."""
-    avatar, style, _ = _style()
+    avatar, style, _ = drawing_tools()
     return str(avatar(style, _options(identity, scene) | dict(placement or {})).to_string())
 
 
@@ -271,7 +277,7 @@ def rasterize(svg: str, size: int = SIZE):
     """An SVG as an RGB ``PIL.Image`` of size x size."""
     from PIL import Image
 
-    png = _style()[2](svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    png = drawing_tools()[2](svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGB")
 
 
@@ -287,15 +293,20 @@ def write_subject(folder: str | os.PathLike, identity: Identity, n: int, seed: i
     The captions name the scene in full with the class phrase; they never name the identity.
     """
     rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng) for _ in range(n)]
+    write_folder(folder, ((render(identity, scene, size), caption(scene)) for scene in scenes))
+    return scenes
+
+
+def write_folder(folder: str | os.PathLike, captioned: Iterable[tuple[Any, str]]) -> None:
+    """Pictures and their captions as an imagefolder."""
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    scenes = [sample_scene(rng) for _ in range(n)]
     lines = []
-    for i, scene in enumerate(scenes):
-        render(identity, scene, size).save(root / f"{i:03d}.png")
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption(scene)}))
+    for i, (picture, text) in enumerate(captioned):
+        picture.save(root / f"{i:03d}.png")
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": text}))
     replace_file(root / "metadata.jsonl", "\n".join(lines) + "\n")
-    return scenes
 
 
 def attribute_codes(record: Identity | Scene) -> dict[str, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import smidgen.bases.embedded as embedded
+from smidgen.bases.embedded.worlds import WORLDS
 from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, flow, judge
 from smidgen.lab.embedded_base import export as exporting
 from smidgen.lab.embedded_base.config import PRESETS, Config, preset
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=tuple(PRESETS), default="full")
     parser.add_argument("--work", type=Path, default=Path("work/embedded_base"), help="drawings, caches, checkpoints")
     parser.add_argument("--out", type=Path, default=Path(embedded.__file__).parent, help="where the shipped folders go")
+    parser.add_argument(
+        "--world", choices=tuple(WORLDS), default="embedded", help="what is drawn; each has its own --work"
+    )
     choice = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     with alone(choice.work):
-        run(choice.stage, preset(choice.preset), choice.work, choice.out)
+        run(choice.stage, preset(choice.preset, world=choice.world), choice.work, choice.out)
     return 0

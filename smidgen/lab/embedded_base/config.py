@@ -1,7 +1,9 @@
 """Settings of the recipe: one frozen record, two presets."""
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
+from smidgen.bases.embedded.worlds import load_world
 from smidgen.errors import ConfigError, did_you_mean
 
 
@@ -29,6 +31,7 @@ class Config:
     """The whole recipe. Widths are channel counts; the latent grid is 8x8."""
 
     seed: int = 0
+    world: str = "embedded"  # or "wide"
     train_pictures: int = 40_000
     test_pictures: int = 2_000
     judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
@@ -44,6 +47,10 @@ class Config:
     flow_width: int = 192
     flow_blocks: tuple[int, int] = (2, 6)  # double and single ones
     workers: int = 2
+
+    def drawn(self) -> ModuleType:
+        """The module of the world that is drawn."""
+        return load_world(self.world)
 
 
 PRESETS = {

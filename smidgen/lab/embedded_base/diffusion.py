@@ -82,7 +82,7 @@ def train(config: Config, folder: Path) -> Run:
     A ``diffusion_start.safetensors`` of the same shapes, where there is one, gives the first weights.
     """
     torch.manual_seed(config.seed + 20)
-    words = text.tokenizer(folder / "tokenizer")
+    words = text.tokenizer(folder / "tokenizer", config.drawn())
     model = Denoiser(config, words)
     start = folder / "diffusion_start.safetensors"
     if start.exists():
@@ -96,7 +96,7 @@ def train(config: Config, folder: Path) -> Run:
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(codes), (batch,), generator=generator).numpy()
         rng = np.random.default_rng(generator.initial_seed())
-        ids = text.token_ids(words, [text.training_caption(codes[i], rng) for i in index])
+        ids = text.token_ids(words, [text.training_caption(codes[i], rng, drawn=config.drawn()) for i in index])
         clean = torch.from_numpy(np.array(latents[index])).float()
         noise = torch.randn(clean.shape, generator=generator)
         strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch

@@ -35,7 +35,7 @@ def vae(config: Config, folder: Path) -> AutoencoderKL:
 
 def pipeline(config: Config, folder: Path) -> StableDiffusionPipeline:
     """The whole model, averaged weights, fp32, from the checkpoints in `folder`."""
-    words = text.tokenizer(folder / "tokenizer")
+    words = text.tokenizer(folder / "tokenizer", config.drawn())
     denoiser = _load_average(diffusion.Denoiser(config, words), folder / "diffusion.safetensors")
     return StableDiffusionPipeline(
         vae=vae(config, folder),

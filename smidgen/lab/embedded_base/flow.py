@@ -109,7 +109,7 @@ def train(config: Config, folder: Path) -> Run:
     torch.manual_seed(config.seed + 30)
     clean, moments = latents(config, folder)
     codes = draw.load(folder, "train")[1]
-    model = transformer(config)
+    model, drawn = transformer(config), config.drawn()
     run = Run(folder / "flow.safetensors", model, config.flow)
     base = base_of(model, **moments)
     cells = torch.ones(clean.shape[-2:])
@@ -120,7 +120,7 @@ def train(config: Config, folder: Path) -> Run:
     def loss(generator: torch.Generator) -> Tensor:
         index = torch.randint(len(codes), (batch,), generator=generator)
         rng = np.random.default_rng(generator.initial_seed())
-        captions = [text.training_caption(codes[i], rng) for i in index.tolist()]
+        captions = [text.training_caption(codes[i], rng, drawn=drawn) for i in index.tolist()]
         with one_at_a_time:
             prompts = base.encode_prompts(captions, batch)
         x = clean[index].float()

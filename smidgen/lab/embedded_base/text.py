@@ -3,6 +3,8 @@
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +39,7 @@ def _join(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     return pieces
 
 
-def byte_pair_files() -> tuple[dict[str, int], list[str]]:
+def byte_pair_files(drawn: ModuleType = world) -> tuple[dict[str, int], list[str]]:
     """(vocabulary, merges): all bytes, then the merges that make each word of the world one token.
 
     A later merge ranks below all earlier ones, so it cannot split a word that was already whole.
@@ -45,7 +47,7 @@ def byte_pair_files() -> tuple[dict[str, int], list[str]]:
     letters = byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters]
     ranks: dict[tuple[str, str], int] = {}
-    for word in world.vocabulary():
+    for word in drawn.vocabulary():
         pieces = _join([*word[:-1], word[-1] + "</w>"], ranks)
         while len(pieces) > 1:
             ranks[(pieces[0], pieces[1])] = len(ranks)
@@ -55,10 +57,10 @@ def byte_pair_files() -> tuple[dict[str, int], list[str]]:
     return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in ranks]
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Write vocab.json and merges.txt into `folder` and load them as a CLIPTokenizer."""
+def tokenizer(folder: Path, drawn: ModuleType = world) -> CLIPTokenizer:
+    """Write vocab.json and merges.txt of the words of a world into `folder` and load them as a CLIPTokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = byte_pair_files()
+    vocabulary, merges = byte_pair_files(drawn)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
@@ -88,13 +90,15 @@ def token_ids(words: CLIPTokenizer, captions: list[str]) -> Tensor:
     return words(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-def scene_of(codes: np.ndarray) -> world.Scene:
+def scene_of(codes: np.ndarray, drawn: ModuleType = world) -> Any:
     """The scene of one row of attribute codes."""
-    words = {name: list(options)[code] for (name, options), code in zip(world.ATTRIBUTES.items(), codes, strict=True)}
-    return world.Scene(**{name: words[name] for name in world.SCENE_ATTRIBUTES})
+    words = {name: list(options)[code] for (name, options), code in zip(drawn.ATTRIBUTES.items(), codes, strict=True)}
+    return drawn.Scene(**{name: words[name] for name in drawn.SCENE_ATTRIBUTES})
 
 
-def training_caption(codes: np.ndarray, rng: np.random.Generator, dropped: float = 0.1) -> str:
+def training_caption(
+    codes: np.ndarray, rng: np.random.Generator, dropped: float = 0.1, drawn: ModuleType = world
+) -> str:
     """A caption in varied words; empty with probability `dropped`, for guidance."""
     if rng.random() < dropped:
         return ""
@@ -102,4 +106,4 @@ def training_caption(codes: np.ndarray, rng: np.random.Generator, dropped: float
     if rng.random() < PLACEHOLDER_SHARE:
         name = world.PLACEHOLDERS[rng.integers(len(world.PLACEHOLDERS))]
         subject = f"{'a ' if rng.random() < 0.5 else ''}{name} person"
-    return world.caption(scene_of(codes), rng, subject)
+    return drawn.caption(scene_of(codes, drawn), rng, subject)  # type: ignore[no-any-return]
