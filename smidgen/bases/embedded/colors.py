@@ -16,11 +16,11 @@ import numpy as np
 
 from smidgen.errors import DataError
 
-_XYZ = np.array(
+XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
-_WHITE = _XYZ.sum(1)  # D65, so that white has no hue
-_EDGE = 6 / 29
+WHITE = XYZ.sum(1)  # D65, so that white has no hue
+EDGE = 6 / 29
 HEXADECIMAL = re.compile(r"#[0-9a-f]{6}")
 
 
@@ -39,8 +39,8 @@ def lab_of(colors: np.ndarray) -> np.ndarray:
     """sRGB [..., 3] in 0..255 -> L*, a*, b* [..., 3]."""
     part = np.asarray(colors, float) / 255
     linear = np.where(part > 0.04045, ((part + 0.055) / 1.055) ** 2.4, part / 12.92)
-    ratio = linear @ _XYZ.T / _WHITE
-    f = np.where(ratio > _EDGE**3, np.cbrt(ratio), ratio / (3 * _EDGE**2) + 4 / 29)
+    ratio = linear @ XYZ.T / WHITE
+    f = np.where(ratio > EDGE**3, np.cbrt(ratio), ratio / (3 * EDGE**2) + 4 / 29)
     return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 
@@ -49,7 +49,7 @@ def rgb_of(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, float)
     middle = (values[..., 0] + 16) / 116
     f = np.stack([middle + values[..., 1] / 500, middle, middle - values[..., 2] / 200], -1)
-    linear = np.where(f > _EDGE, f**3, 3 * _EDGE**2 * (f - 4 / 29)) * _WHITE @ np.linalg.inv(_XYZ).T
+    linear = np.where(f > EDGE, f**3, 3 * EDGE**2 * (f - 4 / 29)) * WHITE @ np.linalg.inv(XYZ).T
     bent = np.where(linear > 0.0031308, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear)
     return bent * 255
 

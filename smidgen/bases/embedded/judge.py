@@ -28,7 +28,7 @@ Images = Tensor | Sequence[Any]
 """A float tensor [n, 3, 64, 64] in 0..1, or a list of PIL images."""
 
 
-def _block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+def block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
 
@@ -39,7 +39,7 @@ class AttributeReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            _block(3, 24, 5, 2), _block(24, 48, 3, 2), _block(48, 96, 3, 2), _block(96, 96, 3, 1), _block(96, 96, 3, 2),
+            block(3, 24, 5, 2), block(24, 48, 3, 2), block(48, 96, 3, 2), block(96, 96, 3, 1), block(96, 96, 3, 2),
             nn.Flatten(), nn.Linear(96 * 16, 192), nn.ReLU(), nn.Dropout(0.1),
         )  # fmt: skip
         self.heads = nn.ModuleDict({name: nn.Linear(192, len(words)) for name, words in world.ATTRIBUTES.items()})

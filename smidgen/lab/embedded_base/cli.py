@@ -9,7 +9,7 @@ import torch
 
 import smidgen.bases.embedded as embedded
 from smidgen.bases.embedded.worlds import WORLDS
-from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, flow, judge
+from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, flow, judge, wide_judge
 from smidgen.lab.embedded_base import export as exporting
 from smidgen.lab.embedded_base.config import PRESETS, Config, preset
 from smidgen.training.alone import alone
@@ -18,13 +18,21 @@ STAGES = ("render", "judge", "encoders", "autoencoder", "latents", "diffusion", 
 APART = ("flow",)  # a base of its own, on parts of the other
 
 
+def judge_of(config: Config, folder: Path, out: Path) -> None:
+    """The judge of the world that is drawn."""
+    if config.world == "wide":
+        wide_judge.train(config, folder, out / "wide_judge_weights")
+    else:
+        judge.train(config, folder, out / "judge_weights")
+
+
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
     """One stage, or ``"all"`` of those that make what is shipped, in order. `folder` holds drawings and checkpoints and what
     is not shipped, `out` gets what is."""
     torch.set_num_threads(1)
     actions = {
         "render": lambda: draw.render(config, folder),
-        "judge": lambda: judge.train(config, folder, out / "judge_weights"),
+        "judge": lambda: judge_of(config, folder, out),
         "encoders": lambda: encoders.train(config, folder, out / "encoder_weights"),
         "autoencoder": lambda: autoencoder.autoencode(config, folder),
         "latents": lambda: autoencoder.freeze(config, folder),

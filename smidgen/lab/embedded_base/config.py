@@ -35,6 +35,8 @@ class Config:
     train_pictures: int = 40_000
     test_pictures: int = 2_000
     judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
+    wide_reader: Budget = Budget(steps=3000, batch=64, lr=3e-3)
+    wide_likeness: Budget = Budget(steps=1500, batch=64, lr=2e-3)
     encoders: Budget = Budget(steps=1800, batch=64, lr=2e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
@@ -59,6 +61,8 @@ PRESETS = {
         train_pictures=96,
         test_pictures=32,
         judge=Budget(steps=6, batch=16),
+        wide_reader=Budget(steps=4, batch=16),
+        wide_likeness=Budget(steps=4, batch=16),
         encoders=Budget(steps=6, batch=16),
         autoencoder=Budget(steps=6, batch=4),
         decoder=Budget(steps=4, batch=4),
