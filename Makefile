@@ -10,7 +10,7 @@ TESTS ?=
 SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base generator clean help
+.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base flow-base generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -72,6 +72,10 @@ bench: $(VENV)/.ready  ## make bench NAME=step_time: redo benchmarks/results/NAM
 
 base: $(VENV)/.ready  ## train the embedded base model from nothing (hours; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage all
+
+flow-base: $(VENV)/.ready  ## train the embedded flow base from nothing (an hour; resumable)
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage flow
 
 generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render

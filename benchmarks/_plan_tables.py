@@ -24,6 +24,7 @@ ORDER = list(
         ["sdxl", "flux2-klein-4b", "flux2-klein-9b", "flux2-dev", "z-image", "qwen-image", *full_size()["bases"]]
     )
 )
+WORK = Path(__file__).parents[1] / "work" / "plan_tables"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 
 
@@ -35,14 +36,19 @@ def usual(base: str) -> PersonalizeConfig:
 
 
 def write(between: Callable[[Path, str, str], None]) -> None:
-    """Count all, and write."""
+    """Count all, and write; what an earlier call has counted stays counted."""
     rows: dict[str, list[str]] = {}
     presets: dict[str, dict[str, dict[str, object] | None]] = {}
     for base in ORDER:
-        rows[base], presets[base] = _row(base), {}
-        for size in SIZES:
-            found = fitting(usual(base), size * 1e9)
-            presets[base][str(size)] = None if found is None else plan_text.facts(found)
+        kept = WORK / f"{base}.json"
+        if kept.exists():
+            rows[base], presets[base] = json.loads(kept.read_text())
+        else:
+            rows[base], presets[base] = _row(base), {}
+            for size in SIZES:
+                found = fitting(usual(base), size * 1e9)
+                presets[base][str(size)] = None if found is None else plan_text.facts(found)
+            replace_file(kept, json.dumps([rows[base], presets[base]]))
         print(base, rows[base], flush=True)
         replace_file(FILE, json.dumps(presets, indent=1) + "\n")
         between(PAGE, "full size", table(HEAD, list(rows.values())))

@@ -17,7 +17,7 @@ import torch
 
 from smidgen.adapters.methods import Kind
 from smidgen.bases.embedded import EMBEDDED, FOLDERS, embedded_base
-from smidgen.bases.embedded.base import Embedded
+from smidgen.bases.embedded.base import Embedded, EmbeddedFlow
 from smidgen.bases.flow_transformers import Chroma, Flux2, Flux2Klein, Krea2, QwenImage, StableDiffusion3, Wan, ZImage
 from smidgen.bases.pipelines import PipelineBase, import_diffusers
 from smidgen.bases.protocol import ImageBase
@@ -47,7 +47,7 @@ def _pipeline(name: str) -> Callable[[str, str], bool]:
 
 FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
     cls.family: Family(_called(cls.family), cls)  # by their names, as their classes are others' too
-    for cls in (Embedded,)
+    for cls in (Embedded, EmbeddedFlow)
 } | {
     "sd": Family(_pipeline("StableDiffusionPipeline"), StableDiffusion),
     "sdxl": Family(_pipeline("StableDiffusionXLPipeline"), StableDiffusionXL),
@@ -75,8 +75,8 @@ def load_base(
 
     Raises ConfigError when there is no such base or no family that draws knows it.
     """
-    folder = _locate(name)
-    pipeline = _pipeline_class(folder, str(name))
+    folder = locate(name)
+    pipeline = pipeline_class(folder, str(name))
     family = family_of(str(name), pipeline)
     if not FAMILIES[family].draws:
         raise ConfigError(
@@ -121,7 +121,7 @@ def card_lines(name: str) -> tuple[str, str]:
     return f"smidgen.embedded_base({'' if name == EMBEDDED else repr(name)})", options
 
 
-def _locate(name: str | Path) -> str:
+def locate(name: str | Path) -> str:
     """A local folder or a hub name."""
     if str(name) in FOLDERS:
         return str(embedded_base(str(name)))
@@ -137,7 +137,7 @@ def _locate(name: str | Path) -> str:
     return str(name)
 
 
-def _pipeline_class(folder: str, name: str) -> str:
+def pipeline_class(folder: str, name: str) -> str:
     """The class that ``model_index.json`` names, "" where a transformers ``config.json`` stands instead."""
     if (Path(folder) / "config.json").is_file() and not (Path(folder) / "model_index.json").is_file():
         return ""

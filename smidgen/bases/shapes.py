@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smidgen.bases.families import EMBEDDED, FAMILIES, _locate, _pipeline_class, family_of
+from smidgen.bases.families import EMBEDDED, FAMILIES, locate, pipeline_class, family_of
 from smidgen.bases.pipelines import import_diffusers
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError, did_you_mean
@@ -94,7 +94,7 @@ def shapes_of(name: str) -> Shapes:
     if name in bases:
         return _published(name, bases[name])
     try:
-        folder = _configs(_locate(name))
+        folder = _configs(locate(name))
     except ConfigError as error:
         if "There is no base" not in str(error):
             raise
@@ -116,7 +116,7 @@ def _published(name: str, row: Mapping[str, Any]) -> Shapes:
 
 
 def _in_folder(name: str, folder: str) -> Shapes:
-    pipeline = _pipeline_class(folder, name)
+    pipeline = pipeline_class(folder, name)
     family = family_of(name, pipeline)
     if not FAMILIES[family].draws:
         raise ConfigError(

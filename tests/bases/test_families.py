@@ -29,6 +29,7 @@ from tests.training import tiny, tiny_flow, tiny_models
 
 BUILT: dict[str, Callable[[Path], str]] = {  # family -> the name of a small base of it, made in a folder
     "embedded": lambda folder: "embedded",
+    "embedded-flow": lambda folder: "embedded-flow",
     "sd": lambda folder: str(tiny.sd_folder(folder / "sd", "v_prediction", zero_snr=True)),
     "sdxl": lambda folder: str(tiny.sdxl_folder(folder / "sdxl")),
     "transformers": lambda folder: str(tiny_models.folder("bert", folder)),

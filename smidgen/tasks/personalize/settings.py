@@ -85,7 +85,7 @@ class PersonalizeConfig:
     adapter: Adapter = field(default_factory=Adapter)
     train: LoopConfig = field(default_factory=LoopConfig)
     show: Show = field(default_factory=Show)
-    base: str = "embedded"  # embedded, the folder of a diffusers pipeline, or its hub name
+    base: str = "embedded"  # embedded, embedded-flow, the folder of a diffusers pipeline, or its hub name
     quantize: str | None = None  # nf4, int8, int8-torchao or fp8: the base in fewer bits while it is trained on
     variant: str | None = None  # of the base's files, such as fp16
     out: Path = Path("runs/personalize")  # where everything goes
