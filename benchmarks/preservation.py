@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.personalize import DRAW_STEPS, GUIDANCE, ROOT, TARGETS, interval
+from benchmarks.personalize import DRAW_STEPS, GUIDANCE, ROOT, interval
 from smidgen.adapters.atomic import replace_file
 
 CELLS = ROOT / "work" / "preservation_bench"
@@ -54,7 +54,7 @@ class Bench:
         pictures, task, seconds = self._task(way, person, seed)
         figures: dict[str, float] = {}
         if way != "base":
-            setup = smidgen.config("lora", target_modules=TARGETS, seed=seed, r=4)
+            setup = smidgen.config("lora", target_modules=list(self.base.targets), seed=seed, r=4)
             loop = LoopConfig(max_train_steps=STEPS, seed=seed, checkpointing_steps=STEPS)
             started = time.process_time()
             with tempfile.TemporaryDirectory() as folder:

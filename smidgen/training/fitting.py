@@ -1,6 +1,7 @@
 """Put an adapter into a model, train it with the one loop, and save it as a folder: the same for every task."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,13 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     resume: str | None = None,
     progress: bool = True,
+    during: AbstractContextManager[Any] | None = None,
 ) -> Fitted:
     """Adapt ``model`` in place by ``peft_config``, train the adapter on ``task`` and save it in ``folder``.
 
     ``peft_config`` is smidgen's, peft's or one of ``engine``'s controls; the modules ``heads`` are trained and saved
     besides. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint must share
-    to be resumed. Under ``accelerate launch`` the main process alone saves. Raises what ``train`` raises.
+    to be resumed. ``during`` is entered while it is trained, not while it is made and saved. Under ``accelerate launch`` the main process alone saves. Raises what ``train`` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
@@ -84,7 +86,8 @@ def fit(
     head_numbers = sum(parameter.numel() for parameter in head)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_numbers
     groups = engine.groups(model, rates.residual, rates.transform, weight_decay, heads, rates.head)
-    result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
+    with during or nullcontext():
+        result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
     covers = coverage(model, engine.NAME) if isinstance(peft_config, PeftConfig) else None
     size = engine.save(model, peft_config, folder, heads) if is_main() else 0
     return Fitted(

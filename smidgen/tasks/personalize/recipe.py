@@ -14,6 +14,7 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.distilled import Helper, check_distilled, digest
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
@@ -52,6 +53,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "text_first": True}
     load = partial(load_base, config.base, config.train.mixed_precision, default_device(), **how)
     base = load()
+    check_distilled(base, config.helper_adapter)
     resolution = config.data.resolution or base.resolution
     found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
     subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
@@ -121,6 +123,11 @@ def _fit(
     resume = config.resume_from_checkpoint
     if method == PEFT_LORA and resume:
         resume = "latest"
+    if config.helper_adapter not in (None, "none"):
+        helper = Helper(base, config.helper_adapter)
+        options["during"] = helper.on()
+        if task.previewer is not None:
+            task.previewer = helper.on(False)(task.previewer)  # drawn as it will be used
     return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
 
 
@@ -215,4 +222,6 @@ def _subject_words(data: Data) -> str:
 def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
     known = {"pictures": found.identity(), "base_weights": base.fingerprint()}
-    return decisive(config, "base", *to_dict(config.show)) | known
+    if config.helper_adapter not in (None, "none"):
+        known["helper"] = digest(config.helper_adapter)
+    return decisive(config, "base", "helper_adapter", *to_dict(config.show)) | known

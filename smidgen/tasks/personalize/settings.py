@@ -88,6 +88,9 @@ class PersonalizeConfig:
     base: str = "embedded"  # embedded, embedded-flow, the folder of a diffusers pipeline, or its hub name
     quantize: str | None = None  # nf4, int8, int8-torchao or fp8: the base in fewer bits while it is trained on
     variant: str | None = None  # of the base's files, such as fp16
+    helper_adapter: str | None = (
+        None  # LoRA file that undoes a base's distillation while yours is trained; none: without one
+    )
     out: Path = Path("runs/personalize")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints
