@@ -1,6 +1,6 @@
 """Does the class keep looking as it did? Identity of pictures of the class, and of the subject, with each way to preserve.
 
-    python -m benchmarks.preservation    (4 people x 2 seeds x 4 ways; resumable, a file a cell in work/)
+    python -m benchmarks.preservation    (3 people x 2 seeds x 4 ways; resumable, a file a cell in work/)
 
 The subject is taught as "sks person" by LoRA on the embedded base: without preservation, with class pictures that the base drew
 (prior preservation, half a batch more), held to the base's own answers to the captions of the class, and to the empty prompt.
@@ -21,7 +21,7 @@ from benchmarks.personalize import DRAW_STEPS, GUIDANCE, ROOT, interval
 from smidgen.adapters.atomic import replace_file
 
 CELLS = ROOT / "work" / "preservation_bench"
-PEOPLE, SEEDS, PICTURES, STEPS, BATCH, SCENES, CLASS_IMAGES = 4, 2, 6, 150, 4, 8, 16
+PEOPLE, SEEDS, PICTURES, STEPS, BATCH, SCENES, CLASS_IMAGES = 3, 2, 6, 150, 4, 8, 16
 WORD, CLASS = "sks", "person"
 WAYS = ("none", "class pictures", "class", "blank")
 
