@@ -28,11 +28,10 @@ _UNDONE = re.compile(r"(?<![a-z])(de|un|non)[-_ ]?(turbo|distill)", re.IGNORECAS
 
 def distilled(base: ImageBase) -> str | None:
     """What says that ``base`` was distilled to few steps, None where nothing does: its pipeline's ``is_distilled`` (FLUX.2 klein,
-    Krea 2), a denoiser that is told its guidance or a scheduler that is for distilled ones alone (LCM), or its name."""
-    pipe = base.pipe
-    if pipe.config.get("is_distilled"):
+    Krea 2), a scheduler that is for distilled ones alone (LCM, TCD), or its name."""
+    if getattr(base.pipe, "config", {}).get("is_distilled"):
         return "its model_index.json says is_distilled"
-    scheduler = type(pipe.scheduler).__name__
+    scheduler = type(getattr(base.pipe, "scheduler", None)).__name__
     if scheduler in ("LCMScheduler", "TCDScheduler"):
         return f"its scheduler is a {scheduler}"
     name = Path(base.name).name

@@ -49,7 +49,7 @@ class Task(Protocol):
         """The scalar loss of ``batch``, whose tensors lie on the model's device."""
 
     def preview(self, model: nn.Module, step: int, folder: Path) -> None:
-        """Draw or measure something for a person to look at; called every ``preview_steps`` under no_grad."""
+        """Draw or measure something for a person to look at; called before the first step and every ``preview_steps``, under no_grad."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LoopConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     checkpointing_steps: int = 100  # steps between checkpoints
     checkpoints_total_limit: int = 2  # older ones are removed
-    preview_steps: int = 0  # steps between previews; 0: never
+    preview_steps: int = 0  # steps between previews, the first before any step; 0: never
     eval_steps: int = 0  # steps between evaluations, the first before any step; 0: never
     early_stopping_patience: int = 0  # end after so many evaluations without a better one; 0: never
     load_best: bool = True  # end with the trained numbers of the best evaluation
@@ -187,6 +187,8 @@ class _Run:
                 if self.judge and done == 0 and not self.evaluations:
                     self._evaluate(0, self.judge)
                     self._keep(0)
+                if done == 0:
+                    self._preview(0)
                 while not self._finished(done):
                     loss, signum = self._step(done, stop)
                     self.losses.append(loss)
@@ -233,7 +235,11 @@ class _Run:
             better = self.judge.best_step(self.evaluations) == done
         if done % config.checkpointing_steps == 0 or better or stopping or self._finished(done):
             self._keep(done)
-        if config.preview_steps and done % config.preview_steps == 0 and accelerator.is_main_process:
+        self._preview(done)
+
+    def _preview(self, done: int) -> None:
+        every, accelerator = self.config.preview_steps, self.accelerator
+        if every and done % every == 0 and accelerator.is_main_process:
             with torch.no_grad():
                 self.task.preview(accelerator.unwrap_model(self.model), done, self.folder)
 

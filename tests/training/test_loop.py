@@ -139,7 +139,7 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
 def test_previews_come_when_asked(tmp_path):
     task = toys.Line()
     run(tmp_path, task, LoopConfig(max_train_steps=7, lr_warmup_steps=0, preview_steps=3))
-    assert task.previews == [3, 6]
+    assert task.previews == [0, 3, 6]
 
 
 @pytest.mark.parametrize("kind, middle, end", [("constant", 1.0, 1.0), ("cosine", 0.5, 0.0), ("linear", 0.5, 0.0)])

@@ -148,6 +148,25 @@ def test_previews_are_drawn(sd, pictures, tmp_path):
     assert Image.open(tmp_path / "out" / "preview-3.png").size[0] > 2 * 128
 
 
+def test_previews_are_of_the_users_own_prompts_seeds_and_negative_prompt(sd, pictures, tmp_path):
+    """Before the first step the base draws, so that the first preview is what the base's row of the sheet shows."""
+    prompts = tuple(f"a person, {number}" for number in range(5))
+    chosen = {"validation_prompt": prompts, "seeds": (7, 8), "guidance_scale": 3.0}
+    made = config(sd, pictures, tmp_path / "out", **chosen, negative_prompt="rain")
+    run(replace(made, train=replace(made.train, preview_steps=4)))
+    assert sorted(path.name for path in (tmp_path / "out").glob("preview-*")) == ["preview-0.png", "preview-4.png"]
+    facts = json.dumps(Image.open(tmp_path / "out" / "preview-0.png").info)
+    assert "a person, 4" in facts and "negative_prompt" in facts and "[7, 7, 7, 7, 7]" in facts.replace("\\", "")
+    base = families.load_base(str(sd))
+    drawn = {}
+    for negative in ("rain", ""):
+        scenes = Scenes(prompts[:1], (7,), steps=2, guidance=3.0, size=16, negative=negative)
+        drawn[negative] = scenes.drawn_by(base)()[0].tobytes()
+    assert drawn["rain"] != drawn[""]
+    with pytest.raises(ConfigError, match="seed must be from 0"):
+        Show(seeds=(1, -1))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_base_keeps_fp32_numbers(sd, pictures, tmp_path, method):
     made = config(sd, pictures, tmp_path / "out", method)

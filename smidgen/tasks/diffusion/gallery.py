@@ -66,9 +66,9 @@ def gallery(
     return Gallery(_sheet(rows, scenes, subject, fresh.name), tuple(entries), proof)
 
 
-def previewer(base: ImageBase, scenes: Scenes) -> Callable[[nn.Module, int, Path], None]:
-    """What a run calls to draw its first few scenes as ``preview-<step>.png``; the prompts are encoded now."""
-    few = scenes.first(4)
+def previewer(base: ImageBase, scenes: Scenes, most: int = 4) -> Callable[[nn.Module, int, Path], None]:
+    """What a run calls to draw the first scene of at ``most`` so many prompts as ``preview-<step>.png``; they are encoded now."""
+    few = scenes.first(most)
     draw = few.drawn_by(base)
 
     def preview(model: nn.Module, step: int, folder: Path) -> None:

@@ -20,6 +20,7 @@ class Scenes:
     steps: int
     guidance: float
     size: int | None = None
+    negative: str = ""  # what guidance leads away from
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -30,12 +31,13 @@ class Scenes:
             "steps": self.steps,
             "guidance": self.guidance,
         }
+        told |= {"negative_prompt": self.negative} if self.negative else {}
         return told | ({"drawn_size": self.size} if self.size else {})
 
     def encoded(self, base: ImageBase) -> tuple[Prompts, dict[str, Any]]:
         """The prompts, and the options of ``base.draw`` besides prompts and seeds."""
         options = {"steps": self.steps, "guidance": self.guidance, "size": self.size}
-        return base.encode_prompts(self.prompts), options | {"negative": base.encode_prompts([""])}
+        return base.encode_prompts(self.prompts), options | {"negative": base.encode_prompts([self.negative])}
 
     def drawn_by(self, base: ImageBase) -> "Callable[[], list[Image]]":
         """What draws them whenever it is called; the prompts are encoded now."""

@@ -72,7 +72,8 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
         replace_file(out / "config.yaml", dump_yaml(config))
         task = _task(config, base, found, captions, resolution)
-        task.previewer = previewer(base, scenes) if config.train.preview_steps else None
+        own = len(config.show.validation_prompt) or 4
+        task.previewer = previewer(base, scenes, own) if config.train.preview_steps else None
         base.release_encoders(keep_vae=task.previewer is not None)
         identity = _identity(config, base, found)
 
@@ -200,10 +201,12 @@ def _scenes(
         plain = judge.prompts(show.num_prompts, config.train.seed)
     plain = plain or list(dict.fromkeys(found.captions))[: show.num_prompts]
     bound = _bound(plain, config.data) if not show.validation_prompt else plain
-    columns = [(prompt, number) for prompt in range(len(plain)) for number in range(show.num_seeds)]
-    seeds = tuple(derive(config.train.seed, "show", *column) for column in columns)
+    columns = [(prompt, number) for prompt in range(len(plain)) for number in range(len(show.seeds) or show.num_seeds)]
+    seeds = tuple(
+        show.seeds[at] if show.seeds else derive(config.train.seed, "show", prompt, at) for prompt, at in columns
+    )
     prompts = tuple(bound[prompt] for prompt, _ in columns)
-    scenes = Scenes(prompts, seeds, size=resolution, **_sampling(config, base))
+    scenes = Scenes(prompts, seeds, size=resolution, negative=show.negative_prompt, **_sampling(config, base))
     return scenes, [plain[prompt] for prompt, _ in columns]
 
 

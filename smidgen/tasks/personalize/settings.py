@@ -8,7 +8,7 @@ from smidgen.adapters.methods import Rates, learning_rates, parse_method
 from smidgen.bases.families import learning_kind
 from smidgen.errors import ConfigError
 from smidgen.training.loop import LoopConfig
-from smidgen.training.ranges import check
+from smidgen.training.ranges import check, check_value
 
 PEFT_LORA = "peft's LoRA"  # the baseline
 
@@ -72,9 +72,15 @@ class Show:
     validation_prompt: tuple[str, ...] = ()  # none: scenes of the judge, or the captions
     num_prompts: int = 8  # scenes to draw and score
     num_seeds: int = 2  # pictures of each scene
+    seeds: tuple[int, ...] = ()  # of each scene's pictures, in place of num_seeds of the run's own
+    negative_prompt: str = ""  # what guidance leads away from
     inference_steps: int | None = None  # None: as the base's kind needs
     guidance_scale: float | None = None  # None: as the base's kind needs
     compare_lora: bool | None = None  # train peft's LoRA the same way; None: when a judge exists for the base
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            check_value("seed", seed)
 
 
 @dataclass(frozen=True)
