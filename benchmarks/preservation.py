@@ -1,9 +1,9 @@
 """Does the class keep looking as it did? Identity of pictures of the class, and of the subject, with each way to preserve.
 
-    python -m benchmarks.preservation    (3 people x 2 seeds x 4 ways; resumable, a file a cell in work/)
+    python -m benchmarks.preservation    (3 people x 1 seed x 3 ways; resumable, a file a cell in work/)
 
 The subject is taught as "sks person" by LoRA on the embedded base: without preservation, with class pictures that the base drew
-(prior preservation, half a batch more), held to the base's own answers to the captions of the class, and to the empty prompt.
+(prior preservation, half a batch more), and held to the base's own answers to the captions of the class.
 Then the same scenes are drawn of "a sks person" and of "a person" from the same noise. A class that keeps looking as it did has
 the identity that the base's pictures have; drift is what it has more. Intervals: 95 % bootstrap over people (seeds averaged first).
 """
@@ -21,9 +21,9 @@ from benchmarks.personalize import DRAW_STEPS, GUIDANCE, ROOT, interval
 from smidgen.adapters.atomic import replace_file
 
 CELLS = ROOT / "work" / "preservation_bench"
-PEOPLE, SEEDS, PICTURES, STEPS, BATCH, SCENES, CLASS_IMAGES = 3, 2, 6, 150, 4, 8, 16
+PEOPLE, SEEDS, PICTURES, STEPS, BATCH, SCENES, CLASS_IMAGES = 3, 1, 6, 150, 4, 8, 16
 WORD, CLASS = "sks", "person"
-WAYS = ("none", "class pictures", "class", "blank")
+WAYS = ("none", "class pictures", "class")
 
 
 class Bench:
@@ -89,8 +89,8 @@ class Bench:
                 scenes = Scenes(about, seeds, DRAW_STEPS, GUIDANCE, size)
                 prior = encode_prior(base, scenes, Path(folder) / "latents.safetensors", "embedded")
                 options = {"prior": prior, "prior_batch_size": BATCH // 2}
-            elif way in ("class", "blank"):
-                options["preserved"] = base.encode_prompts(found.captions if way == "class" else [""] * PICTURES)
+            elif way == "class":
+                options["preserved"] = base.encode_prompts(found.captions)
             seconds = time.process_time() - started
         return pictures, PersonalizeTask(subject, base, batch_size=BATCH, seed=seed, **options), seconds
 
