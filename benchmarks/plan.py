@@ -4,7 +4,7 @@
     python -m benchmarks.plan --tables   (docs/plan.md's tables of full-size bases, and the presets by memory; about 20 minutes)
 
 Each run is a process of its own, `smidgen personalize`, started right after its plan was made; its peak is ru_maxrss as the kernel
-tells it. The embedded flow base is made untrained where it does not ship: memory and time do not depend on what its weights are.
+tells it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks._harness import between, write_result
 from smidgen.tasks.personalize.plan import Plan, make_plan
 from smidgen.tasks.personalize.settings import Adapter, Data, PersonalizeConfig, Show
@@ -33,8 +31,6 @@ RUNS: tuple[tuple[str, int, bool], ...] = (  # method, batch, gradient checkpoin
     ("loldu", 64, False),
     ("lora", 64, True),
 )
-# A process that knows the untrained flow base, as one that ships would be known.
-MAIN = "import sys; from benchmarks.plan import know; know(sys.argv[1]); from smidgen.cli import main; sys.exit(main(sys.argv[2:]))"
 # Starts a run from a small process and says its peak: a child's ru_maxrss begins at what its parent had.
 RUN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 
@@ -42,35 +38,6 @@ RUN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True
 def steps(batch: int) -> int:
     """Steps of a real run: enough for the first one not to count."""
     return 60 if batch <= 16 else 16
-
-
-def flow_base(folder: Path) -> str:
-    """The embedded flow base: its name where it ships, else an untrained one of its shape in ``folder``."""
-    from smidgen.bases.families import FAMILIES
-
-    if "embedded-flow" in FAMILIES:
-        return "embedded-flow"
-    from smidgen.lab.embedded_base.config import preset
-    from smidgen.lab.embedded_base.flow import base_of, transformer
-
-    model = transformer(preset("full"))
-    torch.nn.init.normal_(model.proj_out.weight, std=0.02)  # zero at its start, which no gradient passes
-    torch.nn.init.normal_(model.norm_out.linear.weight, std=0.02)
-    channels = model.config.in_channels
-    base_of(model, torch.zeros(channels), torch.ones(channels)).pipe.save_pretrained(folder)
-    return str(folder)
-
-
-def know(folder: str) -> None:
-    """Makes the base in ``folder`` one of the family that the embedded flow base is of."""
-    from smidgen.bases import families
-    from smidgen.lab.embedded_base.flow import FlowBase
-
-    row = families.Family(lambda name, _: name == folder, FlowBase)
-    if folder.endswith("/flow"):
-        rest = {name: family for name, family in families.FAMILIES.items() if name != FlowBase.family}
-        families.FAMILIES.clear()
-        families.FAMILIES.update({FlowBase.family: row} | rest)
 
 
 def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Path) -> tuple[Plan, float, float]:
@@ -84,13 +51,12 @@ def run(base: str, method: str, batch: int, less: bool, pictures: Path, out: Pat
         out=out,
         gradient_checkpointing=less,
     )
-    know(base)
     plan = make_plan(config)
     from smidgen.training.settings import dump_yaml
 
     settings = out.with_suffix(".yaml")
     settings.write_text(dump_yaml(replace(config, overwrite=True)))
-    words = [sys.executable, "-c", RUN, sys.executable, "-c", MAIN, base, "personalize", "--config", str(settings)]
+    words = [sys.executable, "-c", RUN, sys.executable, "-m", "smidgen", "personalize", "--config", str(settings)]
     told = subprocess.run(words, capture_output=True, text=True)
     if told.returncode:
         raise RuntimeError(f"{' '.join(words[3:])} ended with {told.returncode}: {told.stderr[-2000:]}")
@@ -118,7 +84,7 @@ def main() -> None:
         folder = Path(scratch)
         pictures = folder / "pictures"
         subprocess.run([sys.executable, "-m", "smidgen", "subject", str(pictures), "--seed", "7"], check=True)
-        for label, base in (("unet", "embedded"), ("flow", flow_base(folder / "flow"))):
+        for label, base in (("unet", "embedded"), ("flow", "embedded-flow")):
             if asked.only not in (None, label):
                 continue
             for method, batch, less in RUNS:
