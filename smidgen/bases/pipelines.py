@@ -56,6 +56,7 @@ class PipelineBase:
     learning: Mapping[str, Kind] = {"image": "picture", "control": "picture"}  # task -> what learning rates go by
 
     parts_reader: Callable[[], Any] | None = None
+    reads_live: bool = False  # text encoders are trained: prompts stay token ids until they are used
 
     def __init__(self, name: str, pipe: Any) -> None:
         self.name, self.pipe = name, pipe
@@ -137,7 +138,8 @@ class PipelineBase:
 
     def release_encoders(self, keep_vae: bool = False) -> None:
         _ = self._encoder_prints
-        for name in (*self.text_encoders, *self.tokenizers, *(() if keep_vae else ("vae",))):
+        texts = () if self.reads_live else (*self.text_encoders, *self.tokenizers)
+        for name in (*texts, *(() if keep_vae else ("vae",))):
             if getattr(self.pipe, name, None) is not None:
                 setattr(self.pipe, name, None)
 
@@ -181,6 +183,12 @@ class PipelineBase:
             parts = [self._encoded(list(prompts[at : at + batch])) for at in range(0, len(prompts), batch)]
         return Prompts.join([part.to(torch.device("cpu")) for part in parts])
 
+    def train_text_encoders(self) -> dict[str, tuple[str, ...]]:
+        raise ConfigError(
+            f"--train-text-encoder is for Stable Diffusion and SDXL, whose text encoders are small CLIPs; the base {self.name!r} is "
+            f"of the family {self.family}, whose text encoders are encoded with once and freed. Leave it out."
+        )
+
     def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
         return prompts
 
@@ -203,7 +211,8 @@ class PipelineBase:
             lengths = {prompt: len(tokenizer(prompt).input_ids) for prompt in dict.fromkeys(prompts)}
         cut = [prompt for prompt, length in lengths.items() if length > limit]
         if cut:
-            logger.warning("%d prompt(s) longer than %d tokens are cut, e.g. %r.", len(cut), limit, cut[0][:80])
+            lost = f"up to {max(lengths.values()) - limit} tokens are not read"
+            logger.warning("%d prompt(s) longer than %d tokens are cut, e.g. %r: %s.", len(cut), limit, cut[0][:80], lost)
 
     @property
     def _standard(self) -> tuple[Any, Any]:
@@ -219,6 +228,7 @@ class PipelineBase:
     def draw(self, prompts: Prompts, seeds: Sequence[int], **options: Any) -> list[Image]:
         return self.decode(self.draw_latents(prompts, seeds, **options))
 
+    @torch.no_grad()
     def draw_latents(
         self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
         size: int | None = None, batch: int = 8,
@@ -227,11 +237,16 @@ class PipelineBase:
         common = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "latent"}
         for start in range(0, len(prompts), batch):
             own = prompts[start : start + batch]
-            given = self._embeds(own, "") | self._guided(negative[[0] * len(own)], guidance)
+            own, other = self._alike(own, negative[[0] * len(own)])
+            given = self._embeds(own, "") | self._guided(other, guidance)
             generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds[start : start + batch]]
             drawn = self.pipe(generator=generators, return_dict=False, **common, **given)[0]
             found.append(self._drawn(drawn, size).float().cpu())
         return torch.cat(found)
+
+    def _alike(self, prompts: Prompts, negative: Prompts) -> tuple[Prompts, Prompts]:
+        """Both of the length that the pipeline asks for."""
+        return prompts, negative
 
     def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
         """Guidance away from ``negative``, as the pipeline takes it."""

@@ -137,6 +137,11 @@ class ImageBase(Protocol):
     def encode_prompts(self, prompts: Sequence[str], batch: int = 16) -> Prompts:
         """Prompts as the pipeline itself would encode them; those that are cut are warned about."""
 
+    def train_text_encoders(self) -> dict[str, tuple[str, ...]]:
+        """Make ready to train them beside the denoiser: from now on encoded prompts are token ids, which ``predict`` and ``draw``
+        read with the encoders as they then are, and ``release_encoders`` keeps those. Returns the names of their layers to adapt, by
+        their names in the pipeline. Raises ConfigError for a family whose text encoders are too large."""
+
     def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
         """Prompts that also tell the (width, height) that each image had before it was brought to ``resolution``, for
         families that are told; without it an image has the size of its latents."""
