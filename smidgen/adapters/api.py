@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from smidgen.adapters import hosts
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
+from smidgen.adapters.components import component_folders, denoiser, parts
 from smidgen.adapters.tuner import patterns, renames, sharing
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.base import check_base
@@ -42,14 +42,11 @@ from smidgen.adapters.tuner.heads import base_heads, check_saved, head_tensors, 
 from smidgen.adapters.tuner.injection import inject, peft_tensors, put_peft_tensors, remove
 from smidgen.adapters.tuner.layer import MERGE_REFUSE
 from smidgen.adapters.tuner.matching import matched_layers, outside_adapters
-from smidgen.adapters.tuner.shards import in_pieces, one_writer, unwrapped
+from smidgen.adapters.tuner.shards import in_pieces, one_writer
 from smidgen.adapters.tuner.stored import file_tensors, numbers, settle, stamp
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, did_you_mean
 
 logger = logging.getLogger("smidgen")
-
-# Names of a pipeline's components, as diffusers has them.
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder|image_encoder|vae|controlnet|prior|decoder)(_\w+)?")
 
 
 def adapt(
@@ -124,25 +121,6 @@ def _say_gaps(model: nn.Module, adapter_name: str, chosen_here: bool) -> None:
             "; ".join(said),
             ' Name target_modules, or take "all-linear", to choose others.' if chosen_here else "",
         )
-
-
-def denoiser(model: Any) -> nn.Module:
-    """The module that adapters go on: the model itself, or the UNet or transformer of a diffusers pipeline."""
-    return parts(model)[""]
-
-
-def parts(model: Any) -> dict[str, nn.Module]:
-    """The modules that may carry adapters, by the sub-folder of their files: ``""`` is the model itself, or the UNet or
-    transformer of a diffusers pipeline, whose other components follow under their own names."""
-    if isinstance(model, nn.Module):
-        return {"": unwrapped(model)}
-    modules = {n: m for n, m in getattr(model, "components", {}).items() if isinstance(m, nn.Module)}
-    for name in ("unet", "transformer"):
-        if name in modules:
-            return {"": modules.pop(name)} | modules
-    raise SmidgenError(
-        f"Expected a torch module or a diffusers pipeline with a unet or transformer, got a {type(model).__name__}."
-    )
 
 
 @contextmanager
@@ -276,7 +254,7 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
         for part, put_in in ready:
             stack.enter_context(_all_or_nothing(part, adapter_name))
             put_in()
-    if isinstance(model, nn.Module) and (others := _component_folders(Path(path))):
+    if isinstance(model, nn.Module) and (others := [other.name for other in component_folders(Path(path))]):
         logger.warning(
             "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
             path,
@@ -292,7 +270,7 @@ def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Modu
         AdapterFileError: the folder holds nothing, or something for a component that the pipeline has not.
     """
     own, folder = parts(model), as_folder(path)
-    inside = [] if isinstance(model, nn.Module) else _component_folders(folder)
+    inside = [] if isinstance(model, nn.Module) else [found.name for found in component_folders(folder)]
     for name in inside:
         if name not in own:
             raise AdapterFileError(
@@ -301,12 +279,6 @@ def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Modu
     if not inside or (folder / CONFIG_NAME).is_file():
         inside = ["", *inside]
     return {name: (own[name], folder / name) for name in inside}
-
-
-def _component_folders(folder: Path) -> list[str]:
-    """Sub-folders with adapters of a pipeline's components; folders of other names are not ours to read."""
-    files = folder.glob(f"*/{CONFIG_NAME}") if folder.is_dir() else ()
-    return sorted(file.parent.name for file in files if _COMPONENT.fullmatch(file.parent.name))
 
 
 def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], None]:
@@ -588,11 +560,13 @@ def _merge(model: nn.Module, adapter_names: list[str] | None) -> None:
 __all__ = [
     "adapt",
     "default_targets",
+    "denoiser",
     "disabled",
     "load",
     "merge",
     "names",
     "parameter_groups",
+    "parts",
     "read_adapter",
     "read_smidgen_config",
     "save",

@@ -212,7 +212,9 @@ class PipelineBase:
         cut = [prompt for prompt, length in lengths.items() if length > limit]
         if cut:
             lost = f"up to {max(lengths.values()) - limit} tokens are not read"
-            logger.warning("%d prompt(s) longer than %d tokens are cut, e.g. %r: %s.", len(cut), limit, cut[0][:80], lost)
+            logger.warning(
+                "%d prompt(s) longer than %d tokens are cut, e.g. %r: %s.", len(cut), limit, cut[0][:80], lost
+            )
 
     @property
     def _standard(self) -> tuple[Any, Any]:

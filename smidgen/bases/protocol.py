@@ -99,6 +99,7 @@ class ImageBase(Protocol):
         resolution: pixels on a side that it was made for.
         factor: pixels to a latent, along a side.
         schedule: as its own scheduler says.
+        reads_live: whether its text encoders are trained, see ``train_text_encoders``.
         encoders: the parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline.
     """
 
@@ -109,6 +110,7 @@ class ImageBase(Protocol):
     targets: tuple[str, ...]
     sampling: Sampling
     parts_reader: Callable[[], Any] | None
+    reads_live: bool
 
     @property
     def model(self) -> Any: ...

@@ -56,7 +56,7 @@ class StableDiffusion(PipelineBase):
         self.reads_live = True
         return {name: self._text_targets(name, encoder) for name, encoder in self.encoders.items() if name != "vae"}
 
-    def _text_targets(self, name: str, encoder: nn.Module) -> tuple[str, ...]:
+    def _text_targets(self, name: str, encoder: Any) -> tuple[str, ...]:
         return tuple(name for name, _ in encoder.named_modules() if name.endswith(TEXT_TARGETS))
 
     def release_encoders(self, keep_vae: bool = False) -> None:
@@ -170,9 +170,11 @@ class StableDiffusionXL(StableDiffusion):
             ids = noisy.new_tensor([[height, width, 0, 0, height, width]]).expand(len(noisy), -1)
         return {"added_cond_kwargs": {"text_embeds": prompts.tensors["pooled"], "time_ids": ids}}
 
-    def _text_targets(self, name: str, encoder: nn.Module) -> tuple[str, ...]:
+    def _text_targets(self, name: str, encoder: Any) -> tuple[str, ...]:
         found, last = super()._text_targets(name, encoder), f"layers.{encoder.config.num_hidden_layers - 1}."
-        return found if name == "text_encoder_2" else tuple(n for n in found if last not in n)  # whose last layer nobody reads
+        return (
+            found if name == "text_encoder_2" else tuple(n for n in found if last not in n)
+        )  # whose last layer nobody reads
 
     def _states(self, out: Any) -> Tensor:
         return out.hidden_states[-2]  # type: ignore[no-any-return]

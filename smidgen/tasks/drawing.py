@@ -13,6 +13,7 @@ from smidgen.adapters.api import read_adapter
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.components import component_folders
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
@@ -112,7 +113,7 @@ def verify(adapter: Path, base: str) -> tuple[bool, str]:
 
 
 def inspect(adapter: Path) -> str:
-    """A page of text about an adapter folder, or about a picture of ours; nothing is executed and no base is needed."""
+    """A page of text about an adapter folder with its sub-folders for a pipeline's other components, or about a picture of ours; nothing is executed and no base is needed."""
     if adapter.is_file():
         facts = read_facts(adapter)
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
@@ -139,7 +140,8 @@ def inspect(adapter: Path) -> str:
         )
     if lock:
         lines += ["", *_covered(lock)]
-    return "\n".join([*lines, "", cards.table(["tensor", "shape", "dtype", "norm", "largest"], rows)])
+    lines += ["", cards.table(["tensor", "shape", "dtype", "norm", "largest"], rows)]
+    return "\n\n".join(["\n".join(lines), *map(inspect, component_folders(adapter))])
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:

@@ -121,8 +121,9 @@ def save(model: Any, config: Config, folder: Path, heads: Sequence[str] = ()) ->
             _write_control(model, config, scratch, heads)
             written = [path.name for path in scratch.iterdir()]
     else:
-        written = list(FILES)
         api.save(model, folder)
+        carrying = [where for where, part in api.parts(model).items() if NAME in api.names(part)]
+        written = [f"{where}/{file}".removeprefix("/") for where in carrying for file in FILES]
     return sum((folder / file).stat().st_size for file in written)
 
 
@@ -138,7 +139,7 @@ def load(model: Any, folder: Path) -> None:
         api.load(model, folder)
 
 
-def verify(model: nn.Module, folder: Path, output: Callable[[], Any] | None = None) -> tuple[bool, list[str]]:
+def verify(model: Any, folder: Path, output: Callable[[], Any] | None = None) -> tuple[bool, list[str]]:
     """Is what ``folder`` holds on in ``model``, and if not, why? A control is taken at its word.
 
     ``output`` runs the model, should no inputs be known for it.

@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from smidgen.adapters.components import Components
 from smidgen.adapters.methods import Rates
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.errors import AdapterFileError
@@ -40,6 +41,15 @@ class Fitted:
     coverage: Coverage | None = None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Another component of the model's pipeline, with an adapter of its own."""
+
+    model: nn.Module
+    peft_config: PeftConfig
+    rates: Rates
+
+
 BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
 
 
@@ -63,6 +73,7 @@ def fit(
     folder: Path,
     *,
     heads: Sequence[str] = (),
+    beside: Mapping[str, Beside] | None = None,
     weight_decay: float = 0.0,
     identity: Mapping[str, Any] | None = None,
     resume: str | None = None,
@@ -72,23 +83,33 @@ def fit(
     """Adapt ``model`` in place by ``peft_config``, train the adapter on ``task`` and save it in ``folder``.
 
     ``peft_config`` is smidgen's, peft's or one of ``engine``'s controls; the modules ``heads`` are trained and saved
-    besides. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint must share
-    to be resumed. ``during`` is entered while it is trained, not while it is made and saved. Under ``accelerate launch`` the main process alone saves. Raises what ``train`` raises.
+    besides. Components ``beside`` the model, by their names in its pipeline, are adapted, trained and saved with it, each in
+    a sub-folder of its name. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint
+    must share to be resumed. ``during`` is entered while it is trained, not while it is made and saved. Under ``accelerate
+    launch`` the main process alone saves. Raises what ``train`` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
         engine.adapt(model, peft_config, heads)
+        for other in (beside or {}).values():
+            engine.adapt(other.model, other.peft_config)
+    denoiser = model
+    if beside:
+        model = Components(denoiser, {name: other.model for name, other in beside.items()})
     engine.hold_statistics(model)
     for parameter in model.parameters():
         if parameter.requires_grad:  # trained numbers stay fp32 whatever the base's precision
             parameter.data = parameter.data.float()
-    head = engine.head_parameters(model, heads)
+    head = engine.head_parameters(denoiser, heads)
     head_numbers = sum(parameter.numel() for parameter in head)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_numbers
-    groups = engine.groups(model, rates.residual, rates.transform, weight_decay, heads, rates.head)
+    groups = engine.groups(denoiser, rates.residual, rates.transform, weight_decay, heads, rates.head)
+    for name, other in (beside or {}).items():
+        own = engine.groups(other.model, other.rates.residual, other.rates.transform, weight_decay)
+        groups += [{**group, "name": f"{name} {group['name']}"} for group in own]
     with during or nullcontext():
         result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
-    covers = coverage(model, engine.NAME) if isinstance(peft_config, PeftConfig) else None
+    covers = coverage(denoiser, engine.NAME) if isinstance(peft_config, PeftConfig) else None
     size = engine.save(model, peft_config, folder, heads) if is_main() else 0
     return Fitted(
         name,
@@ -106,9 +127,9 @@ def fit(
 
 
 def prove(
-    model: nn.Module, folder: Path, output: Callable[[], torch.Tensor], what: str = "the UNet's answer"
+    model: Any, folder: Path, output: Callable[[], torch.Tensor], what: str = "the UNet's answer"
 ) -> tuple[str, ...]:
-    """Load the saved adapter into a fresh ``model`` and prove that it is on; returns sentences for the report.
+    """Load the saved adapter into a fresh ``model`` (a module or a pipeline) and prove that it is on; returns sentences for the report.
 
     ``output`` computes something that depends on the adapter. Raises AdapterFileError when verification fails or the
     output is that of the base.

@@ -23,6 +23,7 @@ from smidgen.bases.families import FAMILIES, card_lines, learning_kind, load_bas
 from smidgen.bases.flow_transformers import FlowTransformer
 from smidgen.bases.protocol import ImageBase, Prompts, ReadingBase
 from smidgen.bases.schedules import PREDICTIONS, DiscreteSchedule, FlowSchedule
+from smidgen.bases.stable_diffusion import StableDiffusion
 from smidgen.bases.transformers import Head, load_classifier, load_language_model
 from smidgen.errors import ConfigError, SmidgenError
 from tests.training import tiny, tiny_flow, tiny_models
@@ -127,9 +128,40 @@ def test_prompts_are_a_bundle_of_rows(base):
     )
 
 
-def test_prompts_that_are_cut_are_told(base, caplog):
+def test_prompts_of_any_length_are_read_in_chunks_or_the_tokens_that_are_cut_are_told(base, caplog):
+    if isinstance(base, StableDiffusion):
+        return in_chunks(base, caplog)
     base.encode_prompts(["a person in the rain with everything that comes to mind " * 20])
-    assert "are cut, e.g. 'a person in the rain" in caplog.text
+    assert "are cut, e.g. 'a person in the rain" in caplog.text and " tokens are not read" in caplog.text
+
+
+def in_chunks(base: ImageBase, caplog) -> None:
+    """Each chunk is what the pipeline makes of its words alone; shorter prompts are filled up with the empty one's."""
+    tokenizer = base.pipe.tokenizer
+    size, word = tokenizer.model_max_length, "in "
+    each = (size - 2) // len(tokenizer(word, add_special_tokens=False).input_ids)
+    inner = len(tokenizer(word * each, add_special_tokens=False).input_ids)
+    assert inner == size - 2, "the words fill a chunk"
+    first, rest = word * each, "a person"
+    theirs = {"device": base.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    alone = [base.pipe.encode_prompt(prompt=text, **theirs) for text in (first, rest, "")]
+    long, short = base.encode_prompts([first + rest]), base.encode_prompts([rest])
+    close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    close(long.tensors["embeds"], torch.cat([alone[0][0], alone[1][0]], dim=1))
+    if "pooled" in long.tensors:
+        close(long.tensors["pooled"], alone[0][2])
+    together = base.encode_prompts([rest, first + rest])
+    joined = Prompts.join([short, long])
+    latents = torch.randn(2, *base.latent_shape(base.resolution))
+    timesteps = base.schedule.timesteps(torch.tensor([0.5, 0.5]))
+    with torch.no_grad():
+        said = [base.predict(base.model, latents, timesteps, prompts) for prompts in (together, joined)]
+    close(*said)
+    close(together.tensors["embeds"][:1], torch.cat([alone[1][0], alone[2][0]], dim=1))
+    images = pixels(base.draw(joined, [1, 1], **options(base)))
+    assert abs(images - pixels(base.draw(together, [1, 1], **options(base)))).max() <= 1
+    assert (images[0] != images[1]).any()
+    assert " are cut" not in caplog.text
 
 
 def test_it_predicts_what_its_pipeline_does(base):

@@ -50,10 +50,11 @@ def gallery(
         fresh = load()
         draw, prompt = scenes.drawn_by(fresh), fresh.encode_prompts(scenes.prompts[:1])
         fresh.release_encoders(keep_vae=True)
-        said = prove(fresh.model, run.folder, partial(answer, fresh, prompt, scenes.size or fresh.resolution))
+        whole = fresh.pipe if fresh.reads_live else fresh.model
+        said = prove(whole, run.folder, partial(answer, fresh, prompt, scenes.size or fresh.resolution))
         if not rows:
             proof = said
-            with api.disabled(fresh.model):
+            with api.disabled(whole):
                 images = draw()
             entries.append(_entry(Entry("base model", 0, 0), images, asked, references, judge))
             rows.append((entries[-1], images))

@@ -8,7 +8,7 @@ works; draw and score it beside the base and beside peft's own LoRA trained the 
 
 import gc
 import logging
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, encode_examples, encode_prior
-from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates
+from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates, text_rates
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.tasks.report import Report, card
 from smidgen.training.alone import runs_alone
-from smidgen.training.fitting import Fitted, fit
+from smidgen.training.fitting import Beside, Fitted, fit
 from smidgen.training.processes import run_folder
 from smidgen.training.randomness import derive
 from smidgen.training.settings import decisive, dump_yaml, to_dict
@@ -51,7 +51,13 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     if config.data.folder is None:
         raise DataError("Which pictures? Give the folder that holds them.")
     how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "text_first": True}
-    load = partial(load_base, config.base, config.train.mixed_precision, default_device(), **how)
+
+    def load() -> ImageBase:
+        found = load_base(config.base, config.train.mixed_precision, default_device(), **how)
+        if config.adapter.train_text_encoder:
+            found.train_text_encoders()
+        return found
+
     base = load()
     check_distilled(base, config.helper_adapter)
     resolution = config.data.resolution or base.resolution
@@ -81,7 +87,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
         again = load()
         again.release_encoders()
-        runs.append(_fit(config, PEFT_LORA, again, task, out / "peft_lora", identity, progress))
+        runs.append(_fit(config, PEFT_LORA, again, replace(task, base=again), out / "peft_lora", identity, progress))
         del again
     del base, task  # another one is read to draw with
     gc.collect()
@@ -129,6 +135,13 @@ def _fit(
         options["during"] = helper.on()
         if task.previewer is not None:
             task.previewer = helper.on(False)(task.previewer)  # drawn as it will be used
+    if chosen.train_text_encoder:
+        texts, encoders = text_rates(config, method), base.train_text_encoders()
+        options["beside"] = {
+            name: Beside(base.encoders[name], adapter_setup(config, method, list(layers)), texts)
+            for name, layers in encoders.items()
+        }
+        options["identity"] |= {"text_encoder_rate": texts.residual}
     return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
 
 

@@ -58,11 +58,15 @@ class Adapter:
     target_modules: tuple[str, ...] | None = None  # endings of the denoiser's module names; None: the base's own
     learning_rate: float | None = None  # None: the method's own for the base
     transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
+    train_text_encoder: bool = False  # adapters on the text encoders of Stable Diffusion and SDXL too
+    text_encoder_learning_rate: float | None = None  # None: half the denoiser's
     weight_decay: float = 0.0  # pulls towards the base
     snr_gamma: float | None = None  # min-SNR weighting; None: off
 
     def __post_init__(self) -> None:
         parse_method(self.method)  # raises where there is none
+        if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
+            raise ConfigError("text_encoder_learning_rate is for --train-text-encoder, which is off.")
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,9 @@ def rates(config: PersonalizeConfig, method: str) -> Rates:
     if method == PEFT_LORA:
         return learning_rates("peft:lora", kind)
     return learning_rates(method, kind).chosen(chosen.learning_rate, chosen.transform_learning_rate)
+
+
+def text_rates(config: PersonalizeConfig, method: str) -> Rates:
+    """The learning rates of text encoders."""
+    own = rates(config, method)
+    return own.chosen(config.adapter.text_encoder_learning_rate or own.residual / 2, None)
