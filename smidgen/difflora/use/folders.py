@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from smidgen.adapters import diffusers_file
 from smidgen.adapters.atomic import new_files, write_file
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 from smidgen.bases.protocol import ImageBase
@@ -144,6 +145,6 @@ def diffusers_lora(layout: Layout, row: Tensor, component: str) -> bytes:
     """``pytorch_lora_weights.safetensors`` of a LoRA's row [numbers] on that component of the pipeline, its scale in B."""
     tensors: dict[str, Tensor] = {}
     for a, b in layout.factor_pairs():
-        tensors[f"{component}.{a.key}.lora_A.weight"] = row[a.columns].reshape(a.shape).contiguous()
-        tensors[f"{component}.{b.key}.lora_B.weight"] = (b.scale * row[b.columns].reshape(b.shape)).contiguous()
+        down, up = row[a.columns].reshape(a.shape), b.scale * row[b.columns].reshape(b.shape)
+        tensors |= diffusers_file.pair(component, a.key, down, up)
     return save(tensors)

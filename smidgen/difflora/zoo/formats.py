@@ -16,12 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from smidgen.adapters import diffusers_file
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, read_config, read_tensors
 from smidgen.adapters.tuner.kinds import kind_of
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError, did_you_mean
 
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+DIFFUSERS_NAME = diffusers_file.NAME
 TEXT = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
 _SIDES = {
     "lora_A.weight": "a", "lora_B.weight": "b", "lora.down.weight": "a", "lora.up.weight": "b",
