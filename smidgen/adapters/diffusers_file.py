@@ -45,7 +45,8 @@ def write_lora(pipe: Any, folder: str | os.PathLike[str], adapter_name: str = "d
                     f"Adapter {adapter_name!r} at {component}.{name} is no plain LoRA, and diffusers' file holds nothing else; save "
                     "it with smidgen.save, or merge it into the base."
                 )
-            found = slot.residual.factors({"a": slot.residual_a, "b": slot.residual_b})
+            own = slot.trained()
+            found = slot.residual.factors({"a": own["residual_a"], "b": own["residual_b"]})
             a, b = found.down, found.up * layer.scaling[adapter_name]
             inner = layer.get_base_layer()
             if isinstance(inner, nn.Conv2d):

@@ -30,7 +30,7 @@ def test_a_dropped_caption_is_the_empty_prompt_and_follows_from_its_number(sdxl,
     for index in range(100):
         found, usual = task.batch(index), plain.batch(index)
         for row, embeds in enumerate(found["prompts"].tensors["embeds"]):
-            share.append(torch.equal(embeds, empty))
+            share.append(torch.equal(embeds[: len(empty)], empty))  # longer captions are of several chunks
             assert share[-1] or torch.equal(embeds, usual["prompts"].tensors["embeds"][row])
         for kept in ("latents", "noise", "levels"):  # another stream: what else is drawn stays as it was
             assert torch.equal(found[kept], usual[kept])
