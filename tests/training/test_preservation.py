@@ -77,7 +77,8 @@ def test_dropped_captions_train_the_empty_prompt(sd, pictures):
         base, subject, _ = encoded(sd, pictures)
         blank = base.encode_prompts([""])
         if way == "none":
-            subject = replace(subject, prompts=blank[[0] * len(subject)])
+            same = Prompts.join([blank, subject.prompts])[:1]  # as many chunks as the longest caption
+            subject = replace(subject, prompts=same[[0] * len(subject)])
         dropout = 1.0 if way == "dropped" else 0.0
         _trained(base, PersonalizeTask(subject, base, batch_size=2, blank=blank, dropout=dropout), steps=3)
         trained.append([p for p in base.model.parameters() if p.requires_grad])
