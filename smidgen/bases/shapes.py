@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smidgen.bases.families import EMBEDDED, FAMILIES, locate, pipeline_class, family_of
+from smidgen.bases.families import EMBEDDED, FAMILIES, family_of, locate, pipeline_class
 from smidgen.bases.pipelines import import_diffusers
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError, did_you_mean
