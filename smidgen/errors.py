@@ -56,9 +56,13 @@ class MissingExtraError(SmidgenError):
 _RANK, _STEPS = ("rank", "r"), ("max_train_steps",)
 OTHER_NAMES = {  # what other tools call a setting -> our names for it, of which those that are known in a place are offered
     **dict.fromkeys(("lr", "unet_lr"), ("learning_rate", "invert_rate", "refine_rate")),
-    **dict.fromkeys(
-        ("epochs", "num_epochs", "num_train_epochs", "max_train_epochs", "iterations", "max_steps"), _STEPS
-    ),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "max_train_epochs"), ("num_train_epochs", *_STEPS)),
+    **dict.fromkeys(("iterations", "max_steps"), _STEPS),
+    **dict.fromkeys(("enable_bucket", "enable_bucketing", "bucketing", "buckets"), ("aspect_ratio_bucketing",)),
+    **dict.fromkeys(("mask_path", "mask_dir", "masks", "conditioning_data_dir"), ("mask_folder",)),
+    **dict.fromkeys(("masked_training", "mask", "use_masks"), ("masked_loss",)),
+    **dict.fromkeys(("mask_min_value", "unmasked_weight"), ("mask_min_weight",)),
+    **dict.fromkeys(("num_repeats", "repeat"), ("repeats",)),
     "steps": ("max_train_steps", "inference_steps", "invert_steps", "refine"),
     **dict.fromkeys(("num_steps", "num_inference_steps"), ("inference_steps", "steps", "max_train_steps")),
     **dict.fromkeys(

@@ -64,6 +64,10 @@ class FlowTransformer(PipelineBase):
         return self._scale
 
     @property
+    def step(self) -> int:
+        return 2 * self._scale
+
+    @property
     def resolution(self) -> int:
         return int(getattr(self.pipe, "default_sample_size", self.sample_size)) * self._scale
 

@@ -120,6 +120,10 @@ class PipelineBase:
         return int(self.pipe.vae_scale_factor)
 
     @property
+    def step(self) -> int:
+        return self.factor
+
+    @property
     def resolution(self) -> int:
         size = self.model.config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.factor
@@ -189,7 +193,11 @@ class PipelineBase:
             f"of the family {self.family}, whose text encoders are encoded with once and freed. Leave it out."
         )
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
+    def latent_masks(self, masks: Tensor) -> Tensor:
+        height, width = (side // self.factor for side in masks.shape[-2:])
+        return nn.functional.interpolate(masks, (height, width), mode="area")
+
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
         return prompts
 
     def _encoded(self, prompts: list[str]) -> Prompts:

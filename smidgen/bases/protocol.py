@@ -98,6 +98,7 @@ class ImageBase(Protocol):
         device: where it computes.
         resolution: pixels on a side that it was made for.
         factor: pixels to a latent, along a side.
+        step: pixels that the sides of an image are multiples of.
         schedule: as its own scheduler says.
         reads_live: whether its text encoders are trained, see ``train_text_encoders``.
         encoders: the parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline.
@@ -125,6 +126,9 @@ class ImageBase(Protocol):
     def factor(self) -> int: ...
 
     @property
+    def step(self) -> int: ...
+
+    @property
     def schedule(self) -> Schedule: ...
 
     @property
@@ -144,9 +148,12 @@ class ImageBase(Protocol):
         read with the encoders as they then are, and ``release_encoders`` keeps those. Returns the names of their layers to adapt, by
         their names in the pipeline. Raises ConfigError for a family whose text encoders are too large."""
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
-        """Prompts that also tell the (width, height) that each image had before it was brought to ``resolution``, for
-        families that are told; without it an image has the size of its latents."""
+    def latent_masks(self, masks: Tensor) -> Tensor:
+        """Masks of pixels [n, 1, height, width] -> of latents [n, ...], to be multiplied with them: the mean over each one's pixels."""
+
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
+        """Prompts that also tell the (width, height) that each image had before it was brought to ``target`` (width, height; one
+        number: a square), for families that are told; without it an image has the size of its latents."""
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each tensor of encoded prompts for ``model``, which may be on the meta device."""

@@ -31,6 +31,11 @@ class StableDiffusion(PipelineBase):
     sampling = Sampling(30, 7.5)
     load_options: Mapping[str, Any] = {"safety_checker": None, "requires_safety_checker": False}
 
+    @property
+    def step(self) -> int:
+        """So that every block of the UNet halves what is left without a rest."""
+        return self.factor * 2 ** (len(self.model.config.block_out_channels) - 1)
+
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, prompts: Prompts) -> Tensor:
         prompts = self._as_embeds(prompts)
         given = {"encoder_hidden_states": prompts.tensors["embeds"], **self._extra(noisy, prompts)}
@@ -154,8 +159,9 @@ class StableDiffusionXL(StableDiffusion):
     tokenizers = ("tokenizer", "tokenizer_2")
     load_options: Mapping[str, Any] = {}
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], resolution: int) -> Prompts:
-        ids = [[height, width, 0, 0, resolution, resolution] for width, height in sizes]
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
+        across, down = (target, target) if isinstance(target, int) else target
+        ids = [[height, width, 0, 0, down, across] for width, height in sizes]
         return Prompts({**prompts.tensors, "time_ids": torch.tensor(ids, dtype=torch.float32)})
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:

@@ -91,6 +91,11 @@ def _chunks(parameters: Sequence[nn.Parameter], most: int = 2**24) -> Iterator[l
         yield chunk
 
 
+def num_processes() -> int:
+    """How many processes this run has."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Is this the process that writes files? True outside ``accelerate launch``."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -188,10 +188,11 @@ def test_repeats_decide_how_often_a_picture_comes():
     import torch
 
     from smidgen.bases.protocol import Prompts
-    from smidgen.tasks.diffusion.task import Encoded
+    from smidgen.tasks.diffusion.task import Encoded, in_proportion
 
     def places(*repeats):
-        return Encoded(torch.zeros(3, 1), torch.zeros(3, 1), Prompts({}), ("a", "b", "c"), repeats).places
+        times = in_proportion(repeats)
+        return Encoded(torch.zeros(3, 1), torch.zeros(3, 1), Prompts({}), ("a", "b", "c"), times).places
 
     assert places() == places(10, 10, 10) == [0, 1, 2]
     assert places(10, 5, 5) == [0, 0, 1, 2]

@@ -97,7 +97,7 @@ class EndToEndTask:
             others = [place for place in _shuffled(self.photos.places[person], noise) if place not in chosen[-1]]
             others = others or list(self.photos.places[person])
             drawn += [others[number % len(others)] for number in range(config.pictures)]
-        batch = self.photos.batch(chosen) | self.pictures.subject.rows(drawn, noise)
+        batch = self.photos.batch(chosen) | self.pictures.subject.rows(drawn, noise)  # type: ignore[union-attr]  # never in buckets
         rows, latents = len(drawn), (len(people), self._latents)
         return batch | {
             "noise": torch.randn(batch["latents"].shape, generator=noise),

@@ -30,7 +30,7 @@ class ControlTask(PersonalizeTask):
             raise DataError(f"{len(self.subject)} pictures need as many control pictures, not {count}.")
 
     def batch(self, index: int) -> dict[str, Any]:
-        picks = self._picks(index, self.subject, self.batch_size)
+        _, picks, _ = self.subject.picked(self.seed, index, self.batch_size)
         return super().batch(index) | {"control": self.controls[picks].float() / 255}  # type: ignore[index]
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -23,6 +23,7 @@ from smidgen.errors import DataError, did_you_mean
 from smidgen.tasks.data import metadata
 from smidgen.tasks.data.decoding import mended, read_text
 from smidgen.tasks.data.listing import CONDITIONING, Listing, captions_beside, list_folder, repeats, sort_out
+from smidgen.tasks.data.masks import NO_MASKS, Masks
 from smidgen.tasks.data.pixels import ODD, decode, fit, known_endings
 from smidgen.tasks.data.tables import counted
 
@@ -30,7 +31,8 @@ from smidgen.tasks.data.tables import counted
 @dataclass(frozen=True)
 class Picture:
     """One training picture: where it lies, its caption, its size (width, height), the SHA-256 of its file, the control
-    picture that its metadata names, and how often it counts beside the others."""
+    picture that its metadata names, how often it counts beside the others, its mask (its own path: its opacity is the
+    mask), and what its loss is multiplied with."""
 
     path: Path
     caption: str
@@ -38,6 +40,8 @@ class Picture:
     digest: str
     control: Path | None = None
     repeats: int = 1
+    mask: Path | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,22 @@ class PictureFolder:
         return said
 
     def identity(self) -> list[list[str | int]]:
-        """What decides a training: each picture's digest and caption, and its repeats where it has any."""
-        return [
-            [picture.digest[:16], picture.caption, *([picture.repeats] if picture.repeats > 1 else [])]
-            for picture in self.pictures
-        ]
+        """What decides a training: each picture's digest and caption, and its repeats, weight and mask where it has any."""
+        return [[one.digest[:16], one.caption, *_further(one)] for one in self.pictures]
 
 
 def read_folder(
-    folder: str | Path, instance_prompt: str | None = None, resolution: int = 0, conditioned: bool = False
+    folder: str | Path,
+    instance_prompt: str | None = None,
+    resolution: int = 0,
+    conditioned: bool = False,
+    masks: Masks = NO_MASKS,
 ) -> PictureFolder:
     """Read and check every picture and caption of ``folder``.
 
     ``instance_prompt`` is the caption of pictures that have none. ``resolution`` (pixels, 0: unknown) is what the base
     draws; smaller pictures are warned about. ``conditioned`` pairs pictures with those of their name in a folder of
-    conditioning pictures. Raises DataError for an empty or missing folder, broken pictures, tables that do not fit the
+    conditioning pictures, ``masks`` says where their masks are. Raises DataError for an empty or missing folder, broken pictures, tables that do not fit the
     files (see ``metadata``), and pictures left without a caption.
     """
     folder = Path(folder)
@@ -87,6 +92,7 @@ def read_folder(
     described, captions, controls = _described(found, warnings)
     found.pictures = [path for path in found.pictures if path not in set(controls.values())]
     twins = sort_out(found, described)
+    candidates = masks.candidates(found)
     if conditioned and not controls:
         controls = twins
         found.left_out.pop(("picture", CONDITIONING), None)
@@ -99,7 +105,10 @@ def read_folder(
         endings, told = ", ".join(sorted(known_endings())), [*warnings, *found.warnings()]
         raise DataError(" ".join([f"{folder} holds no pictures to train on; known endings are {endings}.", *told]))
     pictures = _opened(found, captions, instance_prompt, resolution, warnings)
-    return PictureFolder(tuple(replace(one, control=controls.get(one.path)) for one in pictures), tuple(warnings))
+    sizes = {picture.path: picture.size for picture in pictures}
+    paired = masks.paired(found, sizes, candidates, warnings)
+    made = (replace(one, control=controls.get(one.path), mask=paired.get(one.path)) for one in pictures)
+    return PictureFolder(tuple(made), tuple(warnings))
 
 
 def bind(captions: Sequence[str], class_word: str, placeholder: str) -> list[str]:
@@ -137,10 +146,10 @@ def _word(text: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
-def load_picture(path: "str | Path | IO[bytes]", resolution: int) -> "Image.Image":
-    """The picture upright, on white where transparent, its shorter side scaled to ``resolution``, cropped to the
-    centre."""
-    return fit(decode(path).image, resolution)
+def load_picture(path: "str | Path | IO[bytes]", size: int | tuple[int, int]) -> "Image.Image":
+    """The picture upright, on white where transparent, scaled to cover ``size`` (width, height; one number: a square) and
+    cropped to the centre."""
+    return fit(decode(path).image, size)
 
 
 def to_tensor(images: Iterable["Image.Image"]) -> Tensor:
@@ -265,6 +274,14 @@ def _read_texts(texts: Mapping[Path, Path], warnings: list[str]) -> dict[Path, s
             warnings.append(f"{text.name} holds half a character, a broken byte or a NUL, read as U+FFFD.")
         found[text] = read.strip()
     return {path: found[text] for path, text in texts.items()}
+
+
+def _further(picture: Picture) -> list[str | int]:
+    found: list[str | int] = [picture.repeats] if picture.repeats > 1 else []
+    found += [f"weight {picture.weight}"] if picture.weight != 1 else []
+    if picture.mask == picture.path:
+        return [*found, "its opacity"]
+    return found + ([hashlib.sha256(picture.mask.read_bytes()).hexdigest()[:16]] if picture.mask else [])
 
 
 def _near(folder: Path) -> str:

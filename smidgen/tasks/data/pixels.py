@@ -53,6 +53,7 @@ class Decoded:
 
     image: Image.Image
     odd: frozenset[str] = frozenset()
+    alpha: Image.Image | None = None  # its opacity (L), where the file has one
 
 
 def decode(source: str | os.PathLike[str] | IO[bytes], smallest: int = SMALLEST) -> Decoded:
@@ -89,9 +90,11 @@ def upright(image: Image.Image) -> Image.Image:
     return _decoded(image).image
 
 
-def fit(image: Image.Image, resolution: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """Scaled and centre-cropped to ``resolution`` x ``resolution`` pixels."""
-    return ImageOps.fit(image, (resolution, resolution), resample)
+def fit(
+    image: Image.Image, size: int | tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """Scaled to cover ``size`` (width, height; one number: a square) and cropped to its centre."""
+    return ImageOps.fit(image, (size, size) if isinstance(size, int) else size, resample)
 
 
 def kept_by_crop(size: tuple[int, int]) -> float:
@@ -147,7 +150,8 @@ def _decoded(image: Image.Image) -> Decoded:
         odd |= set() if alpha.getbbox() else {"transparent"}
     if all(high - low < FLAT for low, high in rgb.getextrema()):  # type: ignore[misc]
         odd.add("flat")
-    return Decoded(rgb if turn is None else rgb.transpose(turn), frozenset(odd))
+    parts = [part if part is None or turn is None else part.transpose(turn) for part in (rgb, alpha)]
+    return Decoded(parts[0], frozenset(odd), parts[1])  # type: ignore[arg-type]
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

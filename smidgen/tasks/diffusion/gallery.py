@@ -39,10 +39,13 @@ def gallery(
     asked: Sequence[str],
     subject: Sequence[Image.Image],
     judge: Judge | None,
-    references: Sequence[Image.Image],
+    references: Sequence[Sequence[Image.Image]],
+    owners: Sequence[int] = (),
 ) -> Gallery:
     """Prove each run's file on a fresh base that ``load`` gives, and draw ``scenes`` with it. ``asked`` are their prompts as a
-    judge knows them, ``subject`` holds the subject's own pictures, ``references`` those that the judge can read."""
+    judge knows them, ``subject`` holds all own pictures, ``references`` those of each subject that the judge can read; ``owners`` says whom each
+    scene shows (empty: the only one)."""
+    owners = owners or [0] * len(asked)
     rows: list[tuple[Entry, list[Image.Image]]] = []
     entries: list[Entry] = []
     proof: tuple[str, ...] = ()
@@ -56,13 +59,13 @@ def gallery(
             proof = said
             with api.disabled(whole):
                 images = draw()
-            entries.append(_entry(Entry("base model", 0, 0), images, asked, references, judge))
+            entries.append(_entry(Entry("base model", 0, 0), images, asked, references, owners, judge))
             rows.append((entries[-1], images))
         images = draw()
         _check_difference(rows[0][1], images, run)
         last = sum(run.losses[-20:]) / len(run.losses[-20:])
         entry = Entry(run.name, run.trained_numbers, run.bytes, run.seconds, final_loss=last)
-        entries.append(_entry(entry, images, asked, references, judge))
+        entries.append(_entry(entry, images, asked, references, owners, judge))
         rows.append((entries[-1], images))
     return Gallery(_sheet(rows, scenes, subject, fresh.name), tuple(entries), proof)
 
@@ -103,11 +106,28 @@ def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:
 
 
 def _entry(
-    entry: Entry, images: list[Image.Image], asked: Sequence[str], subject: Sequence[Image.Image], judge: Judge | None
+    entry: Entry,
+    images: Sequence[Image.Image],
+    asked: Sequence[str],
+    references: Sequence[Sequence[Image.Image]],
+    owners: Sequence[int],
+    judge: Judge | None,
 ) -> Entry:
+    """``entry`` with its scores: the mean over subjects, of several also the likeness to the others, who are not meant."""
     if judge is None:
         return entry
-    scores = judge.scores(images, asked, subject)
+    found: dict[str, list[float]] = {}
+    for subject, own in enumerate(references):
+        where = [at for at, owner in enumerate(owners) if owner == subject]
+        told = [images[at] for at in where], [asked[at] for at in where]
+        scores = dict(judge.scores(*told, own))
+        others = [
+            judge.scores(*told, other)["identity"] for number, other in enumerate(references) if number != subject
+        ]
+        scores |= {"identity of others": sum(others) / len(others)} if others else {}
+        for name, score in scores.items():
+            found.setdefault(name, []).append(score)
+    scores = {name: sum(values) / len(values) for name, values in found.items()}
     return replace(entry, identity=scores.pop("identity", None), caption=scores.pop("caption", None), details=scores)
 
 

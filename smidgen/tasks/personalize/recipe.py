@@ -26,13 +26,14 @@ from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words
 from smidgen.tasks.diffusion.scenes import Scenes
-from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask, encode_examples, encode_prior
+from smidgen.tasks.diffusion.task import Buckets, Encoded, PersonalizeTask, encode_prior, encode_shapes
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates, text_rates
+from smidgen.tasks.personalize.subjects import TrainingData, read_subjects
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.tasks.report import Report, card
 from smidgen.training.alone import runs_alone
 from smidgen.training.fitting import Beside, Fitted, fit
-from smidgen.training.processes import run_folder
+from smidgen.training.processes import num_processes, run_folder
 from smidgen.training.randomness import derive
 from smidgen.training.settings import decisive, dump_yaml, to_dict
 
@@ -48,7 +49,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     ``judge`` scores the pictures (None: the base's own judge if it has one). Raises SmidgenError for every refusal:
     unusable pictures, settings without meaning, a run that diverged, a saved adapter that does not come back.
     """
-    if config.data.folder is None:
+    if config.data.folder is None and config.data.subjects is None:
         raise DataError("Which pictures? Give the folder that holds them.")
     how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "text_first": True}
 
@@ -60,28 +61,28 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
 
     base = load()
     check_distilled(base, config.helper_adapter)
-    resolution = config.data.resolution or base.resolution
-    found = images.read_folder(config.data.folder, config.data.instance_prompt, resolution)
-    subject = [images.load_picture(picture.path, resolution) for picture in found.pictures]
+    data = read_subjects(config.data, base.resolution, base.step)
+    config = _in_steps(config, data)
+    found = data.found
+    subject = [images.load_picture(picture.path, data.size) for picture in found.pictures]
     foreign, strange = foreign_pictures(base, found.pictures, subject)
-    captions = _bound(found.captions, config.data)
-    words = [*captions, *config.show.validation_prompt, *filter(None, [config.data.class_prompt])]
+    words = [*data.captions, *config.show.validation_prompt, *filter(None, [config.data.class_prompt])]
     warnings = (*found.warnings, *strange, *unknown_words(base, words))
     for warning in warnings:
         logger.warning("%s", warning)
-    logger.info("Training on %s of %s.", found, config.data.folder)
+    logger.info("Training on %s of %s.", found, config.data.folder or config.data.subjects)
     blind = judge is None and all(foreign)
     judge = judge or (None if blind else base.judge())
-    scenes, asked = _scenes(config, base, judge, found, resolution)
+    scenes, asked, owners = _scenes(config, base, judge, data)
 
     folders = config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora"
     with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
         replace_file(out / "config.yaml", dump_yaml(config))
-        task = _task(config, base, found, captions, resolution)
+        task = _task(config, base, data)
         own = len(config.show.validation_prompt) or 4
         task.previewer = previewer(base, scenes, own) if config.train.preview_steps else None
         base.release_encoders(keep_vae=task.previewer is not None)
-        identity = _identity(config, base, found)
+        identity = _identity(config, base, data)
 
         runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
     if config.show.compare_lora or (config.show.compare_lora is None and judge is not None):
@@ -92,9 +93,11 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     del base, task  # another one is read to draw with
     gc.collect()
 
-    known = [image for image, other in zip(subject, foreign, strict=True) if not other]
-    readable = known if any(foreign) and known else subject
-    shown = gallery(load, runs, scenes, asked, subject, judge, readable)
+    readable = []
+    for one in data.subjects:
+        known = [subject[number] for number in one.pictures if not foreign[number]]
+        readable.append(known or [subject[number] for number in one.pictures])
+    shown = gallery(load, runs, scenes, asked, subject, judge, readable, owners)
     facts: dict[str, Any] = {"shows": "the subject, the base, each adapter", "base": public_name(config.base)}
     facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
     write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)
@@ -102,10 +105,11 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     unscored = UNSCORED.format(public_name(config.base)) if blind else NO_JUDGE
     scored = [f"Scored by {judge.name}."] if judge else [unscored]
     scored += [OWN_PROMPTS] if judge and shown.entries[-1].caption is None else []
-    notes = (f"Trained on {found}.", *scored, *shown.proof)
+    notes = (f"Trained on {found}.", *data.notes, *scored, *shown.proof)
     told = (shown.entries, warnings, notes, bool(shown.proof), identity, runs[0].coverage)
     report = Report(config.adapter.method, config.base, out, *told)
-    write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), _subject_words(config.data)))
+    phrases = " or ".join(one.phrase for one in data.subjects)
+    write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), phrases))
     return report
 
 
@@ -159,18 +163,17 @@ def adapter_setup(config: PersonalizeConfig, method: str, targets: list[str]) ->
     return smidgen.config(method, target_modules=targets, seed=config.train.seed, **given)
 
 
-def _task(
-    config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder, captions: list[str], resolution: int
-) -> PersonalizeTask:
+def _task(config: PersonalizeConfig, base: ImageBase, training: TrainingData) -> PersonalizeTask:
     """Everything encoded, so that the VAE and the text encoders can go."""
     data, prior = config.data, None
     if data.with_prior_preservation:
-        about = [data.class_prompt] if data.class_prompt else found.captions
+        about = [data.class_prompt] if data.class_prompt else training.found.captions
         prompts = tuple(about[number % len(about)] for number in range(data.num_class_images))
         seeds = tuple(derive(config.train.seed, "prior", number) for number in range(len(prompts)))
-        scenes = Scenes(prompts, seeds, size=resolution, **_sampling(config, base))
+        scenes = Scenes(prompts, seeds, size=training.size, **_sampling(config, base))
         prior = encode_prior(base, scenes, config.out / CLASS_LATENTS, base.fingerprint())
-    subject = encode_examples(base, found.pictures, captions, resolution)
+    pictures, shapes = training.found.pictures, training.shapes
+    subject = encode_shapes(base, pictures, training.captions, shapes, data.mask_min_weight)
     return PersonalizeTask(
         subject,
         base,
@@ -182,20 +185,22 @@ def _task(
         snr_gamma=config.adapter.snr_gamma,
         blank=base.encode_prompts([""]) if data.caption_dropout else None,
         dropout=data.caption_dropout,
-        preserved=_preserved(data, base, subject, found),
+        preserved=_preserved(data, base, subject, training),
         preserved_weight=data.preservation_loss_weight,
     )
 
 
-def _preserved(data: Data, base: ImageBase, subject: Encoded, found: images.PictureFolder) -> Prompts | None:
-    """For each picture the prompt whose answer stays the base's."""
+def _preserved(data: Data, base: ImageBase, subject: Encoded | Buckets, training: TrainingData) -> Prompts | None:
+    """For each example the prompt whose answer stays the base's."""
     if data.preservation is None:
         return None
     about = data.class_prompt if data.preservation == "class" else ""
     plain = [about or ""] * len(subject)
-    if about is None and data.placeholder_token:
-        plain = images.of_class(found.captions, data.class_word, data.placeholder_token)
-    same = sorted(set(plain) & set(_bound(found.captions, data)))
+    if about is None:
+        plain = training.each_example(
+            [text for one in training.subjects for text in one.plain(training.found.captions)]
+        )
+    same = sorted(set(plain) & set(training.captions))
     if same:
         raise ConfigError(
             f"preservation {data.preservation} keeps the base's answer to {same[0]!r}, which is also a caption of the subject; "
@@ -205,39 +210,42 @@ def _preserved(data: Data, base: ImageBase, subject: Encoded, found: images.Pict
 
 
 def _scenes(
-    config: PersonalizeConfig, base: ImageBase, judge: Judge | None, found: images.PictureFolder, resolution: int
-) -> tuple[Scenes, list[str]]:
-    """What to draw, each prompt with each seed, and the prompts without the subject's word."""
+    config: PersonalizeConfig, base: ImageBase, judge: Judge | None, data: TrainingData
+) -> tuple[Scenes, list[str], list[int]]:
+    """What to draw, each prompt with each seed and each subject's word; the prompts without it, and whose each is."""
     show = config.show
     plain = list(show.validation_prompt)
     if not plain and judge is not None:
         plain = judge.prompts(show.num_prompts, config.train.seed)
-    plain = plain or list(dict.fromkeys(found.captions))[: show.num_prompts]
-    bound = _bound(plain, config.data) if not show.validation_prompt else plain
-    columns = [(prompt, number) for prompt in range(len(plain)) for number in range(len(show.seeds) or show.num_seeds)]
+    plain = plain or list(dict.fromkeys(data.found.captions))[: show.num_prompts]
+    bound = [plain if show.validation_prompt else one.bound(plain) for one in data.subjects]
+    each, whose = range(len(show.seeds) or show.num_seeds), range(len(bound))
+    columns = [(prompt, at, who) for prompt in range(len(plain)) for at in each for who in whose]
     seeds = tuple(
-        show.seeds[at] if show.seeds else derive(config.train.seed, "show", prompt, at) for prompt, at in columns
+        show.seeds[at] if show.seeds else derive(config.train.seed, "show", prompt, at) for prompt, at, _ in columns
     )
-    prompts = tuple(bound[prompt] for prompt, _ in columns)
-    scenes = Scenes(prompts, seeds, size=resolution, negative=show.negative_prompt, **_sampling(config, base))
-    return scenes, [plain[prompt] for prompt, _ in columns]
+    prompts = tuple(bound[who][prompt] for prompt, _, who in columns)
+    scenes = Scenes(prompts, seeds, size=data.size, negative=show.negative_prompt, **_sampling(config, base))
+    return scenes, [plain[prompt] for prompt, *_ in columns], [who for *_, who in columns]
 
 
 def _sampling(config: PersonalizeConfig, base: ImageBase) -> dict[str, Any]:
     return base.sampling.chosen(config.show.inference_steps, config.show.guidance_scale)
 
 
-def _bound(captions: list[str], data: Data) -> list[str]:
-    return images.bind(captions, data.class_word, data.placeholder_token) if data.placeholder_token else captions
+def _in_steps(config: PersonalizeConfig, data: TrainingData) -> PersonalizeConfig:
+    """``config`` with as many steps as the epochs it asks for take."""
+    if config.data.num_train_epochs is None:
+        return config
+    batch = config.data.train_batch_size * config.train.gradient_accumulation_steps * num_processes()
+    return replace(config, train=replace(config.train, max_train_steps=data.steps(config.data.num_train_epochs, batch)))
 
 
-def _subject_words(data: Data) -> str:
-    return f"{data.placeholder_token} {data.class_word}" if data.placeholder_token else f"a {data.class_word}"
-
-
-def _identity(config: PersonalizeConfig, base: ImageBase, found: images.PictureFolder) -> dict[str, Any]:
+def _identity(config: PersonalizeConfig, base: ImageBase, data: TrainingData) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    known = {"pictures": found.identity(), "base_weights": base.fingerprint()}
+    known: dict[str, Any] = {"pictures": data.found.identity(), "base_weights": base.fingerprint()}
+    if len(data.subjects) > 1:
+        known["phrases"] = [one.phrase for one in data.subjects]
     if config.helper_adapter not in (None, "none"):
         known["helper"] = digest(config.helper_adapter)
-    return decisive(config, "base", "helper_adapter", *to_dict(config.show)) | known
+    return decisive(config, "base", "helper_adapter", "mask_folder", "subjects", *to_dict(config.show)) | known

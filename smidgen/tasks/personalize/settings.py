@@ -30,11 +30,24 @@ class Data:
         None  # prompts whose answers stay the base's; no class pictures needed
     )
     preservation_loss_weight: float = 1.0  # of that
-    resolution: int | None = None  # None: the base's own
+    resolution: int | str | None = None  # None: the base's own; several as in 512,768
     train_batch_size: int = 4  # pictures of the subject in a batch
+    aspect_ratio_bucketing: bool = False  # train each picture near its own shape; off: at its centre square
+    masked_loss: bool = False  # learn what masks leave: masks/portrait.png or portrait_mask.png for portrait.png
+    mask_folder: Path | None = None  # where the masks are, if not beside the pictures
+    alpha_mask: bool = False  # learn what is opaque
+    mask_min_weight: float = 0.1  # what the rest counts beside it, 0 to 1
+    num_train_epochs: int | None = None  # passes over the pictures, in place of max_train_steps
+    subjects: Path | None = None  # YAML list of folders, each with its own words; in place of a folder
 
     def __post_init__(self) -> None:
-        if self.preservation == "class" and not (self.placeholder_token or self.class_prompt):
+        if self.alpha_mask and (self.masked_loss or self.mask_folder):
+            raise ConfigError(
+                "alpha_mask takes the pictures' own opacity; leave out masked_loss and mask_folder, or alpha_mask."
+            )
+        if self.folder is not None and self.subjects is not None:
+            raise ConfigError(f"Give a folder ({self.folder}) or subjects ({self.subjects}), not both.")
+        if self.preservation == "class" and not (self.placeholder_token or self.class_prompt or self.subjects):
             raise ConfigError(
                 "preservation class holds the class to what the base draws, so the subject needs a word of its own: give it "
                 "one, as with --placeholder-token sks, or say the class with --class-prompt; --preservation blank needs none."
