@@ -1,10 +1,15 @@
 """Which shapes pictures are trained at: one or several sizes, square or in buckets of like proportions."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from smidgen.errors import ConfigError, MissingExtraError
-from smidgen.tasks.data.images import Picture
 from smidgen.tasks.data.tables import counted
+
+if TYPE_CHECKING:
+    from smidgen.tasks.data.images import Picture
 
 Shape = tuple[int, int]  # width, height in pixels
 
@@ -19,12 +24,7 @@ def parse_sizes(resolution: int | str | None, usual: int, step: int) -> tuple[in
         >>> parse_sizes("96,64", usual=64, step=16)
         (64, 96)
     """
-    words = str(usual if resolution is None else resolution).split(",")
-    if not all(word.strip().isdecimal() for word in words):
-        raise ConfigError(
-            f"resolution must be a number of pixels, or several with commas, such as {usual},{usual + step}, not {resolution!r}."
-        )
-    sizes = tuple(sorted({int(word) for word in words}))
+    sizes = numbers(usual if resolution is None else resolution)
     for size in sizes:
         if not step <= size <= 16_384 or size % step:
             near = max(step, min(16_384, size) // step * step)
@@ -33,6 +33,16 @@ def parse_sizes(resolution: int | str | None, usual: int, step: int) -> tuple[in
                 f"pixels. {near} and {near + step} are near it."
             )
     return sizes
+
+
+def numbers(resolution: int | str) -> tuple[int, ...]:
+    """A number of pixels, or several with commas, small ones first."""
+    words = str(resolution).split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError(
+            f"resolution must be a number of pixels, or several with commas, such as 512,768, not {resolution!r}."
+        )
+    return tuple(sorted({int(word) for word in words}))
 
 
 def shapes_of(

@@ -60,18 +60,16 @@ class Masks:
             return {}
         root = self.folder or found.folder
         pairs = _by_alpha(sizes) if self.alpha else _by_name(found, list(sizes), candidates, root)
-        where = "opacity" if self.alpha else f"mask in {root}" if self.folder else "mask beside it"
+        what = "transparent part" if self.alpha else f"mask in {root}" if self.folder else "mask beside it"
         if not pairs:
             raise DataError(
-                f"No picture of {found.folder} has a {where}. Masks are called as their pictures are, in a folder masks/ "
+                f"No picture of {found.folder} has a {what}. Masks are called as their pictures are, in a folder masks/ "
                 "(--masked-loss) or another (--mask-folder), or are the pictures' own transparency (--alpha-mask)."
-                if not self.alpha
-                else f"No picture of {found.folder} has a transparent part, which --alpha-mask would leave out."
             )
         _check(found, pairs, sizes)
         without = [found.name(path) for path in sizes if path not in pairs]
         if without:
-            warnings.append(counted("picture", without, f"without a {where.split()[0]}, learnt whole"))
+            warnings.append(counted("picture", without, f"without a {what.removesuffix(' beside it')}, learnt whole"))
         unused = [path.relative_to(root).as_posix() for path in candidates if path not in set(pairs.values())]
         if unused:
             warnings.append(counted("mask", unused, "of no picture that is trained on, not used"))

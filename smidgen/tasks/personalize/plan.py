@@ -164,7 +164,7 @@ def _decisive(config: PersonalizeConfig) -> PersonalizeConfig:
     """``config`` without what no count depends on, so that a count is made once."""
     train = replace(type(config.train)(), mixed_precision=config.train.mixed_precision)
     data = type(config.data)(
-        resolution=config.data.resolution, train_batch_size=config.data.train_batch_size,
+        resolution=config.data.largest, train_batch_size=config.data.train_batch_size,
         with_prior_preservation=config.data.with_prior_preservation,
     )  # fmt: skip
     return type(config)(
@@ -201,7 +201,7 @@ def _counted_rows(model: nn.Module, rows: int) -> int:
 def _count(name: str, config: PersonalizeConfig) -> _Counted:
     shapes, precision = shapes_of(name), DTYPES[config.train.mixed_precision]
     base = shapes.base()
-    size = config.data.resolution or shapes.pixels or base.resolution
+    size = config.data.largest or shapes.pixels or base.resolution
     model: Any = base.model
     nn.Module.to(model, precision).train()  # diffusers would speak of layers kept in fp32
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
@@ -339,7 +339,7 @@ def _pictures(config: PersonalizeConfig) -> int:
     from smidgen.tasks.data import images
 
     return len(
-        images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.resolution or 64).pictures
+        images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.largest or 64).pictures
     )
 
 
@@ -383,7 +383,7 @@ def seconds(config: PersonalizeConfig) -> float:
         config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant
     )
     base.release_encoders()
-    size = config.data.resolution or base.resolution
+    size = config.data.largest or base.resolution
     shapes, rows = shapes_of(config.base), config.data.train_batch_size
     latents = torch.randn(2, *base.latent_shape(size))
     known = base.prompt_shapes(base.model, shapes.tokens)
@@ -460,7 +460,7 @@ def fitting(config: PersonalizeConfig, memory: float, card: bool = True) -> Pers
 
 def _nearer(config: PersonalizeConfig, card: bool) -> Iterator[PersonalizeConfig]:
     found = shapes_of(config.base)
-    size = config.data.resolution or found.pixels or found.base().resolution
+    size = config.data.largest or found.pixels or found.base().resolution
     batches = sorted({max(1, config.data.train_batch_size >> n) for n in range(17)}, reverse=True)
     half = (
         replace(config, train=replace(config.train, mixed_precision="bf16"))

@@ -40,6 +40,13 @@ class Data:
     num_train_epochs: int | None = None  # passes over the pictures, in place of max_train_steps
     subjects: Path | None = None  # YAML list of folders, each with its own words; in place of a folder
 
+    @property
+    def largest(self) -> int | None:
+        """The largest of several sizes."""
+        from smidgen.tasks.data.buckets import numbers
+
+        return None if self.resolution is None else max(numbers(self.resolution))
+
     def __post_init__(self) -> None:
         if self.alpha_mask and (self.masked_loss or self.mask_folder):
             raise ConfigError(
