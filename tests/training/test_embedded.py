@@ -7,7 +7,8 @@ import pytest
 
 from smidgen.tasks.drawing import draw_subject
 from smidgen.tasks.personalize.recipe import personalize
-from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, Show
+from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
+from smidgen.training.loop import LoopConfig
 
 pytest.importorskip("resvg_py")
 
@@ -51,3 +52,27 @@ def test_the_defaults_bring_the_subject_and_follow_the_captions(tmp_path, method
     base, adapter = report.entries
     assert base.identity < 0.3 and adapter.identity > 0.7
     assert adapter.caption > base.caption - 0.15
+
+
+@pytest.mark.slow
+def test_two_people_in_one_adapter_are_told_apart(tmp_path):
+    """Two people nobody was trained on, each under a word of its own: every prompt draws its own person, not the other."""
+    from smidgen.bases.embedded import world
+
+    rng = numpy.random.default_rng(11)
+    for name in ("ann", "bob"):
+        world.write_subject(tmp_path / name, world.sample_identity(rng, "test"), 6, seed=len(name))
+    (tmp_path / "people.yaml").write_text(
+        "- {folder: ann, placeholder_token: sks}\n- {folder: bob, placeholder_token: ohwx}\n"
+    )
+    made = PersonalizeConfig(
+        data=Data(subjects=tmp_path / "people.yaml"),
+        adapter=Adapter("lora", rank=4),
+        train=LoopConfig(max_train_steps=300),
+        show=Show(num_prompts=6, num_seeds=2, inference_steps=12, compare_lora=False),
+        out=tmp_path / "out",
+    )
+    report = personalize(made, progress=False)
+    before, after = report.entries[0], report.entry
+    assert abs(before.identity - before.details["identity of others"]) < 0.1  # the base knows neither
+    assert after.identity > after.details["identity of others"] + 0.3, (after.identity, after.details)

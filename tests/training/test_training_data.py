@@ -359,10 +359,11 @@ def test_a_report_of_two_subjects_scores_each_for_its_own_and_for_the_other(sd, 
     more = {"preservation": "class", "caption_dropout": 0.5, "aspect_ratio_bucketing": True}
     data = Data(None, subjects=people, train_batch_size=2, num_train_epochs=2, **more)
     report = personalize(config(sd, tmp_path / "out", data), judge=(judge := Whose()), progress=False)
-    assert (
-        judge.calls == ["ann", "bob", "bob", "ann"] * 2
-    )  # each one's pictures for its own scenes, then for the other's
-    assert report.entries[0].identity == pytest.approx(0.2) and report.entries[0].details["identity of others"] == 0.3
+    # each one's pictures for its own scenes, then for the other's
+    assert judge.calls == ["ann", "bob", "bob", "ann"] * 2
+    assert report.entries[0].identity == pytest.approx(0.2) and report.entries[0].details[
+        "identity of others"
+    ] == pytest.approx(0.3)
     assert (tmp_path / "out" / "checkpoint-8").is_dir()  # 2 epochs of (3 + 3 + 1 + 1) in batches of 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "sks person or ohwx person" in card and "a ohwx person, number 0" in card
