@@ -24,7 +24,7 @@ from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.gallery import gallery, previewer
-from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words
+from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words, words_alike
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import Buckets, Encoded, PersonalizeTask, encode_prior, encode_shapes
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates, text_rates
@@ -67,7 +67,8 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     subject = [images.load_picture(picture.path, data.size) for picture in found.pictures]
     foreign, strange = foreign_pictures(base, found.pictures, subject)
     words = [*data.captions, *config.show.validation_prompt, *filter(None, [config.data.class_prompt])]
-    warnings = (*found.warnings, *strange, *unknown_words(base, words))
+    alike = words_alike(base, [one.phrase for one in data.subjects])
+    warnings = (*found.warnings, *strange, *unknown_words(base, words), *alike)
     for warning in warnings:
         logger.warning("%s", warning)
     logger.info("Training on %s of %s.", found, config.data.folder or config.data.subjects)
