@@ -60,8 +60,7 @@ def test_words_that_the_base_ignores_are_named_before_two_people_are_mixed():
     base = load_base("embedded")
     (told,) = words_alike(base, ["sks person", "ohwx person", "teal person"])
     assert (
-        told.startswith("1 word pair that embedded encodes nearly alike")
-        and "'sks person' and 'ohwx person'" in told
+        told.startswith("1 word pair that embedded encodes nearly alike") and "'sks person' and 'ohwx person'" in told
     )
     assert not words_alike(base, ["striped person", "teal person"]) and not words_alike(base, ["sks person"])
 
