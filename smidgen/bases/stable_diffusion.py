@@ -98,6 +98,8 @@ class StableDiffusion(PipelineBase):
         if "embeds" not in prompts.tensors:
             return self._embedded(prompts)
         embeds = prompts.tensors["embeds"]
+        if embeds.is_meta:  # counted, not computed
+            return prompts
         none = ~embeds.any(dim=-1, keepdim=True)  # what was joined to longer ones
         if not none.any():
             return prompts

@@ -30,8 +30,8 @@ def refused(capsys, *words):
 
 @pytest.mark.parametrize("words, said", [
     ("personalize x --lr 1e-4", "Did you mean --learning-rate?"),
-    ("personalize x --epochs 3", "Did you mean --max-train-steps (optimizer steps)?"),
-    ("personalize x --num-epochs 3", "Did you mean --max-train-steps (optimizer steps)?"),
+    ("personalize x --epochs 3", "Did you mean --num-train-epochs or --max-train-steps (optimizer steps)?"),
+    ("personalize x --num-epochs 3", "Did you mean --num-train-epochs or --max-train-steps (optimizer steps)?"),
     ("personalize x --steps 3", "Did you mean --max-train-steps or --inference-steps?"),
     ("personalize x --batch_size 3", "Did you mean --train-batch-size?"),
     ("train instruction x --lora-r=8", "Did you mean --rank?"),
@@ -49,7 +49,7 @@ def test_the_right_name_is_offered_on_the_command_line(capsys, words, said):
 @pytest.mark.parametrize("text, said", [
     ("train: {lr: 1}", "Unknown key 'train.lr'"),
     ("adapter: {lr: 1}", "Did you mean 'learning_rate'?"),
-    ("epochs: 3", "Did you mean 'train.max_train_steps'?"),
+    ("epochs: 3", "Did you mean 'data.num_train_epochs' or 'train.max_train_steps'?"),
     ("data: {batch_size: 3}", "Did you mean 'train_batch_size'?"),
     ("adapter: {lora_r: 3}", "Did you mean 'rank'?"),
     ("adapter: {targets: [q]}", "Did you mean 'target_modules'?"),
