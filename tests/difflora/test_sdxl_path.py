@@ -169,7 +169,9 @@ def test_batches_hold_what_the_family_s_unet_needs(made, monkeypatch, tmp_path):
     rows = task.config.batch_size * task.config.pictures
     assert batch["latents"].shape == (rows, 4, 8, 8) and len(batch["prompts"]) == rows
     shapes = {name: tuple(value.shape[1:]) for name, value in batch["prompts"].tensors.items()}
-    assert shapes == ({"embeds": (32, 32), "pooled": (16,)} if made.family == "sdxl" else {"embeds": (32, 16)})  # 2 chunks
+    assert shapes == (
+        {"embeds": (32, 32), "pooled": (16,)} if made.family == "sdxl" else {"embeds": (32, 16)}
+    )  # 2 chunks
 
 
 def test_a_zoo_in_another_precision_is_refused_with_what_to_set(made):
