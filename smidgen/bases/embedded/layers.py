@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from smidgen.adapters.atomic import replace_file, replace_folder
+from smidgen.bases.packaged.fetch import cache_root
 
 LEFT = "README.md"  # of a lower folder: each base has a card of its own
 
@@ -24,9 +24,7 @@ def put_together(name: str, folders: Sequence[Path]) -> Path:
     for folder in folders:
         for path in _files(folder):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    chosen = os.environ.get("SMIDGEN_CACHE", "")
-    root = Path("~/.cache/smidgen") if chosen.lower() in ("", "off") else Path(chosen)
-    target = root.expanduser() / "bases" / f"{name}-{digest.hexdigest()[:16]}"
+    target = cache_root().parent / "bases" / f"{name}-{digest.hexdigest()[:16]}"
     if not (target / "model_index.json").exists():
         with replace_folder(target) as scratch:
             lay(folders, scratch)
