@@ -19,7 +19,7 @@ Example:
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +43,7 @@ from smidgen.bases.embedded.wide_words import (
 )
 from smidgen.bases.embedded.words import BROWS as BROWS_OF_MOUTH
 from smidgen.bases.embedded.world import CLASS_PHRASE, PLACEHOLDERS, SIZE
-from smidgen.errors import DataError, did_you_mean
+from smidgen.errors import DataError
 
 __all__ = ["ATTRIBUTES", "CLASS_PHRASE", "IDENTITY_ATTRIBUTES", "PLACEHOLDERS", "SCENE_ATTRIBUTES", "SIZE"]
 
@@ -58,24 +58,9 @@ HELD = {  # free colour -> (a colour, the radius in Lab around it that no traini
 MARGIN = 4.0  # of Lab, around a named colour: there a person is no other person
 
 
-def _checked(name: str, value: str) -> None:
-    if name in FREE and isinstance(value, str) and value.startswith("#"):
-        colors.rgb(value)
-    elif value not in ATTRIBUTES[name]:
-        known = ", ".join(map(repr, ATTRIBUTES[name]))
-        also = ", or any colour as '#3f6fd8'" if name in FREE else ""
-        hint = did_you_mean(str(value), ATTRIBUTES[name])
-        raise DataError(f"{name}={value!r} is not drawn in this world.{hint} Known: {known}{also}.")
-
-
-class _Record:
-    def __post_init__(self) -> None:
-        for name, value in self.as_dict().items():
-            _checked(name, value)
-
-    def as_dict(self) -> dict[str, str]:
-        """Attribute name -> word, or a free colour."""
-        return asdict(self)  # type: ignore[call-overload]
+class _Record(world.Record):
+    words = ATTRIBUTES
+    free = FREE
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.embedded import colors
 from smidgen.bases.embedded.words import (
     ATTRIBUTES,
     BACKGROUND,
@@ -54,23 +55,29 @@ PLACEHOLDERS = ("sks", "ohwx", "zwx", "qbt", "vxk")
 """Rare words the base has seen and learnt to ignore: a name for a subject."""
 
 
-class _Checked:
-    """A record whose every field must be a word of `ATTRIBUTES`."""
+class Record:
+    """A record whose every field must be one of its ``words``; those of ``free`` may also be ``"#rrggbb"``."""
+
+    words: ClassVar[Mapping[str, Mapping[str, Any]]] = ATTRIBUTES
+    free: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():  # type: ignore[call-overload]
-            if value not in ATTRIBUTES[name]:
-                known = ", ".join(map(repr, ATTRIBUTES[name]))
-                hint = did_you_mean(str(value), ATTRIBUTES[name])
-                raise DataError(f"{name}={value!r} is not drawn in this world.{hint} Known: {known}.")
+        for name, value in self.as_dict().items():
+            if name in self.free and isinstance(value, str) and value.startswith("#"):
+                colors.rgb(value)
+            elif value not in self.words[name]:
+                known = ", ".join(map(repr, self.words[name]))
+                also = ", or any colour as '#3f6fd8'" if name in self.free else ""
+                hint = did_you_mean(str(value), self.words[name])
+                raise DataError(f"{name}={value!r} is not drawn in this world.{hint} Known: {known}{also}.")
 
     def as_dict(self) -> dict[str, str]:
-        """Attribute name -> word."""
+        """Attribute name -> word, or a free colour."""
         return asdict(self)  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
-class Identity(_Checked):
+class Identity(Record):
     """Who a person is; never captioned."""
 
     hair: str
@@ -80,7 +87,7 @@ class Identity(_Checked):
 
 
 @dataclass(frozen=True)
-class Scene(_Checked):
+class Scene(Record):
     """What a caption may name. Sunglasses hide the eyes, so there the eyes are "hidden" and stay out of the
     caption."""
 
