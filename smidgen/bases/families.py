@@ -21,6 +21,7 @@ from smidgen.bases.embedded.base import Embedded, EmbeddedFlow
 from smidgen.bases.flow_transformers import Chroma, Flux2, Flux2Klein, Krea2, QwenImage, StableDiffusion3, Wan, ZImage
 from smidgen.bases.pipelines import PipelineBase, import_diffusers
 from smidgen.bases.protocol import ImageBase
+from smidgen.bases.single_file import is_single_file, published_config
 from smidgen.bases.stable_diffusion import StableDiffusion, StableDiffusionXL
 from smidgen.bases.transformers import TransformersBase
 from smidgen.errors import ConfigError, did_you_mean
@@ -65,18 +66,19 @@ FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
 
 def load_base(
     name: str | Path, mixed_precision: str = "no", device: torch.device | str = "cpu", quantize: str | None = None,
-    variant: str | None = None, text_first: bool = False,
+    variant: str | None = None, text_first: bool = False, config: str | Path | None = None,
 ) -> ImageBase:  # fmt: skip
-    """Load an embedded base, a pipeline folder, or a hub name, by its family.
+    """Load an embedded base, a pipeline folder, a hub name, or a single file, by its family.
 
     ``quantize`` (``nf4``, ``int8``, ``int8-torchao``, ``fp8``) makes its denoiser smaller in memory; ``variant`` reads files of
     that name, such as ``fp16``. ``text_first``: the denoiser may be read when it is first asked for, so that whoever encodes
-    prompts and calls ``release_encoders`` before never holds both.
+    prompts and calls ``release_encoders`` before never holds both. ``config`` is for a single file: the folder or hub name of
+    the pipeline that says how its weights are put together, and has what is not in it.
 
     Raises ConfigError when there is no such base or no family that draws knows it.
     """
-    folder = locate(name)
-    pipeline = pipeline_class(folder, str(name))
+    folder, file = located(name, config)
+    pipeline = pipeline_class(folder, str(config or name))
     family = family_of(str(name), pipeline)
     if not FAMILIES[family].draws:
         raise ConfigError(
@@ -84,7 +86,15 @@ def load_base(
             "with smidgen train text-classification, image-classification or instruction."
         )
     return FAMILIES[family].cls.load(
-        str(name), folder, pipeline, mixed_precision, device, quantize=quantize, variant=variant, text_first=text_first
+        str(name),
+        folder,
+        pipeline,
+        mixed_precision,
+        device,
+        quantize=quantize,
+        variant=variant,
+        text_first=text_first,
+        file=file,
     )  # type: ignore[no-any-return]
 
 
@@ -109,20 +119,34 @@ def learning_kind(name: str, task: str = "image") -> Kind:
     return cls.learning[task]  # type: ignore[no-any-return]
 
 
-def card_lines(name: str) -> tuple[str, str]:
-    """For the example in a model card: what from_pretrained is given, and what to draw with (", a=1")."""
+def card_lines(name: str, config: str | None = None) -> tuple[str, str]:
+    """For the example in a model card: the lines that load the pipeline, and what to draw with (", a=1"). ``config`` is that of a
+    base in one file."""
+    if Path(name).suffix == ".safetensors":
+        given = f", config={config!r}" if config else ""
+        return f"from smidgen.bases.families import load_base\n\npipe = load_base({name!r}{given}).pipe", ""
+    lines = "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({})"
     if name not in FOLDERS:
-        return repr(name), ""
+        return lines.format(repr(name)), ""
     base = FAMILIES[name].cls
     called = {"num_inference_steps": base.sampling.steps, "guidance_scale": base.sampling.guidance, **base.drawing}
     options = "".join(
         f", {key}={value:g}" if isinstance(value, float) else f", {key}={value}" for key, value in called.items()
     )
-    return f"smidgen.embedded_base({'' if name == EMBEDDED else repr(name)})", options
+    return lines.format(f"smidgen.embedded_base({'' if name == EMBEDDED else repr(name)})"), options
 
 
-def locate(name: str | Path) -> str:
-    """A local folder or a hub name."""
+def located(name: str | Path, config: str | Path | None = None) -> tuple[str, str | None]:
+    """The folder or hub name that a base's configs are in, and the file of its weights where it is a single one."""
+    if is_single_file(name):
+        return locate(config, "--base-config") if config else published_config(name), str(Path(name).expanduser())
+    if config is not None:
+        raise ConfigError(f"--base-config {config} is for a base in one .safetensors file, and {str(name)!r} is none.")
+    return locate(name), None
+
+
+def locate(name: str | Path, what: str = "base") -> str:
+    """A local folder or a hub name; ``what`` it is, for the message that there is none."""
     if str(name) in FOLDERS:
         return str(embedded_base(str(name)))
     path = Path(name).expanduser()
@@ -132,7 +156,7 @@ def locate(name: str | Path) -> str:
         near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, [*near, *FOLDERS])
         raise ConfigError(
-            f"There is no base {str(name)!r}: neither a folder, nor one of {', '.join(FOLDERS)}, nor owner/name.{hint}"
+            f"There is no {what} {str(name)!r}: neither a folder, nor one of {', '.join(FOLDERS)}, nor owner/name.{hint}"
         )
     return str(name)
 

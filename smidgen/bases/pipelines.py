@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +17,7 @@ from smidgen.adapters.methods import Kind
 from smidgen.adapters.tuner.base import fingerprint
 from smidgen.bases.protocol import Prompts, Sampling, Schedule
 from smidgen.bases.schedules import schedule_of
+from smidgen.bases.single_file import check_whole, holds_more
 from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
 from smidgen.training.quiet import quiet
 
@@ -64,20 +65,25 @@ class PipelineBase:
     @classmethod
     def load(
         cls, name: str, folder: str, pipeline: str, precision: str, device: torch.device | str,
-        quantize: str | None = None, variant: str | None = None, text_first: bool = False,
+        quantize: str | None = None, variant: str | None = None, text_first: bool = False, file: str | None = None,
     ) -> Self:  # fmt: skip
         """The pipeline of the class ``pipeline`` in ``folder``, frozen. The denoiser takes the ``precision`` and is quantised
         as ``quantize`` (one of ``QUANTIZED``) says, the VAE stays fp32; ``variant`` names files such as "fp16". With
         ``text_first``, a family that ``waits`` reads its denoiser when it is first asked for, so that the encoders of prompts
-        can be gone by then."""
+        can be gone by then. What the single ``file`` holds is read from it and not from ``folder``."""
         if precision == "fp16" and torch.device(device).type == "cpu":
             raise ConfigError("fp16 has no arithmetic on a CPU; use --mixed-precision bf16 or no.")
         dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         options = {"use_safetensors": True, "variant": variant, _dtype_word(): dtype}
-        reader = partial(cls._read_denoiser, folder, options | quantization(quantize, dtype), quantize == "fp8")
-        with _refusals(name):
+        denoiser = folder, options | quantization(quantize, dtype), quantize == "fp8", file
+
+        def reader() -> Any:
+            with _refusals(name, file):
+                return cls._read_denoiser(*denoiser)
+
+        with _refusals(name, file):
             later = {cls.component: None} if text_first and cls.waits else {cls.component: reader()}
-            pipe = cls._read(folder, pipeline, options | later)
+            pipe = cls._read(folder, pipeline, options | later, file)
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         base = cls(name, pipe.to(device))
@@ -87,16 +93,27 @@ class PipelineBase:
         return base
 
     @classmethod
-    def _read(cls, folder: str, pipeline: str, options: Mapping[str, Any]) -> Any:
-        return getattr(import_diffusers(), pipeline).from_pretrained(folder, **{**cls.load_options, **options})
+    def _read(cls, folder: str, pipeline: str, options: Mapping[str, Any], file: str | None) -> Any:
+        made, options = getattr(import_diffusers(), pipeline), {**cls.load_options, **options}
+        if file is None or not holds_more(file):
+            return made.from_pretrained(folder, **options)
+        kept = {name: value for name, value in options.items() if name not in ("use_safetensors", "variant")}
+        pipe = made.from_single_file(file, config=folder, **kept)
+        check_whole(file, [part for part in pipe.components.values() if isinstance(part, nn.Module)])
+        return pipe
 
     @classmethod
-    def _read_denoiser(cls, folder: str, options: Mapping[str, Any], fp8: bool) -> Any:
+    def _read_denoiser(cls, folder: str, options: Mapping[str, Any], fp8: bool, file: str | None) -> Any:
         diffusers = import_diffusers()
         _library, kind = diffusers.DiffusionPipeline.load_config(folder)[cls.component]
-        model = (
-            getattr(diffusers, kind).from_pretrained(folder, subfolder=cls.component, **options).requires_grad_(False)
-        )
+        made = getattr(diffusers, kind)
+        if file is None:
+            model = made.from_pretrained(folder, subfolder=cls.component, **options)
+        else:
+            kept = {name: value for name, value in options.items() if name not in ("use_safetensors", "variant")}
+            model = made.from_single_file(file, config=folder, subfolder=cls.component, **kept)
+            check_whole(file, [model])
+        model.requires_grad_(False)
         if fp8:
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=options[_dtype_word()])
         return model
@@ -340,20 +357,27 @@ def quantization(kind: str | None, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
-    """diffusers' own refusals of a base, as ours, and its lines of progress unsaid."""
+def _refusals(name: str, file: str | None = None) -> Iterator[None]:
+    """diffusers' own refusals of a base, as ours, and its lines of progress unsaid. Of a single ``file`` that is not what its config
+    says, it raises anything."""
     try:
         with quiet():
             yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"The base {name!r} could not be loaded: {error}") from error
-    except RuntimeError as error:
-        if "No GPU found" not in str(error):
+    except ConfigError:
+        raise
+    except Exception as error:
+        if "No GPU found" in str(error):
+            raise ConfigError(
+                f"The base {name!r} could not be quantised: diffusers asks for a GPU for bitsandbytes (nf4, int8); without one "
+                "take --quantize int8-torchao or fp8."
+            ) from error
+        if not (file or isinstance(error, OSError | ValueError)):
             raise
-        raise ConfigError(
-            f"The base {name!r} could not be quantised: diffusers asks for a GPU for bitsandbytes (nf4, int8); without one "
-            "take --quantize int8-torchao or fp8."
-        ) from error
+        said, hint = " ".join(str(error).split()), ""
+        if file:
+            said = "it lacks tensors of the model." if "meta tensor" in said else said
+            hint = " It is not whole, or its --base-config is another model's."
+        raise ConfigError(f"The base {name!r} could not be loaded: {said}{hint}") from error
 
 
 def _dtype_word() -> str:

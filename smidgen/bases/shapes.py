@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smidgen.bases.families import EMBEDDED, FAMILIES, family_of, locate, pipeline_class
+from smidgen.bases.families import EMBEDDED, FAMILIES, family_of, located, pipeline_class
 from smidgen.bases.pipelines import import_diffusers
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError, did_you_mean
@@ -78,9 +78,9 @@ class Shapes:
         return getattr(import_diffusers(), kind).from_config(known).eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def shapes_of(name: str) -> Shapes:
-    """The shapes of a published base (``flux2-dev``, ...), of the embedded one, of a pipeline's folder, or of a hub name, of which
-    only the configs are fetched.
+def shapes_of(name: str, config: str | None = None) -> Shapes:
+    """The shapes of a published base (``flux2-dev``, ...), of the embedded one, of a pipeline's folder, of a hub name, of which
+    only the configs are fetched, or of one file, put together as ``config`` is.
 
     Raises:
         ConfigError: there is no such base, no family knows it, or its configs are not here and nothing may be fetched.
@@ -94,7 +94,7 @@ def shapes_of(name: str) -> Shapes:
     if name in bases:
         return _published(name, bases[name])
     try:
-        folder = _configs(locate(name))
+        folder = _configs(located(name, config)[0])
     except ConfigError as error:
         if "There is no base" not in str(error):
             raise

@@ -11,6 +11,7 @@ def generate(
     /,
     prompt: list[str],
     base: str = "embedded",
+    base_config: str | None = None,
     out: Path = Path("generated"),
     num_images: int = 1,
     seed: int = 0,
@@ -29,7 +30,8 @@ def generate(
     Args:
         adapter: the adapter's folder.
         prompt: one or more prompts.
-        base: embedded, a pipeline folder, or a hub name; the one the adapter was trained on.
+        base: embedded, a pipeline folder, a hub name, or one .safetensors file; the one the adapter was trained on.
+        base_config: of a base in one file, folder or hub name of a pipeline of the same model.
         out: a folder, not one to train on, or a .png for a single picture.
         num_images: pictures for each prompt, with seeds seed, seed + 1, ...
         seed: fixes the noise.
@@ -50,17 +52,18 @@ def generate(
         print(path)
 
 
-def verify(adapter: Path, /, base: str = "embedded") -> None:
+def verify(adapter: Path, /, base: str = "embedded", base_config: str | None = None) -> None:
     """Prove that ADAPTER is on in BASE: its file, the base lock, and a forward pass. Prints the verdict ON, OFF or
     NOT PROVEN; the exit status is 2 unless it is ON.
 
     Args:
         adapter: the adapter's folder.
-        base: embedded, a pipeline folder, or a hub name.
+        base: embedded, a pipeline folder, a hub name, or one .safetensors file.
+        base_config: of a base in one file, folder or hub name of a pipeline of the same model.
     """
     from smidgen.tasks.drawing import verify as run
 
-    ok, text = run(adapter, base)
+    ok, text = run(adapter, base, base_config)
     print(text)
     if not ok:
         raise SmidgenError(f"{adapter} does not verify on {base}.")

@@ -63,12 +63,14 @@ def covered(found: Coverage | None) -> Part:
 def public_name(base: str) -> str:
     """A base's name without the path it lies under: files that travel do not tell about this machine."""
     path = Path(base).expanduser()
-    return path.name if path.is_absolute() or path.is_dir() else base
+    return path.name if path.is_absolute() or path.exists() else base
 
 
 def write_report(folder: Path, report: Any, card: str) -> None:
     """README.md, and in report.json everything that a report's dataclass holds but the path ``adapter``."""
     values = asdict(report) | {"base": public_name(report.base)}
+    if values.get("base_config"):
+        values["base_config"] = public_name(values["base_config"])
     del values["adapter"]
     replace_file(folder / "report.json", json.dumps(values, indent=1, ensure_ascii=False, default=sorted) + "\n")
     replace_file(folder / "README.md", card)

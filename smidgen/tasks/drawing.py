@@ -50,11 +50,12 @@ def generate(
     control_scale: float = 1.0,
     mixed_precision: str = "no",
     overwrite: bool = False,
+    base_config: str | None = None,
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
     An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
-    ``out`` is a folder, or the name of a single picture. Raises SmidgenError for an adapter that does not fit the base,
+    ``out`` is a folder, or the name of a single picture; ``base_config`` is that of a base in one file. Raises SmidgenError for an adapter that does not fit the base,
     for an ``out`` among pictures to train on, and for a file that is there already, unless ``overwrite``.
     """
     if not prompt:
@@ -70,7 +71,7 @@ def generate(
     places = [out] if single else [out / name for name in _names(prompts, seeds, num_images)]
     _check_places(out.parent if single else out, places, single, overwrite)
     made = _check_control(adapter, control, edges_of)
-    loaded = load_base(base, mixed_precision, default_device())
+    loaded = load_base(base, mixed_precision, default_device(), config=base_config)
     if made is not None:
         hint.attach(loaded.model, made)
     engine.load(loaded.pipe, adapter)
@@ -100,11 +101,11 @@ def generate(
     ]
 
 
-def verify(adapter: Path, base: str) -> tuple[bool, str]:
-    """Verify ``adapter`` on ``base``: (is it on?, what was found)."""
+def verify(adapter: Path, base: str, base_config: str | None = None) -> tuple[bool, str]:
+    """Verify ``adapter`` on ``base``: (is it on?, what was found). ``base_config`` is that of a base in one file."""
     if not adapter.is_dir():
         raise AdapterFileError(f"{adapter} is no adapter folder.")
-    loaded = load_base(base, "no", default_device())
+    loaded = load_base(base, "no", default_device(), config=base_config)
     made = hint.read_config(adapter)
     if made is not None:
         hint.attach(loaded.model, made)

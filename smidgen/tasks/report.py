@@ -38,6 +38,7 @@ class Report:
     verified: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     coverage: Coverage | None = None
+    base_config: str | None = None
 
     @property
     def entry(self) -> Entry:
@@ -53,16 +54,14 @@ class Report:
 def card(report: Report, prompts: Sequence[str], subject: str) -> str:
     """README.md of an adapter folder. ``subject`` is the words that call the subject up."""
     base, entry = public_name(report.base), report.entry
-    loaded, sampling = card_lines(base)
+    loaded, sampling = card_lines(base, report.base_config and public_name(report.base_config))
     use = f"""Say **{subject}** in the prompt, for example:
 
 {bullets(f"`{prompt}`" for prompt in prompts[:4])}
 
 ```python
 import smidgen
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({loaded})
+{loaded}
 smidgen.load(pipe, "path/of/this/folder")
 prompt = {(prompts[0] if prompts else subject)!r}
 pipe(prompt=prompt{sampling}).images[0]

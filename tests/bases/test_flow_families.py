@@ -230,6 +230,13 @@ def test_quantising_says_what_it_lacks(tmp_path):
             load_base(folder, quantize="nf4")
 
 
+def test_a_transformer_in_one_file_is_put_together_as_its_config_says(folder):
+    """In the names of its class; those of other programs are in test_single_file.py."""
+    file = next((folder / "transformer").glob("*.safetensors"))
+    base = load_base(file, config=folder, text_first=True)
+    assert base.pipe.transformer is None and base.fingerprint() == load_base(str(folder)).fingerprint()
+
+
 def test_prompts_are_encoded_and_their_encoders_gone_before_the_transformer_is_read(folder):
     base, whole = load_base(str(folder), text_first=True), load_base(str(folder))
     assert base.pipe.transformer is None

@@ -63,22 +63,22 @@ def sd_folder(folder: Path, prediction_type: str = "epsilon", zero_snr: bool = F
     return folder
 
 
-def sdxl_folder(folder: Path) -> Path:
-    """A StableDiffusionXLPipeline folder: two text encoders, pooled embeddings and time ids."""
+def sdxl_folder(folder: Path, second: int = 16) -> Path:
+    """A StableDiffusionXLPipeline folder: two text encoders (the ``second`` of this width), pooled embeddings and time ids."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        cross_attention_dim=32, attention_head_dim=(2, 4), use_linear_projection=True,
+        cross_attention_dim=16 + second, attention_head_dim=(2, 4), use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
+        projection_class_embeddings_input_dim=6 * 8 + second,
     )  # fmt: skip
     pipe = StableDiffusionXLPipeline(
         vae=_vae(), text_encoder=CLIPTextModel(_text_config()), tokenizer=tokenizer(folder / "words"),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()), tokenizer_2=tokenizer(folder / "words"), unet=unet,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(second)), tokenizer_2=tokenizer(folder / "words"), unet=unet,
         scheduler=EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
     )  # fmt: skip
     pipe.save_pretrained(folder)

@@ -31,9 +31,7 @@ def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int
 
 ```python
 import smidgen
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({loaded})
+{loaded}
 smidgen.load(pipe, "path/of/this/folder")
 pipe(prompt="a portrait of a person, smiling"{sampling}).images[0]
 ```

@@ -52,7 +52,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     if data.folder is None:
         raise DataError("Which pictures? Give the folder that holds them.")
     device = default_device()
-    base = load_base(config.base, config.train.mixed_precision, device)
+    base = load_base(config.base, config.train.mixed_precision, device, config=config.base_config)
     resolution = data.resolution or base.resolution
     pairs = read_pairs(data.folder, data.control, data.instance_prompt, resolution)
     for warning in pairs.warnings:
@@ -72,7 +72,7 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
 
     trained = scenes.answer(base)
     base.model.cpu()
-    base = load_base(config.base, config.train.mixed_precision, device)
+    base = load_base(config.base, config.train.mixed_precision, device, config=config.base_config)
     drawn = {"real pictures": [images.load_picture(picture.path, resolution) for picture in held_out.pictures]}
     drawn["base without control"] = plain = scenes.draw(base, steer=False)
     said = f"Trained on {seen}, each with its control picture; {len(held_out)} more were kept from training."
@@ -171,5 +171,5 @@ def _lines(
 
 def _identity(config: ControlConfig, base: ImageBase, pairs: ControlPairs) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = decisive(config, "base", "inference_steps", "guidance_scale", "num_columns")
+    kept = decisive(config, "base", "base_config", "inference_steps", "guidance_scale", "num_columns")
     return kept | {"pairs": pairs.digests(), "base_weights": base.fingerprint()}

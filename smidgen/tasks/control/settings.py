@@ -54,7 +54,10 @@ class ControlConfig:
     adapter: Adapter = field(default_factory=Adapter)
     train: LoopConfig = field(default_factory=lambda: LoopConfig(max_train_steps=1000, lr_warmup_steps=20))
     show: Show = field(default_factory=Show)
-    base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
+    base: str = (
+        EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, its hub name, or one .safetensors file
+    )
+    base_config: str | None = None  # of a base in one file: folder or hub name of a pipeline of the same model
     out: Path = Path("runs/control")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints

@@ -129,7 +129,7 @@ def make_plan(config: PersonalizeConfig, card: bool | None = None, measured: boo
     Raises:
         ConfigError: no such base, or settings that cannot be.
     """
-    shapes = shapes_of(config.base)
+    shapes = shapes_of(config.base, config.base_config)
     if config.quantize not in (None, *BITS):
         quantization(config.quantize, torch.float32)  # refuses it; the libraries of others need not be here to plan
     here, pictures = bool(shapes.folder), _pictures(config)
@@ -168,7 +168,12 @@ def _decisive(config: PersonalizeConfig) -> PersonalizeConfig:
         with_prior_preservation=config.data.with_prior_preservation,
     )  # fmt: skip
     return type(config)(
-        data, config.adapter, train, base=config.base, gradient_checkpointing=config.gradient_checkpointing
+        data,
+        config.adapter,
+        train,
+        base=config.base,
+        base_config=config.base_config,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
 
 
@@ -183,8 +188,8 @@ class _Ends:
 
 
 @lru_cache(maxsize=256)
-def _ends(name: str, size: int, precision: torch.dtype) -> _Ends:
-    shapes = shapes_of(name)
+def _ends(name: str, made: str | None, size: int, precision: torch.dtype) -> _Ends:
+    shapes = shapes_of(name, made)
     base = shapes.base()
     nn.Module.to(base.model, precision)
     rows = _counted_rows(base.model, 2 * DRAWN)
@@ -198,8 +203,8 @@ def _counted_rows(model: nn.Module, rows: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _count(name: str, config: PersonalizeConfig) -> _Counted:
-    shapes, precision = shapes_of(name), DTYPES[config.train.mixed_precision]
+def _count(config: PersonalizeConfig) -> _Counted:
+    shapes, precision = shapes_of(config.base, config.base_config), DTYPES[config.train.mixed_precision]
     base = shapes.base()
     size = config.data.largest or shapes.pixels or base.resolution
     model: Any = base.model
@@ -238,10 +243,8 @@ def _count(name: str, config: PersonalizeConfig) -> _Counted:
 def _counted(shapes: Shapes, config: PersonalizeConfig) -> _Counted:
     """The count; of a published base that of one image, which serves for batches of all sizes."""
     if shapes.folder:
-        return _count(config.base, config)
-    found = _count(
-        config.base, replace(config, data=replace(config.data, train_batch_size=1, with_prior_preservation=False))
-    )
+        return _count(config)
+    found = _count(replace(config, data=replace(config.data, train_batch_size=1, with_prior_preservation=False)))
     return replace(found, step=_times(found.step, _rows(config), 1))
 
 
@@ -306,7 +309,7 @@ def _bytes(model: nn.Module) -> int:
 
 def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: int) -> Plan:
     precision = DTYPES[config.train.mixed_precision]
-    width, ends = precision.itemsize, _ends(config.base, found.resolution, precision)
+    width, ends = precision.itemsize, _ends(config.base, config.base_config, found.resolution, precision)
     bits = BITS.get(config.quantize or "", 8 * width)
     denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
     vae, texts = {"VAE": 4.0 * ends.vae}, {"text encoders": width * float(sum(shapes.texts.values()))}
@@ -380,11 +383,12 @@ def seconds(config: PersonalizeConfig) -> float:
     """Seconds of a step on this machine: the run's own base, adapter, loss and loop on made-up latents; the median of at least
     two steps after the first two."""
     base = load_base(
-        config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant
-    )
+        config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant,
+        config=config.base_config,
+    )  # fmt: skip
     base.release_encoders()
     size = config.data.largest or base.resolution
-    shapes, rows = shapes_of(config.base), config.data.train_batch_size
+    shapes, rows = shapes_of(config.base, config.base_config), config.data.train_batch_size
     latents = torch.randn(2, *base.latent_shape(size))
     known = base.prompt_shapes(base.model, shapes.tokens)
     prompts = Prompts(
@@ -459,7 +463,7 @@ def fitting(config: PersonalizeConfig, memory: float, card: bool = True) -> Pers
 
 
 def _nearer(config: PersonalizeConfig, card: bool) -> Iterator[PersonalizeConfig]:
-    found = shapes_of(config.base)
+    found = shapes_of(config.base, config.base_config)
     size = config.data.largest or found.pixels or found.base().resolution
     batches = sorted({max(1, config.data.train_batch_size >> n) for n in range(17)}, reverse=True)
     half = (

@@ -51,10 +51,10 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     """
     if config.data.folder is None and config.data.subjects is None:
         raise DataError("Which pictures? Give the folder that holds them.")
-    how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "text_first": True}
+    how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "config": config.base_config}
 
     def load() -> ImageBase:
-        found = load_base(config.base, config.train.mixed_precision, default_device(), **how)
+        found = load_base(config.base, config.train.mixed_precision, default_device(), text_first=True, **how)
         if config.adapter.train_text_encoder:
             found.train_text_encoders()
         return found
@@ -107,7 +107,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     scored = [f"Scored by {judge.name}."] if judge else [unscored]
     scored += [OWN_PROMPTS] if judge and shown.entries[-1].caption is None else []
     notes = (f"Trained on {found}.", *data.notes, *scored, *shown.proof)
-    told = (shown.entries, warnings, notes, bool(shown.proof), identity, runs[0].coverage)
+    told = (shown.entries, warnings, notes, bool(shown.proof), identity, runs[0].coverage, config.base_config)
     report = Report(config.adapter.method, config.base, out, *told)
     phrases = " or ".join(one.phrase for one in data.subjects)
     write_report(out, report, card(report, list(dict.fromkeys(scenes.prompts)), phrases))
@@ -249,4 +249,7 @@ def _identity(config: PersonalizeConfig, base: ImageBase, data: TrainingData) ->
         known["phrases"] = [one.phrase for one in data.subjects]
     if config.helper_adapter not in (None, "none"):
         known["helper"] = digest(config.helper_adapter)
-    return decisive(config, "base", "helper_adapter", "mask_folder", "subjects", *to_dict(config.show)) | known
+    return (
+        decisive(config, "base", "base_config", "helper_adapter", "mask_folder", "subjects", *to_dict(config.show))
+        | known
+    )
