@@ -79,6 +79,9 @@ class Schedule(Protocol):
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents, and the target of ``predict`` for them; both shaped as ``latents`` [n, ...]."""
 
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """What squared errors at them are multiplied with [n]; None: all the same."""
+
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Min-SNR weights [n] of the squared error (Hang et al. 2023). Raises ConfigError where there is no such thing."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from smidgen.errors import ConfigError
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEMES = ("logit_normal", "uniform", "none", "mode", "sigma_sqrt", "cosmap")  # of flow matching; none is uniform
+MODE_SCALE = 1.29  # as in diffusers' training scripts
 
 
 def schedule_of(scheduler: Any, steps: float = 1.0) -> DiscreteSchedule | FlowSchedule | EDMSchedule:
@@ -28,6 +31,23 @@ def schedule_of(scheduler: Any, steps: float = 1.0) -> DiscreteSchedule | FlowSc
     if name.startswith("EDM"):
         return EDMSchedule.of(scheduler)
     return DiscreteSchedule.of(scheduler)
+
+
+def reweighted(schedule: Any, scheme: str | None, shift: float | None) -> Any:
+    """``schedule`` with another density and weights (one of ``SCHEMES``) and another shift; None leaves it what it is.
+
+    Raises ConfigError for one that is not flow matching.
+    """
+    given = {"weighting_scheme": scheme, "shift": shift}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if wanted and not isinstance(schedule, FlowSchedule):
+        raise ConfigError(
+            f"{' and '.join(wanted)} {'are' if len(wanted) > 1 else 'is'} for bases that were taught by flow matching; this one was "
+            "not. Leave it out."
+        )
+    if not wanted:
+        return schedule
+    return replace(schedule, scheme=scheme or schedule.scheme, shift=schedule.shift if shift is None else shift)
 
 
 def _over(values: Tensor, latents: Tensor) -> Tensor:
@@ -77,6 +97,9 @@ class DiscreteSchedule:
             return noisy, noise
         return noisy, signal * noise - spread * latents if self.prediction_type == "v_prediction" else latents
 
+    def weights(self, timesteps: Tensor) -> None:
+        """All the same."""
+
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """Min-SNR weights [n] (Hang et al. 2023), finite where the signal is gone (alpha = 0) and where it is whole.
 
@@ -98,12 +121,14 @@ class DiscreteSchedule:
 class FlowSchedule:
     """Flow matching (Lipman et al. 2023): x_s = (1 - s) x + s noise; the velocity noise - x is predicted.
 
-    A timestep is s times ``steps``. Training draws s by the logit-normal density (Esser et al. 2024, section 3.1), moved
-    towards noise by ``shift`` (their equation 23): s -> shift s / (1 + (shift - 1) s).
+    A timestep is s times ``steps``. Training draws s by the density of ``scheme``, moved towards noise by ``shift`` (Esser et al.
+    2024, equation 23): s -> shift s / (1 + (shift - 1) s). Schemes (their section 3.1) are named and counted as diffusers'
+    training scripts do: logit_normal, mode, and uniform (none); sigma_sqrt and cosmap are uniform and weigh the error.
     """
 
     steps: float = 1.0
     shift: float = 1.0
+    scheme: str = "logit_normal"
 
     @classmethod
     def of(cls, scheduler: Any, steps: float = 1.0) -> FlowSchedule:
@@ -115,7 +140,11 @@ class FlowSchedule:
 
     def levels(self, quantiles: Tensor) -> Tensor:
         """Quantiles [n] in 0..1 -> noise levels [n] of which so many are lower."""
-        s = torch.special.ndtri(quantiles.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
+        s = quantiles.double()
+        if self.scheme == "logit_normal":
+            s = torch.special.ndtri(s.clamp(1e-6, 1 - 1e-6)).sigmoid()
+        elif self.scheme == "mode":
+            s = s + MODE_SCALE * ((s * math.pi / 2).cos() ** 2 - 1 + s)
         return (self.shift * s / (1 + (self.shift - 1) * s)).to(quantiles.dtype)
 
     def timesteps(self, levels: Tensor) -> Tensor:
@@ -126,6 +155,13 @@ class FlowSchedule:
         """Noisy latents and the velocity [n, ...]."""
         s = _over(timesteps / self.steps, latents)
         return (1 - s) * latents + s * noise, noise - latents
+
+    def weights(self, timesteps: Tensor) -> Tensor | None:
+        """What ``scheme`` multiplies the squared errors with [n], None for 1."""
+        s = timesteps / self.steps
+        if self.scheme == "sigma_sqrt":
+            return s.clamp(min=1e-3) ** -2  # the least of diffusers' sigmas
+        return 2 / (math.pi * (1 - 2 * s + 2 * s**2)) if self.scheme == "cosmap" else None
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """No weights: raises ConfigError, as the velocity is weighted by the density of s."""
@@ -176,6 +212,9 @@ class EDMSchedule:
         noisy, total = latents + sigma * noise, sigma**2 + self.sigma_data**2
         c_out = self.sign * sigma * self.sigma_data / total.sqrt()
         return noisy / total.sqrt(), (latents - noisy * self.sigma_data**2 / total) / c_out
+
+    def weights(self, timesteps: Tensor) -> None:
+        """All the same."""
 
     def snr_weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """No weights: raises ConfigError, as EDM's loss has its own."""

@@ -7,7 +7,7 @@ from typing import Any
 from smidgen.errors import ConfigError
 
 _SHARES = ("ema_decay", "dropout", "held_out_share")  # from 0, and below 1
-_POSITIVE = ("rate", "snr_gamma", "max_grad_norm", "alpha")  # above 0
+_POSITIVE = ("rate", "snr_gamma", "max_grad_norm", "alpha", "shift")  # above 0
 _RANGES: tuple[tuple[str, float, float], ...] = (  # end of a name, least, most; the first that fits
     ("seed", 0, 2**63 - 1),
     ("batch_size", 1, 65_536),

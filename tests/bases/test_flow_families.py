@@ -7,16 +7,17 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 import smidgen
 from smidgen.bases.families import load_base
-from smidgen.bases.schedules import EDMSchedule, FlowSchedule, schedule_of
+from smidgen.bases.schedules import EDMSchedule, FlowSchedule, reweighted, schedule_of
 from smidgen.bases.stable_diffusion import StableDiffusionXL
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
 from smidgen.tasks.personalize.recipe import personalize
 from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data
+from smidgen.training.settings import from_dict
 from tests.training import tiny, tiny_flow
 
 FAMILIES = sorted(tiny_flow.BUILDERS)
@@ -115,17 +116,39 @@ def test_a_wan_that_is_trained_in_another_way_is_refused(option, value, tmp_path
         load_base(str(folder))
 
 
+@pytest.mark.parametrize("scheme", ["logit_normal", "none", "mode", "sigma_sqrt", "cosmap"])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_noise_is_as_dense_as_in_diffusers_training_scripts(shift):
-    """Their ``compute_density_for_timestep_sampling`` and the scheduler's own table of sigmas, quantile by quantile."""
+def test_noise_is_as_dense_and_weighs_as_in_diffusers_training_scripts(shift, scheme):
+    """Their ``compute_density_for_timestep_sampling`` and ``compute_loss_weighting_for_sd3``, and the scheduler's own table of
+    sigmas, quantile by quantile."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     torch.manual_seed(0)
-    u = compute_density_for_timestep_sampling("logit_normal", 40_000, logit_mean=0.0, logit_std=1.0)
+    u = compute_density_for_timestep_sampling(scheme, 40_000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29)
     theirs = scheduler.sigmas[(u * scheduler.config.num_train_timesteps).long()]
-    quantiles = torch.linspace(0.02, 0.98, 25)
-    ours = schedule_of(scheduler).levels(quantiles)
+    quantiles, schedule = torch.linspace(0.02, 0.98, 25), reweighted(schedule_of(scheduler), scheme, None)
+    ours = schedule.levels(quantiles)
     torch.testing.assert_close(ours, theirs.quantile(quantiles), atol=0.015, rtol=0)
-    assert schedule_of(scheduler).levels(torch.tensor([0.0, 1.0])).isfinite().all()
+    ends = schedule.levels(torch.tensor([0.0, 1.0]))
+    assert ends.isfinite().all() and (schedule.weights(ends) is None or schedule.weights(ends).isfinite().all())
+    weights = replace(schedule, steps=1000.0).weights(1000 * ours)
+    wanted = compute_loss_weighting_for_sd3(scheme, ours)
+    torch.testing.assert_close(torch.ones_like(ours) if weights is None else weights, wanted)
+
+
+def test_a_scheme_and_a_shift_are_for_flow_matching(tmp_path):
+    schedule = schedule_of(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert reweighted(schedule, None, None) is schedule and reweighted(schedule, "mode", None).shift == 3.0
+    assert (
+        reweighted(schedule, None, 1.0).levels(torch.tensor([0.5])) == 0.5
+        and reweighted(schedule, "none", 1.0) != schedule
+    )
+    chosen = Adapter("lora", weighting_scheme="cosmap", shift=2.0)
+    made = settings(tiny.sd_folder(tmp_path / "sd"), tiny.pictures(tmp_path / "pictures"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="weighting_scheme and shift are for bases that were taught by flow matching"):
+        personalize(replace(made, adapter=chosen), progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=r"must be one of .*cosmap.* Did you mean 'logit_normal'"):
+        from_dict(Adapter, {"weighting_scheme": "lognormal"})
 
 
 def test_the_loss_is_that_of_diffusers_training_script(folder):
@@ -150,8 +173,11 @@ def test_the_loss_is_that_of_diffusers_training_script(folder):
         "levels": timesteps / 1000,
         "weights": torch.ones(rows) / rows,
     }
+    weighed = replace(task, schedule=reweighted(base.schedule, "cosmap", None))
+    weights = compute_loss_weighting_for_sd3("cosmap", sigmas)
     with torch.no_grad():
         torch.testing.assert_close(task.loss(base.model, batch), wanted.mean(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(weighed.loss(base.model, batch), (weights * wanted).mean(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api
 from smidgen.adapters.atomic import replace_file
-from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.protocol import ImageBase, Prompts, Schedule
 from smidgen.tasks.data.images import Picture, load_picture, to_tensor
 from smidgen.tasks.data.masks import fitted_mask, weights
 from smidgen.tasks.diffusion.scenes import Scenes
@@ -191,7 +191,7 @@ class PersonalizeTask:
 
     ``dropout`` is the share of the subject's captions that ``blank``, the encoded empty prompt, takes the place of.
     ``preserved`` are prompts, one for each example of the subject: at the same noisy latents the model is held to what the
-    base itself answers to them; their mean loss is weighted by ``preserved_weight``.
+    base itself answers to them; their mean loss is weighted by ``preserved_weight``. ``schedule`` takes the place of the base's own.
     """
 
     subject: Encoded | Buckets
@@ -207,6 +207,7 @@ class PersonalizeTask:
     preserved: Prompts | None = None
     preserved_weight: float = 1.0
     previewer: Callable[[nn.Module, int, Path], None] | None = None
+    schedule: Schedule | None = None
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "noise", index)
@@ -244,7 +245,7 @@ class PersonalizeTask:
 
     def errors(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """What each row of the batch adds to the loss [rows]."""
-        schedule = self.base.schedule
+        schedule = self.schedule or self.base.schedule
         timesteps = schedule.timesteps(batch["levels"])
         noisy, target = schedule.add_noise(batch["latents"], batch["noise"], timesteps)
         if batch.get("preserved"):
@@ -256,6 +257,9 @@ class PersonalizeTask:
         if "importance" in batch:
             errors = errors * batch["importance"]
         errors = errors.mean(dim=tuple(range(1, errors.ndim)))
+        weights = schedule.weights(timesteps)
+        if weights is not None:
+            errors = errors * weights
         if self.snr_gamma is not None:
             errors = errors * schedule.snr_weights(timesteps, self.snr_gamma)
         return errors * batch["weights"]
@@ -266,7 +270,7 @@ class PersonalizeTask:
 
     def levels(self, count: int, noise: torch.Generator) -> Tensor:
         """Noise levels [count] as the base was taught, evenly spread over their density: less variance between batches."""
-        return self.base.schedule.levels(self.quantiles(count, noise))
+        return (self.schedule or self.base.schedule).levels(self.quantiles(count, noise))
 
     def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
         """Numbers in 0..1 spread evenly from one random start, uniform each."""

@@ -19,6 +19,7 @@ from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.schedules import reweighted
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
@@ -61,6 +62,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
 
     base = load()
     check_distilled(base, config.helper_adapter)
+    schedule = reweighted(base.schedule, config.adapter.weighting_scheme, config.adapter.shift)
     data = read_subjects(config.data, base.resolution, base.step)
     config = _in_steps(config, data)
     found = data.found
@@ -79,7 +81,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     folders = config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora"
     with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
         replace_file(out / "config.yaml", dump_yaml(config))
-        task = _task(config, base, data)
+        task = replace(_task(config, base, data), schedule=schedule)
         own = len(config.show.validation_prompt) or 4
         task.previewer = previewer(base, scenes, own) if config.train.preview_steps else None
         base.release_encoders(keep_vae=task.previewer is not None)

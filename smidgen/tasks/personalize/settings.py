@@ -82,6 +82,10 @@ class Adapter:
     text_encoder_learning_rate: float | None = None  # None: half the denoiser's
     weight_decay: float = 0.0  # pulls towards the base
     snr_gamma: float | None = None  # min-SNR weighting; None: off
+    weighting_scheme: Literal["logit_normal", "uniform", "none", "mode", "sigma_sqrt", "cosmap"] | None = (
+        None  # of noise levels, for bases of flow matching; none is uniform; None: logit_normal
+    )
+    shift: float | None = None  # of noise levels towards noise, for bases of flow matching; None: the base's own
 
     def __post_init__(self) -> None:
         parse_method(self.method)  # raises where there is none
