@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from smidgen.bases.pipelines import PipelineBase
-from smidgen.bases.protocol import Prompts, Sampling
+from smidgen.bases.protocol import Prompts, Sampling, Size
 from smidgen.errors import ConfigError
 
 Shape = Sequence[int]
@@ -117,11 +117,11 @@ class Packed(FlowTransformer):
     def _outputs(self, found: Any, shape: Shape) -> Tensor:
         return pixel_shuffle(found.mT.unflatten(-1, (shape[-2] // 2, shape[-1] // 2)), 2)
 
-    def _drawn(self, latents: Tensor, size: int) -> Tensor:
+    def _drawn(self, latents: Tensor, size: Size) -> Tensor:
         return self._outputs(latents, self.latent_shape(size))
 
-    def latent_shape(self, size: int) -> tuple[int, ...]:
-        return (self.model.config.in_channels // 4, size // self.factor, size // self.factor)
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        return self.model.config.in_channels // 4, *self._latent_sides(size)
 
 
 class Framed(FlowTransformer):
@@ -193,7 +193,7 @@ class Flux2Klein(FlowTransformer):
     def _outputs(self, found: Any, shape: Shape) -> Tensor:
         return found.mT.unflatten(-1, tuple(shape[-2:]))  # type: ignore[no-any-return]
 
-    def _drawn(self, latents: Tensor, size: int) -> Tensor:
+    def _drawn(self, latents: Tensor, size: Size) -> Tensor:
         shift, scale = self._standard  # klein's pipeline gives the VAE's own latents
         return (self._folded(latents.to(self.device)) - shift) * scale
 
@@ -212,7 +212,7 @@ class Flux2(Flux2Klein):
     def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
         return {"guidance_scale": guidance}
 
-    def _drawn(self, latents: Tensor, size: int) -> Tensor:
+    def _drawn(self, latents: Tensor, size: Size) -> Tensor:
         return self._outputs(latents, self.latent_shape(size))
 
 
@@ -225,8 +225,12 @@ class ZImage(FlowTransformer):
     time = "t"
     prompt_options: Mapping[str, Any] = {"max_sequence_length": 512, **ONE}
 
-    def latent_shape(self, size: int) -> tuple[int, ...]:
-        return (self.model.in_channels, size // self.factor, size // self.factor)
+    @property
+    def largest(self) -> int:
+        return min(self.model.axes_lens[1:]) * self.step  # type: ignore[no-any-return]
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        return self.model.in_channels, *self._latent_sides(size)
 
     def _times(self, timesteps: Tensor) -> Tensor:
         return 1 - timesteps
@@ -314,6 +318,11 @@ class StableDiffusion3(FlowTransformer):
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     prompt_options: Mapping[str, Any] = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 256, **ONE}
 
+    @property
+    def largest(self) -> int:
+        config = self.model.config
+        return config.pos_embed_max_size * config.patch_size * self.factor  # type: ignore[no-any-return]
+
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         return super()._inputs(noisy, prompts) | {"pooled_projections": prompts.tensors["pooled"]}
 
@@ -381,6 +390,10 @@ class Wan(Framed):
         return int(self.pipe.vae_scale_factor_spatial)
 
     @property
+    def step(self) -> int:
+        return max(16, super().step)  # its pipeline takes no others
+
+    @property
     def _image_processor(self) -> Any:
         return self.pipe.video_processor
 
@@ -396,5 +409,5 @@ class Wan(Framed):
     def _guided(self, negative: Prompts, guidance: float) -> dict[str, Any]:
         return super()._guided(negative, guidance) | {"num_frames": 1}
 
-    def _drawn(self, latents: Tensor, size: int) -> Tensor:
+    def _drawn(self, latents: Tensor, size: Size) -> Tensor:
         return latents.squeeze(2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.methods import Kind
 from smidgen.adapters.tuner.base import fingerprint
-from smidgen.bases.protocol import Prompts, Sampling, Schedule
+from smidgen.bases.protocol import Prompts, Sampling, Schedule, Size, sides
 from smidgen.bases.schedules import schedule_of
 from smidgen.bases.single_file import check_whole, holds_more
 from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
@@ -145,8 +145,17 @@ class PipelineBase:
         size = self.model.config.sample_size
         return int(size if isinstance(size, int) else size[0]) * self.factor
 
-    def latent_shape(self, size: int) -> tuple[int, ...]:
-        return (self.model.config.in_channels, size // self.factor, size // self.factor)
+    @property
+    def largest(self) -> int:
+        return 16_384
+
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        return self.model.config.in_channels, *self._latent_sides(size)
+
+    def _latent_sides(self, size: Size) -> tuple[int, int]:
+        """Height and width of latents."""
+        width, height = sides(size)
+        return height // self.factor, width // self.factor
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -167,7 +176,7 @@ class PipelineBase:
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
         means, stds = [], []
         with torch.no_grad():
-            for part in pixels.split(_at_once(batch, pixels.shape[-1])):
+            for part in pixels.split(at_once(batch, pixels.shape[-2] * pixels.shape[-1])):
                 encoded = self.pipe.vae.encode(self._frames(part.to(self.device, torch.float32)))
                 if hasattr(encoded, "latent_dist"):
                     mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
@@ -214,7 +223,7 @@ class PipelineBase:
         height, width = (side // self.factor for side in masks.shape[-2:])
         return nn.functional.interpolate(masks, (height, width), mode="area")
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: Size) -> Prompts:
         return prompts
 
     def _encoded(self, prompts: list[str]) -> Prompts:
@@ -258,10 +267,11 @@ class PipelineBase:
     @torch.no_grad()
     def draw_latents(
         self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
-        size: int | None = None, batch: int = 8,
+        size: Size | None = None, batch: int = 8,
     ) -> Tensor:  # fmt: skip
         found, size = [], size or self.resolution
-        common = {"num_inference_steps": steps, "height": size, "width": size, "output_type": "latent"}
+        width, height = sides(size)
+        common = {"num_inference_steps": steps, "height": height, "width": width, "output_type": "latent"}
         for start in range(0, len(prompts), batch):
             own = prompts[start : start + batch]
             own, other = self._alike(own, negative[[0] * len(own)])
@@ -279,14 +289,14 @@ class PipelineBase:
         """Guidance away from ``negative``, as the pipeline takes it."""
         return {self.guidance_name: guidance} | self._embeds(negative, "negative_")
 
-    def _drawn(self, latents: Tensor, size: int) -> Tensor:
-        """Latents as the pipeline gives them for images of ``size`` pixels -> this base's [n, channels, height, width]."""
+    def _drawn(self, latents: Tensor, size: Size) -> Tensor:
+        """Latents as the pipeline gives them for images of ``size`` -> this base's [n, channels, height, width]."""
         return latents
 
     def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
         (shift, scale), images = self._standard, []
         with torch.no_grad():
-            for part in latents.split(_at_once(batch, latents.shape[-1] * self.factor)):
+            for part in latents.split(at_once(batch, latents.shape[-2] * latents.shape[-1] * self.factor**2)):
                 own = part.to(self.device, torch.float32) / scale + shift
                 pixels = self._pixels(self.pipe.vae.decode(self._unfolded(own), return_dict=False)[0])
                 images += self._image_processor.postprocess(pixels, output_type="pil")
@@ -321,9 +331,9 @@ class PipelineBase:
         return []
 
 
-def _at_once(batch: int, size: int) -> int:
-    """Images that a VAE takes at once: two of 1024 pixels, whose activations are gigabytes each."""
-    return min(batch, max(1, 2**21 // size**2))
+def at_once(batch: int, pixels: int) -> int:
+    """Images of so many pixels that a VAE takes at once: two of 1024 x 1024, whose activations are gigabytes each."""
+    return min(batch, max(1, 2**21 // pixels))
 
 
 QUANTIZED = ("nf4", "int8", "int8-torchao", "fp8")

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from smidgen.bases.judging import Judge
 
 
+Size = int | tuple[int, int]  # of an image in pixels: of a side of a square, or (width, height)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Width and height."""
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Encoded prompts: a bundle that its family alone looks into, here by rows. ``tensors`` have a row [...] for each
@@ -102,6 +110,7 @@ class ImageBase(Protocol):
         resolution: pixels on a side that it was made for.
         factor: pixels to a latent, along a side.
         step: pixels that the sides of an image are multiples of.
+        largest: pixels that a side has at most, by its position embeddings.
         schedule: as its own scheduler says.
         reads_live: whether its text encoders are trained, see ``train_text_encoders``.
         encoders: the parts still in memory that encode images (``vae``) and prompts, by their names in the pipeline.
@@ -132,13 +141,16 @@ class ImageBase(Protocol):
     def step(self) -> int: ...
 
     @property
+    def largest(self) -> int: ...
+
+    @property
     def schedule(self) -> Schedule: ...
 
     @property
     def encoders(self) -> Mapping[str, nn.Module]: ...
 
-    def latent_shape(self, size: int) -> tuple[int, ...]:
-        """Shape of the latents of one image of ``size`` pixels."""
+    def latent_shape(self, size: Size) -> tuple[int, ...]:
+        """Shape of the latents of one image."""
 
     def encode_images(self, pixels: Tensor, batch: int = 4) -> tuple[Tensor, Tensor]:
         """Images [n, 3, height, width] in -1..1 -> mean and std of their latents, each [n, ...] on the CPU."""
@@ -154,9 +166,9 @@ class ImageBase(Protocol):
     def latent_masks(self, masks: Tensor) -> Tensor:
         """Masks of pixels [n, 1, height, width] -> of latents [n, ...], to be multiplied with them: the mean over each one's pixels."""
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
-        """Prompts that also tell the (width, height) that each image had before it was brought to ``target`` (width, height; one
-        number: a square), for families that are told; without it an image has the size of its latents."""
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: Size) -> Prompts:
+        """Prompts that also tell the (width, height) that each image had before it was brought to ``target``, for families that
+        are told; without it an image has the size of its latents."""
 
     def prompt_shapes(self, model: Any, tokens: int) -> dict[str, tuple[int, ...]]:
         """Shape of one row of each tensor of encoded prompts for ``model``, which may be on the meta device."""
@@ -166,10 +178,10 @@ class ImageBase(Protocol):
 
     def draw_latents(
         self, prompts: Prompts, seeds: Sequence[int], *, negative: Prompts, steps: int, guidance: float,
-        size: int | None = None, batch: int = 8,
+        size: Size | None = None, batch: int = 8,
     ) -> Tensor:  # fmt: skip
         """Latents [n, ...] on the CPU, one for each prompt and seed. A seed alone fixes an image's noise, so that images
-        with and without an adapter can be compared. ``negative`` holds one prompt; ``size`` is in pixels."""
+        with and without an adapter can be compared. ``negative`` holds one prompt."""
 
     def decode(self, latents: Tensor, batch: int = 4) -> list[Image]:
         """Images of latents, decoded in fp32."""

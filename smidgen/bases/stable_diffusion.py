@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.bases.pipelines import PipelineBase
-from smidgen.bases.protocol import Prompts, Sampling
+from smidgen.bases.protocol import Prompts, Sampling, Size, sides
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of a text encoder, as in diffusers' training scripts
 
@@ -161,8 +161,8 @@ class StableDiffusionXL(StableDiffusion):
     tokenizers = ("tokenizer", "tokenizer_2")
     load_options: Mapping[str, Any] = {}
 
-    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: int | tuple[int, int]) -> Prompts:
-        across, down = (target, target) if isinstance(target, int) else target
+    def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: Size) -> Prompts:
+        across, down = sides(target)
         ids = [[height, width, 0, 0, down, across] for width, height in sizes]
         return Prompts({**prompts.tensors, "time_ids": torch.tensor(ids, dtype=torch.float32)})
 

@@ -25,7 +25,7 @@ class Row:
 def contact_sheet(title: str, rows: Sequence[Row], columns: Sequence[str] = (), cell: int = 0) -> Image.Image:
     """A sheet of ``rows``, with ``columns`` written over the rows after the first (the subject's own pictures).
 
-    ``cell`` is the side of a picture on the sheet in pixels (0: small pictures doubled, large ones shrunk to 256).
+    ``cell`` is the longer side of a picture on the sheet in pixels (0: small pictures doubled, large ones shrunk to 256).
     """
     side = cell or _cell([image for row in rows for image in row.images])
     across = max(len(row.images) for row in rows)
@@ -68,9 +68,11 @@ def _draw_row(sheet: Image.Image, pen: ImageDraw.ImageDraw, row: Row, top: int, 
     below = top + 4 + 17 * (label.count("\n") + 1) + 2
     pen.multiline_text((GAP, below), _wrapped(row.note, LABEL - GAP), fill=FAINT, font=_font(11), spacing=2)
     for column, image in enumerate(row.images):
-        enlarge = image.width < side
-        filter = Image.Resampling.NEAREST if enlarge else Image.Resampling.LANCZOS
-        sheet.paste(image.convert("RGB").resize((side, side), filter), (_left(column, side), top))
+        longer = max(image.size)
+        filter = Image.Resampling.NEAREST if longer < side else Image.Resampling.LANCZOS
+        width, height = (max(1, round(own * side / longer)) for own in image.size)
+        place = _left(column, side) + (side - width) // 2, top + (side - height) // 2
+        sheet.paste(image.convert("RGB").resize((width, height), filter), place)
 
 
 def _left(column: int, side: int) -> int:
@@ -78,7 +80,7 @@ def _left(column: int, side: int) -> int:
 
 
 def _cell(images: Sequence[Image.Image]) -> int:
-    size = max(image.width for image in images)
+    size = max(max(image.size) for image in images)
     return size * max(1, 128 // size) if size <= 128 else min(size, 256)
 
 

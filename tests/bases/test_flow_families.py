@@ -263,6 +263,21 @@ def test_a_transformer_in_one_file_is_put_together_as_its_config_says(folder):
     assert base.pipe.transformer is None and base.fingerprint() == load_base(str(folder)).fingerprint()
 
 
+def test_an_image_may_be_wider_than_high(folder):
+    base = load_base(str(folder))
+    prompts = base.encode_prompts(["a red person"])
+    width, height = 4 * base.step, 2 * base.step
+    options = {"negative": prompts, "steps": 2, "guidance": 0.0}
+    latents = base.draw_latents(prompts, [0], size=(width, height), **options)
+    assert latents.shape[1:] == base.latent_shape((width, height)) and latents.isfinite().all()
+    assert base.decode(latents)[0].size == (width, height)
+    if base.largest < 1000:  # the small ones' tables of positions
+        side = base.largest
+        assert base.draw_latents(prompts, [0], size=(side, base.step), **options).isfinite().all()
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            base.draw_latents(prompts, [0], size=(side + base.step, base.step), **options)
+
+
 def test_prompts_are_encoded_and_their_encoders_gone_before_the_transformer_is_read(folder):
     base, whole = load_base(str(folder), text_first=True), load_base(str(folder))
     assert base.pipe.transformer is None

@@ -18,6 +18,7 @@ from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, encode_prior
 from smidgen.tasks.personalize.recipe import personalize
 from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data, PersonalizeConfig, Show
+from smidgen.tasks.png import read_facts
 from smidgen.training.loop import LoopConfig
 from tests.training import tiny
 
@@ -165,6 +166,26 @@ def test_previews_are_of_the_users_own_prompts_seeds_and_negative_prompt(sd, pic
     assert drawn["rain"] != drawn[""]
     with pytest.raises(ConfigError, match="seed must be from 0"):
         Show(seeds=(1, -1))
+
+
+def test_previews_and_sheet_may_be_wider_than_high(sd, pictures, tmp_path, monkeypatch):
+    class OfSquares:
+        name = "squares"
+        prompts = staticmethod(lambda count, seed: ["a person"] * count)
+
+    monkeypatch.setattr(families.FAMILIES["sd"].cls, "judge", lambda self: OfSquares())
+    made = config(sd, pictures, tmp_path / "out", preview_size="32x16", num_prompts=1)
+    report = run(replace(made, train=replace(made.train, preview_steps=4)))
+    for name in ("preview-0.png", "contact_sheet.png"):
+        assert read_facts(tmp_path / "out" / name)["drawn_size"] == [32, 16]
+    assert any("reads squares" in note for note in report.notes) and report.entry.identity is None
+    for size, message in (
+        ("32x15", r"multiples of 4 pixels: 12 and 16 are near 15"), ("wide", "such as 96x64"), ("0x16", "such as 96x64"),
+        ("40000x16", "at most"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            run(config(sd, pictures, tmp_path / "refused", preview_size=size))
+        assert not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -45,6 +45,30 @@ def numbers(resolution: int | str) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
+def parse_shape(text: str, step: int) -> Shape:
+    """Width and height of "96x64", or of "64", a square.
+
+    Raises:
+        ConfigError: neither, or sides that are no multiples of ``step``.
+
+    Example:
+        >>> parse_shape("96x64", step=16)
+        (96, 64)
+    """
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.strip().isdecimal() and int(word) for word in words):
+        raise ConfigError(f"preview_size is a width and a height such as 96x64, or the side of a square, not {text!r}.")
+    width, height = (int(words[0]), int(words[-1]))
+    for side in (width, height):
+        if side % step:
+            near = side // step * step
+            either = f"{near} and {near + step} are near {side}" if near else f"{step} is the least"
+            raise ConfigError(
+                f"preview_size {text} does not fit this base, whose images have sides in multiples of {step} pixels: {either}."
+            )
+    return width, height
+
+
 def shapes_of(
     pictures: Sequence[Picture], sizes: Sequence[int], step: int, bucketing: bool
 ) -> tuple[dict[Shape, list[int]], list[str]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from smidgen.adapters import api
 from smidgen.bases.judging import Judge
-from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.protocol import ImageBase, Prompts, Size
 from smidgen.errors import AdapterFileError
 from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet
@@ -97,7 +97,7 @@ def save_preview(
     model.train(was_training)
 
 
-def answer(base: ImageBase, prompts: Prompts, size: int) -> torch.Tensor:
+def answer(base: ImageBase, prompts: Prompts, size: Size) -> torch.Tensor:
     """What the denoiser predicts for fixed noise in the middle of its schedule."""
     noise = torch.randn(1, *base.latent_shape(size), generator=torch.Generator().manual_seed(0))
     timesteps = base.schedule.timesteps(torch.tensor([0.5])).to(base.device)

@@ -17,6 +17,7 @@ UNSCORED = (
     "Nothing was scored: the judge of {} reads portraits drawn in its own style alone, and none of these pictures is one. "
     "Look at contact_sheet.png."
 )
+OBLONG = "Nothing was scored: the judge reads squares, and preview_size asks for none. Look at contact_sheet.png."
 ALIKE = 0.1  # of a prompt's encoding: rare words of the embedded base differ by .01 to .04, words that it knows by .5 and more
 OWN_PROMPTS = "Captions were not scored: the judge knows what its own scenes should show, not what these prompts say."
 

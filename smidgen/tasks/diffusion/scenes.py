@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.protocol import ImageBase, Prompts, Size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -19,7 +19,7 @@ class Scenes:
     seeds: tuple[int, ...]
     steps: int
     guidance: float
-    size: int | None = None
+    size: Size | None = None
     negative: str = ""  # what guidance leads away from
 
     @property

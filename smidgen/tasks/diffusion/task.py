@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api
 from smidgen.adapters.atomic import replace_file
-from smidgen.bases.protocol import ImageBase, Prompts, Schedule
+from smidgen.bases.protocol import ImageBase, Prompts, Schedule, Size, sides
 from smidgen.tasks.data.images import Picture, load_picture, to_tensor
 from smidgen.tasks.data.masks import fitted_mask, weights
 from smidgen.tasks.diffusion.scenes import Scenes
@@ -103,11 +103,10 @@ def encode_examples(
     base: ImageBase,
     pictures: Sequence[Picture],
     captions: Sequence[str],
-    target: int | tuple[int, int],
+    target: Size,
     least: float = 0.1,
 ) -> Encoded:
-    """Encode pictures and their captions with the base's VAE and text encoders, at ``target`` (width, height; one number: a
-    square). What their masks leave out counts ``least``."""
+    """Encode pictures and their captions with the base's VAE and text encoders, at ``target``. What their masks leave out counts ``least``."""
     parts = [  # decoded a few at a time: a thousand large pictures would not fit in memory as numbers
         base.encode_images(to_tensor(load_picture(picture.path, target) for picture in pictures[at : at + 32]))
         for at in range(0, len(pictures), 32)
@@ -141,13 +140,11 @@ def in_proportion(repeats: Sequence[int]) -> tuple[int, ...]:
     return tuple(count // math.gcd(*repeats) for count in repeats)
 
 
-def _importance(
-    base: ImageBase, pictures: Sequence[Picture], target: int | tuple[int, int], least: float
-) -> Tensor | None:
+def _importance(base: ImageBase, pictures: Sequence[Picture], target: Size, least: float) -> Tensor | None:
     """What each latent's error counts: by the pictures' masks and weights."""
     if all(picture.mask is None and picture.weight == 1 for picture in pictures):
         return None
-    across, down = (target, target) if isinstance(target, int) else target
+    across, down = sides(target)
     masks = [
         fitted_mask(one.mask, one.mask == one.path, one.size, target) if one.mask else torch.ones(1, down, across)
         for one in pictures
@@ -168,9 +165,9 @@ def encode_prior(base: ImageBase, scenes: Scenes, cache: Path, key: str) -> Enco
     if latents is None:
         latents = base.draw_latents(prompts, scenes.seeds, **options)
         replace_file(cache, save({"latents": latents.contiguous()}, metadata={"asked": asked}))
-    size = scenes.size or base.resolution
+    size = sides(scenes.size or base.resolution)
     names = tuple(f"class picture {number}" for number in range(len(prompts)))
-    return Encoded(latents, torch.zeros_like(latents), base.sized(prompts, [(size, size)] * len(prompts), size), names)
+    return Encoded(latents, torch.zeros_like(latents), base.sized(prompts, [size] * len(prompts), size), names)
 
 
 def _cached(path: Path, asked: str) -> Tensor | None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from torch import Tensor, nn
 
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.bases.families import load_base
-from smidgen.bases.pipelines import default_device, quantization
-from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.pipelines import at_once, default_device, quantization
+from smidgen.bases.protocol import ImageBase, Prompts, Size, sides
 from smidgen.bases.shapes import Shapes, shapes_of
 from smidgen.errors import ConfigError
+from smidgen.tasks.data.buckets import parse_shape
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
 from smidgen.tasks.personalize.recipe import adapter_setup
 from smidgen.tasks.personalize.settings import PersonalizeConfig, rates
@@ -188,13 +190,13 @@ class _Ends:
 
 
 @lru_cache(maxsize=256)
-def _ends(name: str, made: str | None, size: int, precision: torch.dtype) -> _Ends:
+def _ends(name: str, made: str | None, size: int, shown: Size, precision: torch.dtype) -> _Ends:
     shapes = shapes_of(name, made)
     base = shapes.base()
     nn.Module.to(base.model, precision)
     rows = _counted_rows(base.model, 2 * DRAWN)
-    drawn = _forward(base, _batch(base, shapes, rows, size, precision), precision) * 2 * DRAWN // rows
-    return _Ends(drawn, *_vae(base, size))
+    drawn = _forward(base, _batch(base, shapes, rows, shown, precision), precision) * 2 * DRAWN // rows
+    return _Ends(drawn, *_vae(base, size, shown))
 
 
 def _counted_rows(model: nn.Module, rows: int) -> int:
@@ -257,7 +259,7 @@ def _times(step: Cost, rows: int, counted: int) -> Cost:
     return Cost(*(value * rows // counted for value in (step.forward, step.training, step.bytes)))
 
 
-def _batch(base: ImageBase, shapes: Shapes, rows: int, size: int, precision: torch.dtype) -> dict[str, Any]:
+def _batch(base: ImageBase, shapes: Shapes, rows: int, size: Size, precision: torch.dtype) -> dict[str, Any]:
     latents = torch.empty(rows, *base.latent_shape(size), device="meta")
     found: dict[str, Tensor] = {}
     for name, shape in base.prompt_shapes(base.model, shapes.tokens).items():
@@ -280,12 +282,12 @@ def _forward(base: ImageBase, batch: dict[str, Any], precision: torch.dtype) -> 
         return cost(run, backward=False, precision=precision).bytes
 
 
-def _vae(base: ImageBase, size: int) -> tuple[int, int, int]:
+def _vae(base: ImageBase, size: int, shown: Size) -> tuple[int, int, int]:
     """Bytes of activations of encoding and of decoding as many images as are taken at once, and the VAE's parameters."""
     vae: Any = base.encoders["vae"]
-    rows = min(4, max(1, 2**21 // size**2))
-    pixels = base._frames(torch.empty(rows, 3, size, size, device="meta"))  # type: ignore[attr-defined]
-    latents = base._unfolded(torch.empty(rows, *base.latent_shape(size), device="meta"))  # type: ignore[attr-defined]
+    pixels = base._frames(torch.empty(at_once(4, size**2), 3, size, size, device="meta"))  # type: ignore[attr-defined]
+    drawn = torch.empty(at_once(4, prod(sides(shown))), *base.latent_shape(shown), device="meta")
+    latents = base._unfolded(drawn)  # type: ignore[attr-defined]
 
     def ends(run: Callable[[], Tensor]) -> int:
         with torch.no_grad():
@@ -309,7 +311,9 @@ def _bytes(model: nn.Module) -> int:
 
 def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: int) -> Plan:
     precision = DTYPES[config.train.mixed_precision]
-    width, ends = precision.itemsize, _ends(config.base, config.base_config, found.resolution, precision)
+    asked = config.show.preview_size
+    shown = found.resolution if asked is None else parse_shape(asked, shapes.base().step)
+    width, ends = precision.itemsize, _ends(config.base, config.base_config, found.resolution, shown, precision)
     bits = BITS.get(config.quantize or "", 8 * width)
     denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
     vae, texts = {"VAE": 4.0 * ends.vae}, {"text encoders": width * float(sum(shapes.texts.values()))}

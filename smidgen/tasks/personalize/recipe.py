@@ -18,14 +18,15 @@ from smidgen.bases.distilled import Helper, check_distilled, digest
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
 from smidgen.bases.pipelines import default_device
-from smidgen.bases.protocol import ImageBase, Prompts
+from smidgen.bases.protocol import ImageBase, Prompts, Size, sides
 from smidgen.bases.schedules import reweighted
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.cards import public_name, write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
+from smidgen.tasks.data.buckets import parse_shape
 from smidgen.tasks.diffusion.gallery import gallery, previewer
-from smidgen.tasks.diffusion.limits import OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words, words_alike
+from smidgen.tasks.diffusion.limits import OBLONG, OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words, words_alike
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import Buckets, Encoded, PersonalizeTask, encode_prior, encode_shapes
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates, text_rates
@@ -75,16 +76,23 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
         logger.warning("%s", warning)
     logger.info("Training on %s of %s.", found, config.data.folder or config.data.subjects)
     blind = judge is None and all(foreign)
-    judge = judge or (None if blind else base.judge())
+    own = None if judge or blind else base.judge()
+    judge = judge or own
     scenes, asked, owners = _scenes(config, base, judge, data)
+    oblong = scenes.size is not None and len(set(sides(scenes.size))) > 1
+    judge = None if oblong and judge is own else judge  # which reads squares
 
     folders = config.out, config.resume_from_checkpoint, config.overwrite, config.out / "peft_lora"
     with run_folder(*folders, keep=[CLASS_LATENTS]) as out:
         replace_file(out / "config.yaml", dump_yaml(config))
         task = replace(_task(config, base, data), schedule=schedule)
-        own = len(config.show.validation_prompt) or 4
-        task.previewer = previewer(base, scenes, own) if config.train.preview_steps else None
+        most = len(config.show.validation_prompt) or 4
+        task.previewer = previewer(base, scenes, most) if config.train.preview_steps else None
         base.release_encoders(keep_vae=task.previewer is not None)
+        if max(sides(scenes.size or base.resolution)) > base.largest:
+            raise ConfigError(
+                f"{base.name!r} draws images with sides of {base.largest:,} pixels at most, not {scenes.size}."
+            )
         identity = _identity(config, base, data)
 
         runs = [_fit(config, config.adapter.method, base, task, out, identity, progress)]
@@ -105,7 +113,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     facts["adapters"] = [about_adapter(run.folder, run.name) for run in runs]
     write_png(shown.sheet, out / "contact_sheet.png", facts | scenes.facts)
     loss_plot({run.name: run.losses for run in runs}, out / "loss.png")
-    unscored = UNSCORED.format(public_name(config.base)) if blind else NO_JUDGE
+    unscored = UNSCORED.format(public_name(config.base)) if blind else OBLONG if own and oblong else NO_JUDGE
     scored = [f"Scored by {judge.name}."] if judge else [unscored]
     scored += [OWN_PROMPTS] if judge and shown.entries[-1].caption is None else []
     notes = (f"Trained on {found}.", *data.notes, *scored, *shown.proof)
@@ -228,7 +236,8 @@ def _scenes(
         show.seeds[at] if show.seeds else derive(config.train.seed, "show", prompt, at) for prompt, at, _ in columns
     )
     prompts = tuple(bound[who][prompt] for prompt, _, who in columns)
-    scenes = Scenes(prompts, seeds, size=data.size, negative=show.negative_prompt, **_sampling(config, base))
+    size: Size = data.size if show.preview_size is None else parse_shape(show.preview_size, base.step)
+    scenes = Scenes(prompts, seeds, size=size, negative=show.negative_prompt, **_sampling(config, base))
     return scenes, [plain[prompt] for prompt, *_ in columns], [who for *_, who in columns]
 
 

@@ -102,6 +102,7 @@ class Show:
     num_seeds: int = 2  # pictures of each scene
     seeds: tuple[int, ...] = ()  # of each scene's pictures, in place of num_seeds of the run's own
     negative_prompt: str = ""  # what guidance leads away from
+    preview_size: str | None = None  # width and height of what is drawn, such as 96x64; None: square, at the resolution
     inference_steps: int | None = None  # None: as the base's kind needs
     guidance_scale: float | None = None  # None: as the base's kind needs
     compare_lora: bool | None = None  # train peft's LoRA the same way; None: when a judge exists for the base
