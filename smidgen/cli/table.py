@@ -80,6 +80,11 @@ COMMANDS = {
     ),
     "verify": Command("prove that an adapter is on and belongs to its base", "using:verify", ("diffusion",)),
     "inspect": Command("say what an adapter folder holds", "using:inspect"),
+    "export": Command(
+        "write an adapter for other programs: export ADAPTER --to FORMAT --out DIR",
+        "using:export",
+        ("diffusion",),
+    ),
     "combine": Command("add adapters into one: combine A B --weights 0.5,0.5 --out C", "using:combine"),
     "methods": Command("list the methods and what they train", "telling:methods"),
     "count": Command("count the numbers a method trains in a well-known architecture", "telling:count"),

@@ -69,6 +69,35 @@ def verify(adapter: Path, /, base: str = "embedded", base_config: str | None = N
         raise SmidgenError(f"{adapter} does not verify on {base}.")
 
 
+def export(
+    adapter: Path,
+    /,
+    to: Literal["peft", "diffusers", "kohya", "peft-oft", "full-diff", "merged"],
+    out: Path,
+    base: str = "embedded",
+    strength: float = 1.0,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    allow_loss: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Write ADAPTER for other programs, and read it back by their rules. What has no exact form there is refused.
+
+    Args:
+        adapter: the adapter's folder.
+        to: peft: a folder of a peft LoRA; diffusers: pytorch_lora_weights.safetensors; kohya: for ComfyUI and A1111; peft-oft: of
+            the method oft; full-diff: whole differences, for ComfyUI and LyCORIS; merged: the model with the adapter in it.
+        out: a folder, or the name of a .safetensors file where the format is one file.
+        base: embedded, a pipeline folder, or a hub name; the one the adapter was trained on.
+        strength: what the adapter is multiplied with in the file.
+        dtype: number format of a merged model.
+        allow_loss: write a merged model although rounding takes more than 15 % of the adapter.
+        overwrite: write over what is in OUT.
+    """
+    from smidgen.tasks.exporting import export_folder as run
+
+    print(run(adapter, to, out, base, strength, dtype, allow_loss, overwrite)[1])
+
+
 def combine(
     adapters: list[Path],
     /,

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smidgen
+from smidgen.adapters.checkpoint.files import LORA_NAME
 from smidgen.bases.embedded import world
 from smidgen.bases.families import load_base
 from smidgen.cli import main
@@ -22,7 +23,7 @@ from smidgen.difflora.generator.directions import Space, fit_space, load_directi
 from smidgen.difflora.generator.generator import load_generator
 from smidgen.difflora.use import commands
 from smidgen.difflora.use.commands import parse_seeds
-from smidgen.difflora.use.folders import DIFFUSERS_NAME, read_recipe
+from smidgen.difflora.use.folders import read_recipe
 from smidgen.difflora.use.refine import Refine
 from smidgen.difflora.use.sampler import Output, Sheet
 from smidgen.difflora.use.sliders import calibrate
@@ -108,7 +109,7 @@ def test_predict_writes_what_it_says(trained, photos, tmp_path, capsys):
     assert f"{out}: {size:,} bytes" in said
     assert all(f"{part} " in said for part in ("loading", "prediction", "drawing", "writing"))
     assert {path.name for path in out.iterdir()} == {
-        "adapter_config.json", WEIGHTS, DIFFUSERS_NAME, "recipe.json", "README.md", "contact_sheet.png"
+        "adapter_config.json", WEIGHTS, LORA_NAME, "recipe.json", "README.md", "contact_sheet.png"
     }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["ann"]
     recipe, generator = json.loads((out / "recipe.json").read_text()), load_generator(trained)
@@ -124,7 +125,7 @@ def test_its_numbers_are_the_generators(trained, photos, predicted):
     generator = load_generator(trained)
     image = Image.open(photos[0]).convert("RGB")
     row = generator.predict([image])[0]
-    tensors = load_file(predicted / DIFFUSERS_NAME)
+    tensors = load_file(predicted / LORA_NAME)
     for a, b in generator.layout.factor_pairs():
         assert torch.equal(tensors[f"unet.{a.key}.lora_A.weight"], row[a.columns].reshape(a.shape))
         assert torch.equal(tensors[f"unet.{b.key}.lora_B.weight"], row[b.columns].reshape(b.shape))
@@ -146,7 +147,7 @@ def test_smidgen_peft_and_diffusers_read_the_same_adapter(predicted):
     ours = answers(lambda base: smidgen.load(base.model, predicted))
     assert (ours - plain).norm() > 1e-4 * plain.norm()
     assert torch.allclose(answers(by_peft), ours, atol=1e-6)
-    theirs = answers(lambda base: base.pipe.load_lora_weights(str(predicted), weight_name=DIFFUSERS_NAME))
+    theirs = answers(lambda base: base.pipe.load_lora_weights(str(predicted), weight_name=LORA_NAME))
     assert torch.allclose(theirs, ours, atol=1e-5)
     merged = answers(lambda base: smidgen.merge(smidgen.load(base.model, predicted)))
     assert torch.allclose(merged, ours, atol=1e-4)
@@ -306,7 +307,7 @@ def test_a_generator_of_vectors(photos, tmp_path):
     words = ["generator", "train", "--preset", "debug", "--adapter.method", "svfit", "--adapter.rank", "8"]
     assert main([*words, "--end-to-end.train.max-train-steps", "1", "--out", str(trained)]) == 0
     commands.predict([photos[0]], work(out, trained), refine=Refine(steps=1))
-    assert not (out / DIFFUSERS_NAME).exists()
+    assert not (out / LORA_NAME).exists()
     assert _rank(out) == 8
     base = load_base("embedded")
     smidgen.load(base.model, out)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import smidgen
 from smidgen.bases.families import load_base
 from smidgen.difflora.weightspace.layout import write_adapter
-from smidgen.difflora.zoo.formats import Names, find, read_lora
 from smidgen.difflora.zoo.importing import import_zoo
+from smidgen.difflora.zoo.names import Names, find, read_lora
 from smidgen.difflora.zoo.store import Zoo
 from smidgen.errors import AdapterFileError, ConfigError, DataError
 
@@ -156,14 +156,17 @@ def test_what_is_refused(base, three, tmp_path):
         with pytest.raises(AdapterFileError, match=match):
             read_lora(path, names)
 
-    refuse("which the base does not have", {"lora_unet_down_blocks_9_to_q.lora_up.weight": torch.zeros(2, 2)})
+    def pair(name: str) -> dict:
+        return {f"{name}.{side}.weight": torch.zeros(2, 2) for side in ("lora_down", "lora_up")}
+
+    refuse("which the base does not have", pair("lora_unet_down_blocks_9_to_q"))
     refuse("no part of a plain LoRA. It is DoRA", {first.replace("lora_down.weight", "dora_scale"): torch.zeros(2)})
     refuse("It is LoHa", {"lora_unet_x.hada_w1_a": torch.zeros(2)})
     refuse(r"has only \['alpha', 'b'\]", drop=first)
     refuse("the base's layer is", {first: torch.zeros(2, 99)})
     refuse("NaN", {first: torch.full_like(plain[first], float("nan"))})
-    refuse("also changes the text encoder", {"lora_te_text_model_x.lora_up.weight": torch.zeros(2, 2)})
-    save_file(plain | {"lora_te_text_model_x.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "te.safetensors")
+    refuse("also changes the text encoder", pair("lora_te_text_model_x"))
+    save_file(plain | pair("lora_te_text_model_x"), tmp_path / "te.safetensors")
     assert len(read_lora(tmp_path / "te.safetensors", names, ignore_text_encoder=True)) == len(plain) // 3
     (tmp_path / "cut.safetensors").write_bytes((root / "cleo.safetensors").read_bytes()[:-10])
     with pytest.raises(AdapterFileError, match="truncated"):

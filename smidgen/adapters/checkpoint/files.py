@@ -196,3 +196,14 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise AdapterFileError(
             f"{file} ({size:,} bytes) is truncated or not a safetensors file ({error}); copy it again from its source."
         ) from error
+
+
+def public_name(base: str) -> str:
+    """A base's name without the path it lies under: files that travel do not tell about this machine.
+
+    Example:
+        >>> public_name("/home/ann/sd15"), public_name("owner/name")
+        ('sd15', 'owner/name')
+    """
+    path = Path(base).expanduser()
+    return path.resolve().name if base and (path.is_absolute() or path.is_dir()) else base

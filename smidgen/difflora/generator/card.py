@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.checkpoint.files import LORA_NAME
 from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
-from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.tasks.cards import adapter_head, bullets, licence, model_card, public_name
 
 FACES = (
@@ -26,7 +26,7 @@ def adapter_card(layout: Layout, base: str, recipe: Mapping[str, Any], size: int
     base = public_name(base)
     loaded, sampling = card_lines(base)
     kind = layout.config.get("method") or layout.config.get("residual") or layout.config.get("transform")
-    call = f"pipe.load_lora_weights(FOLDER, weight_name={DIFFUSERS_NAME!r})"
+    call = f"pipe.load_lora_weights(FOLDER, weight_name={LORA_NAME!r})"
     use = f"""The prompt says "a person", as for anybody.
 
 ```python

@@ -20,15 +20,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch import Tensor
 
-from smidgen.adapters import diffusers_file
 from smidgen.adapters.atomic import new_files, write_file
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
+from smidgen.adapters.checkpoint.formats import FORMATS, Lora, Place, Source
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.weightspace.layout import Layout, write_adapter
-from smidgen.difflora.zoo.formats import DIFFUSERS_NAME
 from smidgen.errors import DataError, did_you_mean
 from smidgen.tasks.data.images import remarks
 from smidgen.tasks.data.pixels import Decoded, decode
@@ -115,7 +113,7 @@ def write_folder(layout: Layout, row: Tensor, base: ImageBase, folder: Path, rec
         warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
         write_adapter(layout, row, base.model, folder)
     if is_lora(layout):
-        write_file(folder / DIFFUSERS_NAME, diffusers_lora(layout, row, base.component))
+        FORMATS["diffusers"].write(loras(layout, row, base.component), Source(), folder / LORA_NAME)
     recipe = {"format": FORMAT, "smidgen": version("smidgen"), "layout": layout.digest} | recipe
     write_file(folder / RECIPE, (json.dumps(recipe, indent=1) + "\n").encode())
     return sum((folder / name).stat().st_size for name in (CONFIG_NAME, WEIGHTS_NAME))
@@ -141,10 +139,11 @@ def is_lora(layout: Layout) -> bool:
     return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
 
 
-def diffusers_lora(layout: Layout, row: Tensor, component: str) -> bytes:
-    """``pytorch_lora_weights.safetensors`` of a LoRA's row [numbers] on that component of the pipeline, its scale in B."""
-    tensors: dict[str, Tensor] = {}
-    for a, b in layout.factor_pairs():
-        down, up = row[a.columns].reshape(a.shape), b.scale * row[b.columns].reshape(b.shape)
-        tensors |= diffusers_file.pair(component, a.key, down, up)
-    return save(tensors)
+def loras(layout: Layout, row: Tensor, component: str) -> dict[Place, Lora]:
+    """The factors in a LoRA's row [numbers], on that component of the pipeline."""
+    return {
+        Place(component, a.key, (b.shape[0], a.shape[1])): Lora(
+            row[b.columns].reshape(b.shape), row[a.columns].reshape(a.shape), b.scale
+        )
+        for a, b in layout.factor_pairs()
+    }

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import smidgen
+from smidgen.adapters.checkpoint.formats import Lora
 from smidgen.bases.families import EMBEDDED, load_base
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.weightspace.canonical import refactor
 from smidgen.difflora.weightspace.layout import Layout
-from smidgen.difflora.zoo.formats import Factors, Names, find, read_lora
+from smidgen.difflora.zoo.names import Names, find, read_lora
 from smidgen.difflora.zoo.records import Record, pack_group
 from smidgen.difflora.zoo.status import Status, status
 from smidgen.difflora.zoo.store import Zoo
@@ -100,7 +101,7 @@ def _config(ranks: Ranks) -> smidgen.SmidgenConfig:
     return smidgen.config("lora", r=usual, rank_pattern=pattern, target_modules=sorted(ranks))
 
 
-def _row(layout: Layout, factors: dict[str, Factors], ranks: Ranks) -> tuple[Tensor, float]:
+def _row(layout: Layout, factors: dict[str, Lora], ranks: Ranks) -> tuple[Tensor, float]:
     """The adapter as a row, and the share of its delta that was lost (Frobenius over all targets)."""
     tensors: dict[str, dict[str, Tensor]] = {}
     lost = total = 0.0

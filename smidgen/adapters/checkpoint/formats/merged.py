@@ -1,0 +1,82 @@
+"""The base model with the adapter in its weights: an ordinary model or pipeline folder that needs neither peft nor Smidgen.
+
+A module that cannot save itself becomes ``model.safetensors`` with its state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+from smidgen.adapters.atomic import flush
+from smidgen.adapters.checkpoint.files import public_name, read_safetensors
+from smidgen.adapters.checkpoint.formats.format import Content, Format, Place, Source
+from smidgen.adapters.checkpoint.formats.peft import WRAP, by_component
+from smidgen.errors import AdapterFileError
+
+FILE = "model.safetensors"
+
+
+class Merged(Format):
+    name = "merged"
+    summary = "the whole model with the adapter in its weights, for everything: any method"
+    holds = "weight"
+    heads = True
+
+    def write(self, content: Content, source: Source, path: Path) -> None:
+        """``source.model`` is the merged model."""
+        if hasattr(source.model, "save_pretrained"):
+            with _without_path(source.model):
+                source.model.save_pretrained(path)
+        else:
+            save_model(source.model, str(path / FILE), {"format": "pt", **source.about})
+            flush(path / FILE)
+
+    def check(self, content: Content, source: Source, path: Path) -> int:
+        """The folder is loaded by the model's own class, and must hold the merged weights to the bit."""
+        for component, places in by_component(content).items():
+            there = _reread(source.model, component, path)
+            heads = {name.removeprefix(WRAP): value for name, value in source.heads.get(component, {}).items()}
+            for name, wanted in ({_parameter(place): value for place, value in places.items()} | heads).items():
+                found = there.get(name)
+                if found is None or not torch.equal(found.float(), wanted.float().cpu()):
+                    what = "is not there" if found is None else "is not the merged one"
+                    raise AdapterFileError(f"{path.name}: {name!r} of the model that was written {what}.")
+        return len(content)
+
+
+def _parameter(place: Place) -> str:
+    return place.layer if place.kind == "experts" else f"{place.layer}.weight"
+
+
+def _reread(model: Any, component: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a written component by their names in the model."""
+    part: Any = model if isinstance(model, nn.Module) else getattr(model, component)
+    if not hasattr(part, "save_pretrained"):
+        return read_safetensors(path / FILE)
+    where = path if isinstance(model, nn.Module) else path / component
+    return dict(type(part).from_pretrained(where).state_dict())
+
+
+@contextmanager
+def _without_path(model: Any) -> Iterator[None]:
+    """Within, configs do not tell where the base lay on this machine."""
+    parts = [model] if isinstance(model, nn.Module) else [model, *model.components.values()]
+    configs = [config for part in parts if (config := getattr(part, "config", None)) is not None]
+    kept = []
+    for config in configs:
+        held = config if hasattr(config, "__dict__") and "_name_or_path" in vars(config) else None
+        if held is not None:
+            kept.append((held, held._name_or_path))
+            held._name_or_path = public_name(str(held._name_or_path or ""))
+    try:
+        yield
+    finally:
+        for config, value in kept:
+            config._name_or_path = value

@@ -1,0 +1,250 @@
+"""A folder of peft's LoRA: ``adapter_config.json`` and ``adapter_model.safetensors``, for peft, transformers, vLLM and whatever reads those.
+
+Of a pipeline, the UNet or transformer is in the folder itself and each other component in a sub-folder of its name, as in ours.
+Ranks that differ are in ``rank_pattern``; alpha is the rank everywhere, the scale is in B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig, PeftConfig
+from safetensors.torch import save
+from torch import Tensor
+
+from smidgen.adapters.atomic import write_file
+from smidgen.adapters.checkpoint.files import WEIGHTS_NAME, read_config, read_tensors
+from smidgen.adapters.checkpoint.formats.format import (
+    Content,
+    Format,
+    Lora,
+    Place,
+    Source,
+    as_weights,
+    both,
+    check_change,
+    check_layers,
+    sides,
+)  # fmt: skip
+from smidgen.errors import AdapterFileError
+
+WRAP = "base_model.model."  # what peft puts before the names of a model's modules
+ENDINGS = {"lora_A.weight": "a", "lora_B.weight": "b"}
+_DENOISERS = ("unet", "transformer")
+
+
+class PeftFolder(Format):
+    """What folders of peft's methods share: one a component, a config that names targets exactly, heads beside."""
+
+    heads = True
+    peft_type: ClassVar[str]
+    endings: ClassVar[Mapping[str, str]]
+
+    def config(self, places: Mapping[Place, Any], options: Mapping[str, Any]) -> PeftConfig:
+        """peft's own config for these layers."""
+        raise NotImplementedError
+
+    def layers(self, places: Mapping[Place, Any]) -> dict[Place, dict[str, Tensor]]:
+        """The tensors of each layer by the ends of their keys."""
+        raise NotImplementedError
+
+    def check_layer(
+        self, place: Place, own: Mapping[str, Tensor], value: Any, config: Mapping[str, Any], where: Path
+    ) -> None:
+        """AdapterFileError unless peft makes of these tensors what the adapter is."""
+        raise NotImplementedError
+
+    def write(self, content: Content, source: Source, path: Path) -> None:
+        for component, places in by_component(content).items():
+            inside = path / subfolder(component)
+            inside.mkdir(exist_ok=True)
+            names = {place.layer for place in places}
+            heads = source.heads.get(component, {})
+            config = self.config(
+                places,
+                {
+                    "target_modules": exactly(names, source.modules.get(component, names)),
+                    "modules_to_save": sorted(source.head_modules.get(component, ())) or None,
+                    "base_model_name_or_path": source.base,
+                    "inference_mode": True,
+                },
+            )
+            tensors = {
+                f"{WRAP}{place.layer}.{end}": value.contiguous()
+                for place, own in self.layers(places).items()
+                for end, value in own.items()
+            }
+            tensors |= {name: value.detach().cpu().contiguous() for name, value in heads.items()}
+            config.save_pretrained(str(inside))
+            write_file(inside / WEIGHTS_NAME, save(tensors, {"format": "pt", **source.about}))
+
+    def check(self, content: Content, source: Source, path: Path) -> int:
+        """peft finds layers by its config, whose targets must mean these and no others, and their numbers by the names they have
+        in the model."""
+        count = 0
+        for component, places in by_component(content).items():
+            inside = path / subfolder(component)
+            config, tensors = read_config(inside), read_tensors(inside)
+            if config.get("peft_type") != self.peft_type:
+                raise AdapterFileError(
+                    f"{inside.name}: peft_type is {config.get('peft_type')!r}, not {self.peft_type!r}."
+                )
+            named = {place.layer: place for place in places}
+            meant = matching(config.get("target_modules") or (), source.modules.get(component, named))
+            check_layers(dict.fromkeys(meant), named, inside, "peft's config")
+            heads = source.heads.get(component, {})
+            if lost := sorted(heads.keys() - tensors.keys()):
+                raise AdapterFileError(f"{inside.name} lacks {lost[0]!r} of the head.")
+            own = {key: value for key, value in tensors.items() if key not in heads}
+            for key in own:
+                if not key.startswith(WRAP):
+                    raise AdapterFileError(f"{inside.name}: peft ignores {key!r}, which does not start with {WRAP!r}.")
+            found = sides({k.removeprefix(WRAP): v for k, v in own.items()}, self.endings, inside)
+            count += check_layers(found, named, inside, "peft")
+            for name, place in named.items():
+                self.check_layer(place, found[name], places[place], config, inside)
+        return count
+
+
+class Peft(PeftFolder):
+    name = "peft"
+    summary = "a folder of peft's LoRA, for peft, transformers, vLLM and whatever reads those"
+    holds = "lora"
+    peft_type = "LORA"
+    endings = ENDINGS
+
+    def refusal(self, place: Place, source: Source) -> str | None:
+        if place.kind == "experts":
+            return "peft's LoRA of fused experts is laid out by each model in its own way; --to merged holds it"
+        if not place.plain:
+            return "peft's LoRA of a convolution knows no dilation or padding mode; --to full-diff or merged hold it"
+        return None
+
+    def config(self, places: Mapping[Place, Any], options: Mapping[str, Any]) -> PeftConfig:
+        ranks = {place.layer: lora.r * place.groups for place, lora in places.items()}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        pattern: dict[str, Any] = {"^" + re.escape(layer): r for layer, r in ranks.items() if r != usual}
+        transposed = all(place.kind == "conv1d" for place in places)
+        return LoraConfig(
+            r=usual,
+            lora_alpha=usual,
+            rank_pattern=pattern,
+            alpha_pattern=dict(pattern),
+            fan_in_fan_out=transposed,
+            **options,
+        )
+
+    def layers(self, places: Mapping[Place, Lora]) -> dict[Place, dict[str, Tensor]]:
+        pairs = {place: as_weights(lora, place) for place, lora in places.items()}
+        return {p: {"lora_A.weight": _spread(a, p.groups), "lora_B.weight": b} for p, (a, b) in pairs.items()}
+
+    def check_layer(
+        self, place: Place, own: Mapping[str, Tensor], value: Lora, config: Mapping[str, Any], where: Path
+    ) -> None:
+        a, b = both(place.layer, own, where)
+        kernel, width = own["a"].shape[2:], own["a"].shape[1]
+        inputs = place.shape[0] if place.kind == "conv1d" else place.shape[1] * place.groups
+        r = rank_of(config, place.layer)
+        if kernel != place.shape[2:] or width != inputs or r != len(a):
+            raise AdapterFileError(
+                f"{where.name}: lora_A at {place} is {tuple(own['a'].shape)}, the layer takes {(r, inputs, *place.shape[2:])}."
+            )
+        a = _gathered(own["a"].float(), place).flatten(1)
+        check_change(place, Lora(b, a, scale_of(config, place.layer, r)), value, where)
+
+    @staticmethod
+    def read(folder: Path) -> dict[str, Lora]:
+        """The LoRA in a folder by its layers' names.
+
+        Raises:
+            AdapterFileError: another kind of adapter, or one that is no product of two factors; damage.
+        """
+        config = read_config(folder)
+        _check_plain(config, folder)
+        tensors = {key.removeprefix(WRAP): value for key, value in read_tensors(folder).items()}
+        found = {}
+        for name, own in sides(tensors, ENDINGS, folder).items():
+            a, b = both(name, own, folder)
+            found[name] = Lora(b, a, scale_of(config, name, len(a)))
+        return found
+
+
+def by_component(content: Content) -> dict[str, dict[Place, Any]]:
+    """The layers of each component."""
+    found: dict[str, dict[Place, Any]] = {}
+    for place, value in content.items():
+        found.setdefault(place.component, {})[place] = value
+    return found
+
+
+def subfolder(component: str) -> str:
+    """Where a component's adapter is in a folder."""
+    return "" if component in _DENOISERS else component
+
+
+def exactly(names: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """Targets that mean ``names`` and no other module: peft takes the end of a name too."""
+    if matching(sorted(names), modules) == set(names):
+        return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
+def matching(targets: Collection[str] | str, modules: Collection[str]) -> set[str]:
+    """The modules that targets mean to peft: those that a text matches as a whole, or whose name ends in one of a list."""
+    if isinstance(targets, str):
+        return {name for name in modules if re.fullmatch(targets, name)}
+    ends = tuple(f".{target}" for target in targets)
+    return {name for name in modules if name in targets or name.endswith(ends)}
+
+
+def rank_of(config: Mapping[str, Any], layer: str) -> int:
+    """The rank that peft gives a layer."""
+    return int(_pattern(config.get("rank_pattern"), layer, config.get("r", 8)))
+
+
+def scale_of(config: Mapping[str, Any], layer: str, r: int) -> float:
+    """alpha / r, as peft computes it for a layer."""
+    alpha = _pattern(config.get("alpha_pattern"), layer, config.get("lora_alpha", r))
+    return float(alpha) / (r**0.5 if config.get("use_rslora") else r)
+
+
+def _pattern(patterns: Mapping[str, Any] | None, layer: str, usual: Any) -> Any:
+    own = patterns or {}
+    return next((value for key, value in own.items() if re.match(rf"(.*\.)?({key})$", layer)), usual)
+
+
+def _check_plain(config: Mapping[str, Any], path: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterFileError(f"{path} holds an adapter of type {kind!r}, and only a plain LoRA is read here.")
+    for option in ("use_dora", "lora_bias", "use_qalora"):
+        if config.get(option):
+            raise AdapterFileError(f"{path} was trained with {option}, so its delta is not a product of two factors.")
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise AdapterFileError(f"{path} also trains biases or whole modules, which are no product of two factors.")
+
+
+def _spread(a: Tensor, groups: int) -> Tensor:
+    """The kernels [r, in / groups, kh, kw] of a grouped convolution as peft has them, [groups * r, in, kh, kw]: its first
+    convolution sees all channels, so each group's kernels are zero outside its own."""
+    if groups == 1:
+        return a
+    r, width = a.shape[:2]
+    out = a.new_zeros(groups, r, groups, width, *a.shape[2:])
+    for group in range(groups):
+        out[group, :, group] = a
+    return out.reshape(groups * r, groups * width, *a.shape[2:])
+
+
+def _gathered(a: Tensor, place: Place) -> Tensor:
+    """Inverse of :func:`_spread`: NaN where no grouped convolution does the same."""
+    if place.groups == 1:
+        return a
+    width = place.shape[1]
+    first = a[: len(a) // place.groups, :width]
+    return first if torch.equal(_spread(first, place.groups), a) else first * float("nan")
