@@ -248,12 +248,7 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
         BaseLockError: another base model.
         TargetError: the base lacks the target modules.
     """
-    found = folders(model, path)
-    ready = [(part, _checked(part, folder, adapter_name)) for part, folder in found.values()]
-    with ExitStack() as stack:
-        for part, put_in in ready:
-            stack.enter_context(_all_or_nothing(part, adapter_name))
-            put_in()
+    load_parts(folders(model, path).values(), adapter_name)
     if isinstance(model, nn.Module) and (others := [other.name for other in component_folders(Path(path))]):
         logger.warning(
             "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
@@ -261,6 +256,15 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
             ", ".join(others),
         )
     return model
+
+
+def load_parts(found: Iterable[tuple[nn.Module, Path]], adapter_name: str) -> None:
+    """Loads each folder into its module: all, or none of them."""
+    ready = [(part, _checked(part, folder, adapter_name)) for part, folder in found]
+    with ExitStack() as stack:
+        for part, put_in in ready:
+            stack.enter_context(_all_or_nothing(part, adapter_name))
+            put_in()
 
 
 def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Module, Path]]:

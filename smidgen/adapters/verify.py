@@ -224,7 +224,7 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
     taken = set(api.names(model))
     name = next(name for k in range(len(taken) + 1) if (name := f"verify{k or ''}") not in taken)
     try:
-        api.load(model, path, adapter_name=name)
+        api.load_parts([(model, path)], name)
         _verify_layers(model, name, own, report, {} if own is None else renames.follow(own, model))
         _verify_pass(model, name, inputs, whole, report)
     except SmidgenError as error:

@@ -323,6 +323,11 @@ class StableDiffusion3(FlowTransformer):
         config = self.model.config
         return config.pos_embed_max_size * config.patch_size * self.factor  # type: ignore[no-any-return]
 
+    @property
+    def _tokenizer(self) -> Any:
+        """T5's, which reads on where the CLIPs stop at 77 tokens; theirs where it was left out."""
+        return self.pipe.tokenizer if self.pipe.text_encoder_3 is None else self.pipe.tokenizer_3
+
     def _inputs(self, noisy: Tensor, prompts: Prompts) -> dict[str, Any]:
         return super()._inputs(noisy, prompts) | {"pooled_projections": prompts.tensors["pooled"]}
 

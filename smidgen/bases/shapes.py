@@ -43,6 +43,7 @@ class Shapes:
         pixels: on a side of the images it is trained on; None: as its pipeline says.
         tokens: of an encoded prompt.
         texts: parameters of each text encoder.
+        text_parts: class and config of each, by their names in the pipeline.
         folder: where its weights are on this machine, "" where only its shape is known.
         parts: class name and config of the denoiser, the VAE and the scheduler.
         pipeline: name of the pipeline's class.
@@ -57,6 +58,7 @@ class Shapes:
     texts: Mapping[str, int]
     folder: str
     parts: Mapping[str, tuple[str, Mapping[str, Any]]]
+    text_parts: Mapping[str, tuple[str, Any]]
 
     def base(self) -> ImageBase:
         """The base on the meta device, new each time; its text encoders are left out."""
@@ -71,6 +73,10 @@ class Shapes:
         flags = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
         with quiet():
             return FAMILIES[self.family].cls(self.name, cls(**built, **rest, **flags))  # type: ignore[no-any-return]
+
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders on the meta device, by their names in the pipeline."""
+        return {name: _text_encoder(*part) for name, part in self.text_parts.items()}
 
     def _part(self, name: str) -> nn.Module:
         kind, config = self.parts[name]
@@ -112,7 +118,12 @@ def _published(name: str, row: Mapping[str, Any]) -> Shapes:
     flow = FAMILIES[family].cls.component == "transformer"
     scheduler = ("FlowMatchEulerDiscreteScheduler", {}) if flow else ("DDPMScheduler", _STEPS)
     parts = {FAMILIES[family].cls.component: tuple(row["denoiser"]), "vae": tuple(row["vae"]), "scheduler": scheduler}
-    return Shapes(name, row["title"], family, row["pipeline"], row["pixels"], row["tokens"], texts, "", parts)
+    rows = [full_size()["text_encoders"][text] for text in row["text_encoders"]]
+    made = {
+        part: (text["class"], (text["config"], text["options"]))
+        for part, text in zip(FAMILIES[family].cls.text_encoders, rows, strict=False)
+    }
+    return Shapes(name, row["title"], family, row["pipeline"], row["pixels"], row["tokens"], texts, "", parts, made)
 
 
 def _in_folder(name: str, folder: str) -> Shapes:
@@ -126,23 +137,27 @@ def _in_folder(name: str, folder: str) -> Shapes:
     index = _json(Path(folder) / "model_index.json", name)
     wanted = {cls.component: "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
     parts = {part: (index[part][1], _json(Path(folder) / part / file, name)) for part, file in wanted.items()}
-    texts, limits = {}, [int(getattr(cls, "prompt_options", {}).get("max_sequence_length", CLIP_TOKENS))]
+    texts, made, limits = {}, {}, [int(getattr(cls, "prompt_options", {}).get("max_sequence_length", CLIP_TOKENS))]
     for part in cls.text_encoders:
         if index.get(part, [None, None])[1] is not None:
             config = _json(Path(folder) / part / "config.json", name)
-            texts[part] = _text_parameters(index[part][1], config)
+            made[part] = index[part][1], config
+            texts[part] = sum(parameter.numel() for parameter in _text_encoder(*made[part]).parameters())
             limits.append(int(config.get("max_position_embeddings") or limits[0]))
     tokens = limits[0] + CLIP_TOKENS if family == "sd3" else min(limits)
-    return Shapes(name, name, family, pipeline, None, tokens, texts, folder, parts)
+    return Shapes(name, name, family, pipeline, None, tokens, texts, folder, parts, made)
 
 
-def _text_parameters(kind: str, config: Mapping[str, Any]) -> int:
+def _text_encoder(kind: str, config: Any) -> nn.Module:
+    """A text encoder of the class ``kind`` on the meta device, from its config.json or (class of its config, options)."""
     import transformers
 
     with torch.device("meta"), quiet():
-        made = transformers.AutoConfig.for_model(**config)
-        model = getattr(transformers, kind)(made)
-    return sum(parameter.numel() for parameter in model.parameters())
+        if isinstance(config, tuple):
+            made = getattr(transformers, config[0])(**config[1])
+        else:
+            made = transformers.AutoConfig.for_model(**config)
+        return getattr(transformers, kind)(made)  # type: ignore[no-any-return]
 
 
 def _configs(name: str) -> str:

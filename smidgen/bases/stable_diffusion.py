@@ -100,11 +100,11 @@ class StableDiffusion(PipelineBase):
         embeds = prompts.tensors["embeds"]
         if embeds.is_meta:  # counted, not computed
             return prompts
-        none = ~embeds.any(dim=-1, keepdim=True)  # what was joined to longer ones
-        if not none.any():
+        chunks = embeds.shape[1] // self._blank.shape[1]
+        if chunks == 1:  # none is shorter; to look for them would wait for the device at each step
             return prompts
-        blank = self._blank.to(embeds.device, embeds.dtype)
-        filled = torch.where(none, blank.repeat(1, embeds.shape[1] // blank.shape[1], 1), embeds)
+        none = ~embeds.any(dim=-1, keepdim=True)  # what was joined to longer ones
+        filled = torch.where(none, self._blank_on(embeds.device, embeds.dtype).repeat(1, chunks, 1), embeds)
         return Prompts({**prompts.tensors, "embeds": filled})
 
     @cached_property
@@ -112,6 +112,16 @@ class StableDiffusion(PipelineBase):
         """Embeddings [1, token, channel] of the empty prompt."""
         with torch.no_grad():
             return self._embedded(self._ids([""])).tensors["embeds"].cpu()
+
+    def _blank_on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = device, dtype
+        if key not in self._blanks:
+            self._blanks[key] = self._blank.to(device, dtype)
+        return self._blanks[key]
+
+    @cached_property
+    def _blanks(self) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+        return {}
 
     def _embedded(self, prompts: Prompts) -> Prompts:
         """``prompts`` with embeddings, by the text encoders as they are, in place of token ids."""

@@ -23,11 +23,12 @@ def personalize(
     Args:
         data: the folder of pictures, for their number alone.
         settings: all that can be set of the run.
-        memory: what there is, such as 12GB; the nearest settings that fit are said.
+        memory: what there is, such as 12GB; the nearest settings that fit are said, and the preset of a published base.
         json: print everything as JSON.
     """
     from smidgen.tasks.personalize.plan import fitting, make_plan
     from smidgen.tasks.personalize.plan_text import parse_memory, to_json, to_markdown
+    from smidgen.tasks.personalize.presets import for_memory
 
     room = None if memory is None else parse_memory(memory)
     if data is not None:
@@ -36,4 +37,5 @@ def personalize(
     fits = None
     if room is not None:
         fits = settings if plan.peak <= room else fitting(settings, room - (plan.process or 0.0), plan.card)
-    print((to_json if json else to_markdown)(plan, room, fits))
+    preset = None if room is None else for_memory(settings, room / 1e9)
+    print((to_json if json else to_markdown)(plan, room, fits, preset))

@@ -315,6 +315,16 @@ def test_rates_and_cards_need_no_weights(base):
         assert sampling.startswith(f", num_inference_steps={steps}")
 
 
+@pytest.mark.parametrize("texts", [["a person"], ["a person", "a person in the rain, " * 9]])
+def test_a_step_asks_nothing_of_the_device(texts, tmp_path, monkeypatch):
+    """Whether prompts of fewer chunks were joined to longer ones follows from shapes: a look at numbers would wait for a GPU."""
+    base = load_base(str(tiny.sd_folder(tmp_path / "sd")))
+    prompts = base.encode_prompts(texts)
+    noisy, times = torch.randn(len(texts), *base.latent_shape(16)), torch.tensor([500] * len(texts))
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("a number was asked for"))
+    base.predict(base.model, noisy, times, prompts)
+
+
 def test_a_judge_scores_what_its_base_draws(base):
     judge = base.judge()
     if judge is None:

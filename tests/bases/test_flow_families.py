@@ -42,6 +42,8 @@ def settings(folder, pictures, out, method="lora"):
 def test_personalize_trains_saves_draws_and_resumes_to_the_bit(family, tmp_path):
     folder = tiny_flow.flow_folder(family, tmp_path / family)
     made = settings(folder, tiny.pictures(tmp_path / "pictures", size=SIZE), tmp_path / "whole")
+    more = {"caption_dropout": 0.5, "placeholder_token": "sks", "preservation": "class"}
+    made = replace(made, data=replace(made.data, **more), train=replace(made.train, ema_decay=0.5))
     report = personalize(made, progress=False)
     assert report.verified and report.entry.trained_numbers > 0
     broken = replace(made, out=tmp_path / "broken")
@@ -105,6 +107,17 @@ def test_a_processor_of_images_and_texts_counts_tokens_by_its_tokenizer(tmp_path
     assert torch.equal(base.encode_prompts(["a person"]).tensors["embeds"], plain.tensors["embeds"])
     base.encode_prompts(["a person " * 200])
     assert "are cut, e.g. 'a person a person" in caplog.text
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_sd3_is_cut_where_t5_stops_reading(with_t5, tmp_path, caplog):
+    base = load_base(str(tiny_flow.flow_folder("sd3", tmp_path / "sd3")))
+    if not with_t5:
+        base.pipe.text_encoder_3 = base.pipe.tokenizer_3 = None
+    base.encode_prompts(["a person " * 10])  # too much for the CLIPs alone
+    assert ("are cut" in caplog.text) is not with_t5
+    base.encode_prompts(["a person " * 60])
+    assert "are cut" in caplog.text
 
 
 @pytest.mark.parametrize("option, value", [("boundary_ratio", 0.9), ("expand_timesteps", True)])

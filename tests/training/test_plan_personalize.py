@@ -16,7 +16,7 @@ from smidgen.tasks.personalize.plan import fitting, make_plan
 from smidgen.tasks.personalize.settings import Adapter, Data, PersonalizeConfig
 from smidgen.training import engine
 from smidgen.training.loop import LoopConfig
-from tests.training import tiny_flow
+from tests.training import tiny, tiny_flow
 
 SMALL = PersonalizeConfig(Data(train_batch_size=2), Adapter("lora"))
 FLUX = PersonalizeConfig(
@@ -90,10 +90,9 @@ def test_settings_that_fit_and_those_of_the_presets():
     assert make_plan(found, measured=False).peak <= 24e9 < make_plan(FLUX, measured=False).peak
     assert fitting(FLUX, 1e9) is None
     assert set(presets.by_memory()) <= set(full_size()["bases"])
-    chosen = replace(presets.for_memory(FLUX, "flux2-klein-4b", 24), adapter=FLUX.adapter)
-    assert make_plan(chosen, measured=False).peak <= 24e9
-    with pytest.raises(ConfigError, match=r"no presets for 'flux2-de'\. Did you mean 'flux2-dev'"):
-        presets.for_memory(FLUX, "flux2-de", 24)
+    size, chosen = presets.for_memory(FLUX, 30)
+    assert size == 24 and make_plan(chosen, measured=False).peak <= 24e9
+    assert presets.for_memory(FLUX, 1) is None and presets.for_memory(SMALL, 24) is None
 
 
 @pytest.mark.slow
@@ -103,9 +102,51 @@ def test_the_command_prints_a_plan_and_the_command_to_run(capsys):
     said = capsys.readouterr().out
     assert "5 of 5 blocks of transformer_blocks, 20 of 20 blocks of single_transformer_blocks" in said
     assert "It does not fit 24 GB. This would:" in said and "--gradient-checkpointing" in said and "Assumed:" in said
+    assert "The preset of FLUX.2 [klein] base 4B for 24 GB:" in said
     assert main([*words, "--train-batch-size", "1", "--json", "--memory", "1GB"]) == 0
     known = json.loads(capsys.readouterr().out)
     assert known["command"] is None and not known["fits"] and known["blocks"]["transformer_blocks"] == [5, 5]
+
+
+def test_trained_text_encoders_are_counted(tmp_path):
+    folder = tiny.sdxl_folder(tmp_path / "sdxl")
+    made = replace(SMALL, base=str(folder))
+    live = replace(made, adapter=Adapter("lora", train_text_encoder=True))
+    plain, both = make_plan(made, measured=False), make_plan(live, measured=False)
+    base = load_base(str(folder))
+    engine.adapt(base.model, planning.adapter_setup(live, "lora", list(base.targets)), ())
+    for own in planning.text_adapters(live, "lora", base).values():
+        engine.adapt(own.model, own.peft_config)
+    parts = (base.model, base.pipe.text_encoder, base.pipe.text_encoder_2)
+    assert (
+        both.trained == sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad) > plain.trained
+    )
+    assert (
+        both.training["text encoders"] == 4 * sum(plain.shapes.texts.values()) and "text encoders" not in plain.training
+    )
+    assert both.step.training > plain.step.training and both.step.bytes > plain.step.bytes
+    with pytest.raises(ConfigError, match="whose text encoders are encoded with once"):
+        make_plan(replace(FLUX, adapter=live.adapter), measured=False)
+
+
+def test_epochs_are_steps_as_the_run_counts_them(tmp_path):
+    folder = tiny.sd_folder(tmp_path / "sd")
+    pictures = tiny.pictures(tmp_path / "10_ann person")
+    for own, steps in ((None, 3 * planning.PICTURES), (pictures.parent, 3 * 30 * 2)):
+        data = Data(own, train_batch_size=1, num_train_epochs=3, resolution=None if own is None else "16,20")
+        plan = make_plan(replace(SMALL, base=str(folder), data=data), measured=False)
+        assert plan.steps == steps and plan.config.data is data
+
+
+def test_seconds_are_those_of_an_idle_machine():
+    """(clock, processor time): what others take makes a step longer, not costlier; cores of its own make it shorter."""
+    alone = [(n, n) for n in range(6)]
+    disturbed = [(0, 0), (1, 1), (4, 2), (5, 3), (12, 4), (13, 5)]
+    two_cores = [(n, 2 * n) for n in range(4)] + [(9, 8)]
+    slow = [(3 * n, n) for n in range(6)]
+    for at in (alone, disturbed, two_cores, slow):
+        assert planning._undisturbed(at, 2) == 1
+    assert planning._undisturbed(alone[:2], 2) == 1
 
 
 def test_a_command_says_what_differs():

@@ -1,6 +1,5 @@
 """Caption dropout, and the base's own answers kept without class pictures."""
 
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from smidgen.tasks.data.images import bind, of_class, read_folder
 from smidgen.tasks.diffusion.task import PersonalizeTask, encode_examples, swapped
 from smidgen.tasks.personalize.recipe import personalize
 from smidgen.tasks.personalize.settings import PRESETS, Adapter, Data
-from tests.training import tiny, tiny_flow
 
 
 def encoded(folder, pictures):
@@ -109,25 +107,6 @@ def test_the_preserved_rows_are_the_subjects_with_other_prompts(sd, pictures):
     smidgen.adapt(base.model, "lora", target_modules=list(base.targets))
     errors = task.errors(base.model, batch)  # at its start the adapter is the base: nothing to keep
     assert errors[:2].min() > 0 and errors[2:].abs().max() == 0
-
-
-@pytest.mark.parametrize("family", ["z-image", pytest.param("flux2-klein", marks=pytest.mark.slow)])
-def test_both_resume_to_the_bit(family, tmp_path):
-    folder = tiny_flow.flow_folder(family, tmp_path / family)
-    data = Data(
-        tiny.pictures(tmp_path / "pictures", size=16), resolution=16, train_batch_size=2, caption_dropout=0.5,
-        placeholder_token="sks", preservation="class",
-    )  # fmt: skip
-    made = replace(PRESETS["debug"], base=str(folder), out=tmp_path / "whole", data=data, adapter=Adapter("lora"))
-    made = replace(made, train=replace(made.train, ema_decay=0.5))
-    personalize(made, progress=False)
-    broken = replace(made, out=tmp_path / "broken")
-    personalize(broken, progress=False)
-    shutil.rmtree(tmp_path / "broken" / "checkpoint-4")
-    (tmp_path / "broken" / "adapter_model.safetensors").unlink()
-    personalize(replace(broken, resume_from_checkpoint="latest"), progress=False)
-    files = [tmp_path / out / "adapter_model.safetensors" for out in ("whole", "broken")]
-    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("options, message", [

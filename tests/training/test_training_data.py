@@ -325,6 +325,22 @@ def test_lists_of_subjects_that_make_no_sense(tmp_path, rows, message):
         read_subjects(Data(None, subjects=subjects(tmp_path, *rows)), 16, 4)
 
 
+def test_subjects_on_the_command_line(tmp_path, monkeypatch):
+    subjects(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    read = read_subjects(Data(None, "a pet", subject=("ann=sks pet", f"{tmp_path / 'bob'}=ohwx  pet")), 16, 4)
+    assert [one.phrase for one in read.subjects] == ["sks pet", "ohwx pet"]
+    assert read.captions == ["a sks pet"] * 2 + ["a ohwx pet"] * 2
+    assert read_subjects(Data(None, "a person", subject=("ann=sks",)), 16, 4).subjects[0].phrase == "sks person"
+    for wrong in ("ann", "ann=", "=sks"):
+        with pytest.raises(ConfigError, match=f"such as ann=sks.*not {wrong!r}"):
+            read_subjects(Data(None, "a person", subject=(wrong,)), 16, 4)
+    with pytest.raises(DataError, match="Two folders of ann=sks, bob=sks answer to the same words"):
+        read_subjects(Data(None, "a person", subject=("ann=sks", "bob=sks")), 16, 4)
+    with pytest.raises(ConfigError, match=r"a folder \(ann\) or subject \(bob=sks\), not both"):
+        Data(Path("ann"), subject=("bob=sks",))
+
+
 def test_settings_that_exclude_each_other(sdxl, tmp_path):
     with pytest.raises(ConfigError, match="alpha_mask takes"):
         Data(tmp_path, alpha_mask=True, masked_loss=True)

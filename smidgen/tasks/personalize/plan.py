@@ -10,12 +10,13 @@ sums. What was not counted but assumed is in ``ASSUMED``, which every plan print
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import prod
@@ -29,12 +30,13 @@ from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import at_once, default_device, quantization
 from smidgen.bases.protocol import ImageBase, Prompts, Size, sides
-from smidgen.bases.shapes import Shapes, shapes_of
+from smidgen.bases.shapes import CLIP_TOKENS, Shapes, shapes_of
 from smidgen.errors import ConfigError
 from smidgen.tasks.data.buckets import parse_shape
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
-from smidgen.tasks.personalize.recipe import adapter_setup
+from smidgen.tasks.personalize.recipe import adapter_setup, in_steps, text_adapters
 from smidgen.tasks.personalize.settings import PersonalizeConfig, rates
+from smidgen.tasks.personalize.subjects import read_subjects
 from smidgen.training import engine
 from smidgen.training.cost import ADAM, CARDS, Cost, checkpointed, cost
 from smidgen.training.fitting import fit
@@ -76,6 +78,7 @@ class Plan:
         step: operations and activations of one step of the whole batch.
         encoding, training, drawing: memory by part while the run does this; what is biggest decides.
         disk: by what is written, and the base's own files.
+        steps: of the optimizer, as told or as the epochs take.
         process: memory of the program itself, before any model (None: not measured).
         seconds: of one step, measured on this machine (None: counted alone).
         card: whether it is for a GPU, whose fragments count.
@@ -92,6 +95,7 @@ class Plan:
     training: dict[str, float]
     drawing: dict[str, float]
     disk: dict[str, float]
+    steps: int
     process: float | None = None
     seconds: float | None = None
     card: bool = True
@@ -134,12 +138,13 @@ def make_plan(config: PersonalizeConfig, card: bool | None = None, measured: boo
     shapes = shapes_of(config.base, config.base_config)
     if config.quantize not in (None, *BITS):
         quantization(config.quantize, torch.float32)  # refuses it; the libraries of others need not be here to plan
-    here, pictures = bool(shapes.folder), _pictures(config)
+    here = bool(shapes.folder)
+    steps, pictures = _amount(config, shapes)
     card = (not here or default_device().type != "cpu") if card is None else card
     counted = _counted(shapes, _decisive(config))
     small = here and counted.parameters < SMALL and measured and not card
     return replace(
-        _plan(config, shapes, counted, pictures), card=card,
+        _plan(config, shapes, counted, pictures, steps), card=card,
         process=_process(shapes.pipeline) if measured and not card else None,
         seconds=seconds(config) if small else None,
     )  # fmt: skip
@@ -157,6 +162,7 @@ class _Counted:
     frozen: int  # bytes that an adapter keeps besides what it trains
     covered: Coverage
     step: Cost
+    texts: Cost  # of the text encoders beside each step, where they are trained
     latent: int  # numbers of an image's latents
     prompt: int  # numbers of an encoded prompt
     waits: bool
@@ -218,13 +224,7 @@ def _count(config: PersonalizeConfig) -> _Counted:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing(checkpointed(precision))
     targets = list(config.adapter.target_modules or base.targets)
-    engine.adapt(model, adapter_setup(config, config.adapter.method, targets), ())
-    trained = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            trained += parameter.numel()
-            parameter.data = parameter.data.float()
-    frozen = _bytes(model) - before - 4 * trained
+    trained, frozen = _adapted(model, adapter_setup(config, config.adapter.method, targets), before)
     task = PersonalizeTask(
         Encoded(torch.empty(1), torch.empty(1), Prompts({}), ()),
         base,
@@ -236,10 +236,42 @@ def _count(config: PersonalizeConfig) -> _Counted:
     step = cost(lambda: task.errors(model, batch).sum(), precision=precision)
     step = _times(step, rows, at_once)
     prompt = sum(value[0].numel() for value in batch["prompts"].tensors.values())
+    texts = Cost(0, 0, 0)
+    if config.adapter.train_text_encoder:
+        more, beside, texts = _text_adapters(config, shapes, base, rows)
+        trained, frozen = trained + more, frozen + beside
     return _Counted(
-        size, trained, parameters, linear, frozen, coverage(model, engine.NAME), step,
+        size, trained, parameters, linear, frozen, coverage(model, engine.NAME), step, texts,
         batch["latents"][0].numel(), prompt, getattr(base, "waits", False),
     )  # fmt: skip
+
+
+def _adapted(model: nn.Module, setup: Any, before: int) -> tuple[int, int]:
+    """Puts an adapter into a model of ``before`` bytes: parameters trained, and bytes of what it keeps besides."""
+    engine.adapt(model, setup, ())
+    trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            parameter.data = parameter.data.float()
+    return trained, _bytes(model) - before - 4 * trained
+
+
+def _text_adapters(config: PersonalizeConfig, shapes: Shapes, base: ImageBase, rows: int) -> tuple[int, int, Cost]:
+    """The same of all text encoders, and what encoding ``rows`` prompts of one chunk costs with them."""
+    trained = frozen = 0
+    costs, precision = [], DTYPES[config.train.mixed_precision]
+    for name, encoder in shapes.text_encoders().items():
+        setattr(base.pipe, name, encoder.to(precision).requires_grad_(False))
+    ids = torch.zeros(rows, CLIP_TOKENS, dtype=torch.long, device="meta")
+    for own in text_adapters(config, config.adapter.method, base).values():
+        model: Any = own.model
+        more, beside = _adapted(model, own.peft_config, _bytes(model))
+        trained, frozen = trained + more, frozen + beside
+        words = ids[:, : model.config.max_position_embeddings]
+        costs.append(cost(lambda model=model, words=words: model(words)[0].sum(), precision=precision))  # type: ignore[misc]
+    each = zip(*((found.forward, found.training, found.bytes) for found in costs), strict=True)
+    return trained, frozen, Cost(*map(sum, each))
 
 
 def _counted(shapes: Shapes, config: PersonalizeConfig) -> _Counted:
@@ -247,7 +279,8 @@ def _counted(shapes: Shapes, config: PersonalizeConfig) -> _Counted:
     if shapes.folder:
         return _count(config)
     found = _count(replace(config, data=replace(config.data, train_batch_size=1, with_prior_preservation=False)))
-    return replace(found, step=_times(found.step, _rows(config), 1))
+    rows = _rows(config)
+    return replace(found, step=_times(found.step, rows, 1), texts=_times(found.texts, rows, 1))
 
 
 def _rows(config: PersonalizeConfig) -> int:
@@ -309,10 +342,10 @@ def _bytes(model: nn.Module) -> int:
 # ---- sums -----------------------------------------------------------------------------------------------------------
 
 
-def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: int) -> Plan:
+def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: int, steps: int) -> Plan:
     precision = DTYPES[config.train.mixed_precision]
     asked = config.show.preview_size
-    shown = found.resolution if asked is None else parse_shape(asked, shapes.base().step)
+    shown = found.resolution if asked is None else parse_shape(asked, _grid(config.base, config.base_config)[1])
     width, ends = precision.itemsize, _ends(config.base, config.base_config, found.resolution, shown, precision)
     bits = BITS.get(config.quantize or "", 8 * width)
     denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
@@ -322,32 +355,41 @@ def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: 
     first = {} if found.waits else denoiser
     encoding = first | texts | vae | caches | {"activations of the VAE": float(ends.encoded)}
     previews = vae if config.train.preview_steps else {}
-    training = denoiser | adapter | caches | previews | {"activations and gradients": float(found.step.bytes)}
+    live = texts if config.adapter.train_text_encoder else {}
+    activations = {"activations and gradients": float(found.step.bytes + found.texts.bytes)}
+    training = denoiser | adapter | caches | previews | live | activations
     fresh = {"adapter's frozen factors": float(found.frozen), "adapter": 4.0 * found.trained}
     drawn = {"activations of drawing": float(max(ends.drawn, ends.decoded))}
     drawing = denoiser | vae | ({} if found.waits else texts) | fresh | caches | drawn
-    checkpoints = min(
-        config.train.checkpoints_total_limit, -(-config.train.max_train_steps // config.train.checkpointing_steps)
-    )
+    checkpoints = min(config.train.checkpoints_total_limit, -(-steps // config.train.checkpointing_steps))
     disk = {"the adapter": 4.0 * found.trained, f"{checkpoints} checkpoints": 12.0 * found.trained * checkpoints}
     disk["the base's files in 16 bits"] = 2.0 * (found.parameters + ends.vae + sum(shapes.texts.values()))
+    step = Cost(*(getattr(found.step, name) + getattr(found.texts, name) for name in ("forward", "training", "bytes")))
     return Plan(
-        config, shapes, found.resolution, found.trained, found.parameters, found.covered, found.step, encoding, training,
-        drawing, disk,
+        config, shapes, found.resolution, found.trained, found.parameters, found.covered, step, encoding, training,
+        drawing, disk, steps,
     )  # fmt: skip
 
 
-def _pictures(config: PersonalizeConfig) -> int:
-    folder = config.data.folder
-    if folder is None:
-        return PICTURES
-    if not folder.is_dir():
-        raise ConfigError(f"There is no folder {str(folder)!r}; leave it out to plan for {PICTURES} pictures.")
-    from smidgen.tasks.data import images
+def _amount(config: PersonalizeConfig, shapes: Shapes) -> tuple[int, int]:
+    """Steps, which may be told in epochs, and how many examples are encoded: as the run will read them."""
+    data = config.data
+    if data.folder is not None and not data.folder.exists():
+        raise ConfigError(f"There is no folder {str(data.folder)!r}; leave it out to plan for {PICTURES} pictures.")
+    if not data.source:
+        epochs, batch = data.num_train_epochs, data.train_batch_size * config.train.gradient_accumulation_steps
+        return config.train.max_train_steps if epochs is None else -(-epochs * PICTURES // batch), PICTURES
+    prompted = replace(data, instance_prompt=data.instance_prompt or "a picture")
+    found = read_subjects(prompted, *_grid(config.base, config.base_config))
+    return in_steps(config, found).train.max_train_steps, sum(map(len, found.shapes.values()))
 
-    return len(
-        images.read_folder(folder, config.data.instance_prompt or "a picture", config.data.largest or 64).pictures
-    )
+
+@lru_cache(maxsize=256)
+def _grid(name: str, made: str | None) -> tuple[int, int]:
+    """Pixels on a side that a base is trained at, and what sides are multiples of."""
+    shapes = shapes_of(name, made)
+    base = shapes.base()
+    return shapes.pixels or base.resolution, base.step
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------------
@@ -384,18 +426,25 @@ def _process(pipeline: str) -> float:
 
 
 def seconds(config: PersonalizeConfig) -> float:
-    """Seconds of a step on this machine: the run's own base, adapter, loss and loop on made-up latents; the median of at least
-    two steps after the first two."""
+    """Seconds of a step on this machine when nothing else uses it: the run's own base, adapter, loss and loop on made-up latents, at
+    least two steps after the first two.
+
+    The median of their processor time is shared by as many cores as the least disturbed of them had at a time, one at least: what
+    others take of the machine meanwhile makes steps longer, but hardly costlier.
+    """
     base = load_base(
         config.base, config.train.mixed_precision, default_device(), quantize=config.quantize, variant=config.variant,
         config=config.base_config,
     )  # fmt: skip
+    live = config.adapter.train_text_encoder
+    beside = text_adapters(config, config.adapter.method, base) if live else None
+    said = base.encode_prompts(["a person"] * 2) if live else None
     base.release_encoders()
     size = config.data.largest or base.resolution
     shapes, rows = shapes_of(config.base, config.base_config), config.data.train_batch_size
     latents = torch.randn(2, *base.latent_shape(size))
     known = base.prompt_shapes(base.model, shapes.tokens)
-    prompts = Prompts(
+    prompts = said or Prompts(
         {n: torch.ones(2, *s, dtype=torch.bool) if n == "mask" else torch.randn(2, *s) for n, s in known.items()}
     )
     encoded = Encoded(latents, torch.zeros_like(latents), prompts, ("one", "two"))
@@ -423,10 +472,18 @@ def seconds(config: PersonalizeConfig) -> float:
                 rates(config, config.adapter.method),
                 loop,
                 Path(folder),
+                beside=beside,
                 progress=False,
             )
-    steps = [later - earlier for earlier, later in zip(task.at, task.at[1:], strict=False)]
-    return parts * statistics.median(steps[2 * parts :] or steps[-1:])
+    return parts * _undisturbed(task.at, 2 * parts)
+
+
+def _undisturbed(at: Sequence[tuple[float, float]], first: int) -> float:
+    """Seconds from one of ``at``, (clock, processor time), to the next on an idle machine; the ``first`` do not count if there are more."""
+    steps = [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(at)]
+    steps = steps[first:] or steps[-1:]
+    cores = max(1.0, *(used / wall for wall, used in steps))
+    return statistics.median(used for _, used in steps) / cores
 
 
 class _Enough(Exception):
@@ -437,11 +494,11 @@ class _Timed(PersonalizeTask):
     """Notes when each batch is asked for."""
 
     stop = 0.0
-    at: tuple[float, ...] = ()
+    at: tuple[tuple[float, float], ...] = ()
 
     def batch(self, index: int) -> dict[str, Any]:
-        self.at = (*self.at, time.perf_counter())
-        if len(self.at) > 4 and self.at[-1] > self.stop:
+        self.at = (*self.at, (time.perf_counter(), time.process_time()))
+        if len(self.at) > 4 and self.at[-1][0] > self.stop:
             raise _Enough
         return super().batch(index)
 

@@ -35,8 +35,14 @@ def parse_memory(text: str) -> float:
     return found
 
 
-def to_markdown(plan: Plan, memory: float | None = None, fits: PersonalizeConfig | None = None) -> str:
-    """The plan, and with ``memory`` whether it fits and the settings that would (``fits``: None where none do)."""
+Preset = tuple[int, PersonalizeConfig] | None
+
+
+def to_markdown(
+    plan: Plan, memory: float | None = None, fits: PersonalizeConfig | None = None, preset: Preset = None
+) -> str:
+    """The plan, and with ``memory`` whether it fits and the settings that would (``fits``: None where none do), and the base's
+    ``preset`` for so many GB."""
     parts = [
         f"### {plan.config.adapter.method} on {plan.shapes.title}, {plan.resolution} pixels, batches of "
         f"{plan.config.data.train_batch_size}",
@@ -49,22 +55,27 @@ def to_markdown(plan: Plan, memory: float | None = None, fits: PersonalizeConfig
     ]
     if memory is not None:
         parts.append(_fits(plan, memory, fits))
+    if preset is not None:
+        parts.append(f"The preset of {plan.shapes.title} for {preset[0]} GB:\n\n    {command(preset[1])}")
     parts.append("Assumed: " + "; ".join(ASSUMED) + ".")
     return "\n\n".join(parts)
 
 
-def to_json(plan: Plan, memory: float | None = None, fits: PersonalizeConfig | None = None) -> str:
+def to_json(
+    plan: Plan, memory: float | None = None, fits: PersonalizeConfig | None = None, preset: Preset = None
+) -> str:
     """Everything of the plan."""
     known: dict[str, Any] = {
         "base": plan.config.base, "method": plan.config.adapter.method, "resolution": plan.resolution,
         "trained_parameters": plan.trained, "denoiser_parameters": plan.parameters, "blocks": _blocks(plan),
         "operations": {"forward": plan.step.forward, "training": plan.step.training}, "memory": _phases(plan),
         "process": plan.process, "peak": plan.peak, "on_a_card": plan.card, "disk": plan.disk,
-        "seconds_measured": plan.seconds, "seconds_counted": plan.counted_seconds(), "assumed": ASSUMED,
+        "seconds_measured": plan.seconds, "steps": plan.steps, "seconds_counted": plan.counted_seconds(), "assumed": ASSUMED,
     }  # fmt: skip
     if memory is not None:
         known |= {"asked_memory": memory, "fits": plan.peak <= memory}
         known |= {"command": None if fits is None else command(fits)}
+        known |= {"preset": None if preset is None else {"GB": preset[0], "command": command(preset[1])}}
     return json.dumps(known, indent=1)
 
 
@@ -116,10 +127,10 @@ def _total(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> str:
-    steps = plan.config.train.max_train_steps
+    steps = plan.steps
     if plan.seconds is not None:
         whole = plan.seconds * steps
-        return f"{plan.seconds:.3g} seconds a step, measured on this machine; {whole:.0f} for {steps} steps, without drawing."
+        return f"{plan.seconds:.3g} seconds a step on this machine when it is idle, measured; {whole:.0f} for {steps} steps, without drawing."
     flops = (plan.step.forward + plan.step.training) / 1e12 * plan.config.train.gradient_accumulation_steps
     times = "; ".join(f"{name} {value:.3g}" for name, value in plan.counted_seconds().items())
     return f"{flops:,.3g} TFLOP a step, counted. Seconds a step if a card reached the share assumed: {times}. Not measured."

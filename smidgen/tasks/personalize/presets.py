@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from smidgen.errors import ConfigError, did_you_mean
 from smidgen.tasks.personalize.settings import PersonalizeConfig
 
 FILE = Path(__file__).parent / "memory.json"
@@ -24,31 +23,21 @@ def by_memory() -> dict[str, Any]:
     return json.loads(FILE.read_text())  # type: ignore[no-any-return]
 
 
-def for_memory(config: PersonalizeConfig, base: str, gigabytes: float) -> PersonalizeConfig:
-    """``config`` with the settings of the largest preset of the published ``base`` that ``gigabytes`` hold.
-
-    Raises:
-        ConfigError: there are no presets for the base, or nothing of it fits.
+def for_memory(config: PersonalizeConfig, gigabytes: float) -> tuple[int, PersonalizeConfig] | None:
+    """The largest preset of the config's base that ``gigabytes`` hold: for how many GB it is, and ``config`` with its settings.
+    None where the base has none, or none so small.
 
     Example:
-        >>> for_memory(PersonalizeConfig(), "flux2-klein-4b", 24).gradient_checkpointing
-        True
+        >>> size, found = for_memory(PersonalizeConfig(base="flux2-klein-4b"), 26)
+        >>> size, found.gradient_checkpointing
+        (24, True)
     """
-    known = by_memory()
-    if base not in known:
-        raise ConfigError(f"There are no presets for {base!r}.{did_you_mean(base, known)} Known: {', '.join(known)}.")
-    fit = {int(size): found for size, found in known[base].items() if int(size) <= gigabytes and found}
+    known = by_memory().get(config.base, {})
+    fit = {int(size): found for size, found in known.items() if int(size) <= gigabytes and found}
     if not fit:
-        raise ConfigError(
-            f"Nothing of {base!r} fits {gigabytes:g} GB; its presets are for {', '.join(known[base])} GB."
-        )
+        return None
     found = fit[max(fit)]
     data = replace(config.data, train_batch_size=found["train_batch_size"], resolution=found["resolution"])
     train = replace(config.train, mixed_precision=found["mixed_precision"])
-    return replace(
-        config,
-        data=data,
-        train=train,
-        quantize=found["quantize"],
-        gradient_checkpointing=found["gradient_checkpointing"],
-    )
+    less, quantize = found["gradient_checkpointing"], found["quantize"]
+    return max(fit), replace(config, data=data, train=train, quantize=quantize, gradient_checkpointing=less)

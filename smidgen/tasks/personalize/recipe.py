@@ -51,7 +51,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     ``judge`` scores the pictures (None: the base's own judge if it has one). Raises SmidgenError for every refusal:
     unusable pictures, settings without meaning, a run that diverged, a saved adapter that does not come back.
     """
-    if config.data.folder is None and config.data.subjects is None:
+    if not config.data.source:
         raise DataError("Which pictures? Give the folder that holds them.")
     how: dict[str, Any] = {"quantize": config.quantize, "variant": config.variant, "config": config.base_config}
 
@@ -65,7 +65,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     check_distilled(base, config.helper_adapter)
     schedule = reweighted(base.schedule, config.adapter.weighting_scheme, config.adapter.shift)
     data = read_subjects(config.data, base.resolution, base.step)
-    config = _in_steps(config, data)
+    config = in_steps(config, data)
     found = data.found
     subject = [images.load_picture(picture.path, data.size) for picture in found.pictures]
     foreign, strange = foreign_pictures(base, found.pictures, subject)
@@ -74,7 +74,7 @@ def personalize(config: PersonalizeConfig, judge: Judge | None = None, progress:
     warnings = (*found.warnings, *strange, *unknown_words(base, words), *alike)
     for warning in warnings:
         logger.warning("%s", warning)
-    logger.info("Training on %s of %s.", found, config.data.folder or config.data.subjects)
+    logger.info("Training on %s of %s.", found, config.data.source)
     blind = judge is None and all(foreign)
     own = None if judge or blind else base.judge()
     judge = judge or own
@@ -151,13 +151,18 @@ def _fit(
         if task.previewer is not None:
             task.previewer = helper.on(False)(task.previewer)  # drawn as it will be used
     if chosen.train_text_encoder:
-        texts, encoders = text_rates(config, method), base.train_text_encoders()
-        options["beside"] = {
-            name: Beside(base.encoders[name], adapter_setup(config, method, list(layers)), texts)
-            for name, layers in encoders.items()
-        }
-        options["identity"] |= {"text_encoder_rate": texts.residual}
+        options["beside"] = text_adapters(config, method, base)
+        options["identity"] |= {"text_encoder_rate": text_rates(config, method).residual}
     return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
+
+
+def text_adapters(config: PersonalizeConfig, method: str, base: ImageBase) -> dict[str, Beside]:
+    """What goes on the text encoders, by their names in the pipeline."""
+    rate = text_rates(config, method)
+    return {
+        name: Beside(base.encoders[name], adapter_setup(config, method, list(layers)), rate)
+        for name, layers in base.train_text_encoders().items()
+    }
 
 
 def adapter_setup(config: PersonalizeConfig, method: str, targets: list[str]) -> Any:
@@ -245,7 +250,7 @@ def _sampling(config: PersonalizeConfig, base: ImageBase) -> dict[str, Any]:
     return base.sampling.chosen(config.show.inference_steps, config.show.guidance_scale)
 
 
-def _in_steps(config: PersonalizeConfig, data: TrainingData) -> PersonalizeConfig:
+def in_steps(config: PersonalizeConfig, data: TrainingData) -> PersonalizeConfig:
     """``config`` with as many steps as the epochs it asks for take."""
     if config.data.num_train_epochs is None:
         return config
@@ -256,11 +261,13 @@ def _in_steps(config: PersonalizeConfig, data: TrainingData) -> PersonalizeConfi
 def _identity(config: PersonalizeConfig, base: ImageBase, data: TrainingData) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
     known: dict[str, Any] = {"pictures": data.found.identity(), "base_weights": base.fingerprint()}
-    if len(data.subjects) > 1:
+    if len(data.subjects) > 1 or config.data.subject:
         known["phrases"] = [one.phrase for one in data.subjects]
     if config.helper_adapter not in (None, "none"):
         known["helper"] = digest(config.helper_adapter)
     return (
-        decisive(config, "base", "base_config", "helper_adapter", "mask_folder", "subjects", *to_dict(config.show))
+        decisive(
+            config, "base", "base_config", "helper_adapter", "mask_folder", "subject", "subjects", *to_dict(config.show)
+        )
         | known
     )

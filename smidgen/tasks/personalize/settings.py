@@ -38,7 +38,13 @@ class Data:
     alpha_mask: bool = False  # learn what is opaque
     mask_min_weight: float = 0.1  # what the rest counts beside it, 0 to 1
     num_train_epochs: int | None = None  # passes over the pictures, in place of max_train_steps
-    subjects: Path | None = None  # YAML list of folders, each with its own words; in place of a folder
+    subject: tuple[str, ...] = ()  # folders and their words, such as ann=sks "rex=ohwx dog"; in place of a folder
+    subjects: Path | None = None  # YAML list of folders, each with its own words and more; in place of a folder
+
+    @property
+    def source(self) -> str:
+        """Where the pictures are, "" where nothing says it."""
+        return str(self.folder or self.subjects or "") or ", ".join(self.subject)
 
     @property
     def largest(self) -> int | None:
@@ -52,9 +58,12 @@ class Data:
             raise ConfigError(
                 "alpha_mask takes the pictures' own opacity; leave out masked_loss and mask_folder, or alpha_mask."
             )
-        if self.folder is not None and self.subjects is not None:
-            raise ConfigError(f"Give a folder ({self.folder}) or subjects ({self.subjects}), not both.")
-        if self.preservation == "class" and not (self.placeholder_token or self.class_prompt or self.subjects):
+        given = {"a folder": self.folder, "subject": " ".join(self.subject) or None, "subjects": self.subjects}
+        told = [f"{name} ({value})" for name, value in given.items() if value is not None]
+        if len(told) > 1:
+            raise ConfigError(f"Give {' or '.join(told)}, not both.")
+        own = self.placeholder_token or self.class_prompt or self.subject or self.subjects
+        if self.preservation == "class" and not own:
             raise ConfigError(
                 "preservation class holds the class to what the base draws, so the subject needs a word of its own: give it "
                 "one, as with --placeholder-token sks, or say the class with --class-prompt; --preservation blank needs none."

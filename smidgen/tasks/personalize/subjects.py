@@ -107,7 +107,7 @@ def read_subjects(data: Data, resolution: int, step: int) -> TrainingData:
     phrases = [subject.phrase for subject in subjects]
     if len(set(phrases)) < len(phrases):
         raise DataError(
-            f"Two of {data.subjects}'s folders answer to the same words, {max(phrases, key=phrases.count)!r}, and would be learnt as "
+            f"Two folders of {data.source} answer to the same words, {max(phrases, key=phrases.count)!r}, and would be learnt as "
             "one. Give each its own placeholder_token, or put their pictures into one folder."
         )
     shapes, small = shapes_of(pictures, sizes, step, data.aspect_ratio_bucketing)
@@ -126,6 +126,8 @@ def read_subjects(data: Data, resolution: int, step: int) -> TrainingData:
 def _folders(data: Data) -> list[SubjectFolder]:
     if data.folder is not None:
         return [SubjectFolder(data.folder, mask_folder=data.mask_folder)]
+    if data.subject:
+        return [_named(text, data.mask_folder) for text in data.subject]
     if data.subjects is None:
         raise DataError("Which pictures? Give the folder that holds them.")
     check_file(data.subjects)
@@ -149,3 +151,15 @@ def _folders(data: Data) -> list[SubjectFolder]:
         own = beside / one.mask_folder if one.mask_folder else data.mask_folder
         found.append(replace(one, folder=beside / one.folder, mask_folder=own))
     return found
+
+
+def _named(text: str, masks: Path | None) -> SubjectFolder:
+    """The folder of "ann=sks", or of "rex=ohwx dog", whose word is followed by what it is one of."""
+    folder, _, words = text.rpartition("=")
+    first, _, rest = words.strip().partition(" ")
+    if not folder or not first:
+        raise ConfigError(
+            f"subject takes folders and their words, such as ann=sks or 'rex=ohwx dog', not {text!r}; for more than words give a "
+            "YAML list with --subjects."
+        )
+    return SubjectFolder(Path(folder).expanduser(), None, rest.strip() or None, first, mask_folder=masks)
