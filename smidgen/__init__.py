@@ -107,32 +107,43 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _PeftFinder(MetaPathFinder):
-    """Has the engine register with peft as soon as peft is imported.
+# Modules of others, and what of ours is to follow when they are imported: peft has no entry points for tuners, so its tables
+# can only be written once it is loaded, and loading it here would cost ``smidgen --help`` the seconds that torch takes. A saved
+# adapter is to open in peft and in transformers after ``import smidgen`` alone.
+_FOLLOWED = {
+    "peft": ("smidgen.adapters", "smidgen.bases.hosts"),
+    "transformers.models.auto.modeling_auto": ("smidgen.bases.hosts",),
+    "transformers.pipelines": ("smidgen.bases.hosts",),
+}
 
-    peft has no entry points for tuners, so its tables can only be written once it is loaded; loading it here would cost
-    ``smidgen --help`` the seconds that torch takes. A saved adapter is to open in peft after ``import smidgen`` alone.
-    """
+
+def _follow(name: str) -> None:
+    for module in _FOLLOWED[name]:
+        getattr(import_module(module), "follow", lambda: None)()
+
+
+class _Finder(MetaPathFinder):
+    """Has what follows a module of others follow as soon as that is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname not in _FOLLOWED:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
-            load_peft = spec.loader.exec_module
+            load = spec.loader.exec_module
 
-            def load_and_register(module: ModuleType) -> None:
-                load_peft(module)
-                import_module("smidgen.adapters")
+            def load_and_follow(module: ModuleType) -> None:
+                load(module)
+                _follow(fullname)
 
-            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = load_and_follow  # type: ignore[method-assign]
         return spec
 
 
-if "peft" in sys.modules:
-    import_module("smidgen.adapters")
-else:
-    sys.meta_path.insert(0, _PeftFinder())
+for _name in _FOLLOWED:
+    if _name in sys.modules:
+        _follow(_name)
+sys.meta_path.insert(0, _Finder())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.api import default_targets
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.methods import Kind
 from smidgen.adapters.tuner.base import fingerprint
 from smidgen.bases.packaged import debug
@@ -40,6 +41,7 @@ class Head:
 
     @property
     def options(self) -> dict[str, Any]:
+        """As transformers' configs have them."""
         if self.problem_type == "regression":
             return {"num_labels": 1, "problem_type": self.problem_type}
         names = dict(enumerate(self.labels))
@@ -64,6 +66,37 @@ class TransformersBase:
 
     def fingerprint(self) -> str:
         return fingerprint(self.model)
+
+
+AUTO = {  # the class of transformers that reads a base for a task
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "instruction": "AutoModelForCausalLM",
+}
+
+
+def source(name: str) -> dict[str, Any]:
+    """What ``from_pretrained`` is to read a model from: its folder, or its hub name and, after an @, the revision.
+
+    Example:
+        >>> source("me/bert@v1")
+        {'pretrained_model_name_or_path': 'me/bert', 'revision': 'v1'}
+    """
+    where, _, revision = (name, "", "") if Path(name).expanduser().is_dir() else name.partition("@")
+    return {"pretrained_model_name_or_path": locate(where), "revision": revision or "main"}
+
+
+def revision_of(name: str) -> str | None:
+    """The commit of a hub model on this machine; None for what is no hub model."""
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    found = source(name)
+    if Path(found["pretrained_model_name_or_path"]).is_dir():
+        return None
+    with hub_errors(name):
+        file = cached_file(found["pretrained_model_name_or_path"], "config.json", revision=found["revision"])
+    return extract_commit_hash(file, None)  # type: ignore[no-any-return]
 
 
 def locate(name: str) -> str:
@@ -140,7 +173,7 @@ def load_tokenizer(name: str) -> Any:
     import transformers
 
     with hub_errors(name):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(locate(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
@@ -154,7 +187,7 @@ def load_config(name: str) -> Any:
     import transformers
 
     with hub_errors(name):
-        return transformers.AutoConfig.from_pretrained(locate(name))
+        return transformers.AutoConfig.from_pretrained(**source(name))
 
 
 def image_processor(name: str) -> dict[str, Any]:
@@ -162,7 +195,7 @@ def image_processor(name: str) -> dict[str, Any]:
     import transformers
 
     try:
-        values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(locate(name))[0]
+        values = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(**source(name))[0]
     except (OSError, ValueError):
         logger.warning("%s has no preprocessor_config.json; pixels are scaled by ImageNet's mean and deviation.", name)
         values = {}
@@ -208,8 +241,13 @@ def _load(auto: str, name: str, precision: str, dropout: float | None, **options
         setattr(config, key, value)
     with hub_errors(name), quiet():
         model, info = getattr(transformers, auto).from_pretrained(
-            locate(name), config=config, dtype=DTYPES[precision], ignore_mismatched_sizes=True, output_loading_info=True
+            **source(name),
+            config=config,
+            dtype=DTYPES[precision],
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    model.name_or_path = public_name(name)  # for the adapter's config
     other = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     return model, [*info["missing_keys"], *other]
 

@@ -87,6 +87,8 @@ def build(name: str, words: Sequence[str]) -> Callable[..., Any]:
         hints[key] = Annotated[(section.load(), *marks)]
         if section.presets:
             start = section.start(value_of(words, "--config"), value_of(words, "--preset"))
+            if (folder := value_of(words, "--from-adapter")) and not value_of(words, "--config"):
+                start = resolve("tasks.going_on:starting")(start, Path(folder))
             parameters[key] = parameters[key].replace(default=start)
             chosen = {"preset": (Literal[tuple(section.names())], "default"), "config": (Path | None, None)}
     for key, (hint, default) in chosen.items():

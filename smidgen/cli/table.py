@@ -43,7 +43,12 @@ COMMANDS = {
     "pairs": Command(
         "draw portraits with control pictures for the embedded base: train control on them", "using:pairs", ("world",)
     ),
-    "generate": Command("draw pictures with an adapter", "using:generate", ("diffusion",)),
+    "generate": Command("draw pictures with an adapter, or with several", "using:generate", ("diffusion",)),
+    "classify": Command(
+        "sort texts or images with an adapter: classify ADAPTER FILE_OR_TEXT...", "using:classify", ("tasks",)
+    ),
+    "chat": Command("talk to a language model with an adapter", "using:chat", ("tasks",)),
+    "merge": Command("write an adapter and its base as one plain model: merge ADAPTER --out MODEL", "using:merge"),
     "zoo build": Command("train an adapter for each of many people, many at once", "zoo:build", ("diffusion", "zoo")),
     "zoo status": Command("say how a zoo stands", "zoo:status", ("zoo",)),
     "zoo import": Command("make a zoo of LoRA files", "zoo:import_", ("diffusion", "zoo")),
@@ -78,7 +83,7 @@ COMMANDS = {
     "compare": Command(
         "compare methods on a task by quality and bytes: compare EXPERIMENT", "comparing:compare", ("tasks",)
     ),
-    "verify": Command("prove that an adapter is on and belongs to its base", "using:verify", ("diffusion",)),
+    "verify": Command("prove that an adapter is on and belongs to its base", "using:verify"),
     "inspect": Command("say what an adapter folder holds", "using:inspect"),
     "export": Command(
         "write an adapter for other programs: export ADAPTER --to FORMAT --out DIR",

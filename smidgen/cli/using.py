@@ -7,10 +7,11 @@ from smidgen.errors import SmidgenError
 
 
 def generate(
-    adapter: Path,
+    adapters: list[Path],
     /,
     prompt: list[str],
-    base: str = "embedded",
+    weights: str | None = None,
+    base: str | None = None,
     base_config: str | None = None,
     out: Path = Path("generated"),
     num_images: int = 1,
@@ -25,12 +26,13 @@ def generate(
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     overwrite: bool = False,
 ) -> None:
-    """Draw pictures with ADAPTER, the folder that personalize or train control wrote.
+    """Draw pictures with ADAPTERS, folders that personalize, predict or train control wrote; several add up.
 
     Args:
-        adapter: the adapter's folder.
+        adapters: one folder, or several of one base.
         prompt: one or more prompts.
-        base: embedded, a pipeline folder, a hub name, or one .safetensors file; the one the adapter was trained on.
+        weights: one number for each adapter, such as 0.7,0.5 (none: all of each).
+        base: another place of the base (none: as the adapter's folder says).
         base_config: of a base in one file, folder or hub name of a pipeline of the same model.
         out: a folder, not one to train on, or a .png for a single picture.
         num_images: pictures for each prompt, with seeds seed, seed + 1, ...
@@ -48,17 +50,18 @@ def generate(
     from smidgen.tasks.drawing import generate as run
 
     values = {name: value for name, value in locals().items() if name != "run"}
+    values |= {"adapter": values.pop("adapters"), "weights": None if weights is None else _numbers(weights)}
     for path in run(**values):
         print(path)
 
 
-def verify(adapter: Path, /, base: str = "embedded", base_config: str | None = None) -> None:
-    """Prove that ADAPTER is on in BASE: its file, the base lock, and a forward pass. Prints the verdict ON, OFF or
+def verify(adapter: Path, /, base: str | None = None, base_config: str | None = None) -> None:
+    """Prove that ADAPTER is on in its base: its file, the base lock, and a forward pass. Prints the verdict ON, OFF or
     NOT PROVEN; the exit status is 2 unless it is ON.
 
     Args:
         adapter: the adapter's folder.
-        base: embedded, a pipeline folder, a hub name, or one .safetensors file.
+        base: another base: a packaged name, a folder, a hub name, or one .safetensors file (none: as the adapter's folder says).
         base_config: of a base in one file, folder or hub name of a pipeline of the same model.
     """
     from smidgen.tasks.drawing import verify as run
@@ -66,7 +69,81 @@ def verify(adapter: Path, /, base: str = "embedded", base_config: str | None = N
     ok, text = run(adapter, base, base_config)
     print(text)
     if not ok:
-        raise SmidgenError(f"{adapter} does not verify on {base}.")
+        raise SmidgenError(f"{adapter} does not verify on {base or 'its base'}.")
+
+
+def classify(
+    adapter: Path,
+    given: list[str],
+    /,
+    out: Path | None = None,
+    base: str | None = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    batch_size: int = 64,
+    logits: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Classify with ADAPTER, a folder that train text-classification or image-classification wrote: texts, tables of texts,
+    images, folders of images. Prints the predictions with their probabilities, or writes them.
+
+    Args:
+        adapter: the adapter's folder.
+        given: texts as they are, tables (csv, tsv, jsonl, json, parquet), images, or folders of images.
+        out: a .csv or .jsonl file (none: printed, as the tables are).
+        base: another place of the base (none: as the adapter's folder says).
+        text_column: of the tables (none: as in training).
+        text_pair_column: of the tables (none: as in training).
+        batch_size: how many are read at once.
+        logits: say the logits too.
+        overwrite: write over a file that is there.
+    """
+    from smidgen.tasks.classifying import classify as run
+
+    print(run(**{name: value for name, value in locals().items() if name != "run"}))
+
+
+def chat(
+    adapter: Path,
+    /,
+    prompt: list[str] | None = None,
+    system: str | None = None,
+    base: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Talk to the language model that ADAPTER was trained on by train instruction. Answers appear as they are made; /reset
+    forgets what was said, Ctrl-C stops an answer, Ctrl-D ends. What a pipe says is answered line by line.
+
+    Args:
+        adapter: the adapter's folder.
+        prompt: say this and end; several are turns of one conversation.
+        system: what the conversation begins with.
+        base: another place of the base (none: as the adapter's folder says).
+        max_new_tokens: the longest answer.
+        temperature: 0 says the likeliest; more draws answers.
+        top_p: draw from the likeliest tokens that have this share together.
+        seed: fixes what is drawn.
+    """
+    from smidgen.tasks.chatting import Chat, talk
+
+    talk(Chat(adapter, base, system, max_new_tokens, temperature, top_p, seed), prompt)
+
+
+def merge(adapter: Path, /, out: Path, base: str | None = None, overwrite: bool = False) -> None:
+    """Write ADAPTER and its base as one plain transformers or diffusers model, which needs nothing of Smidgen any more.
+
+    Args:
+        adapter: the adapter's folder.
+        out: the model's folder.
+        base: another place of the base (none: as the adapter's folder says).
+        overwrite: write over files that are there.
+    """
+    from smidgen.tasks.exporting import export_folder as run
+
+    print(run(adapter, "merged", out, base, overwrite=overwrite)[1])
 
 
 def export(
@@ -74,7 +151,7 @@ def export(
     /,
     to: Literal["peft", "diffusers", "kohya", "peft-oft", "full-diff", "merged"],
     out: Path,
-    base: str = "embedded",
+    base: str | None = None,
     strength: float = 1.0,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
     allow_loss: bool = False,
@@ -87,7 +164,7 @@ def export(
         to: peft: a folder of a peft LoRA; diffusers: pytorch_lora_weights.safetensors; kohya: for ComfyUI and A1111; peft-oft: of
             the method oft; full-diff: whole differences, for ComfyUI and LyCORIS; merged: the model with the adapter in it.
         out: a folder, or the name of a .safetensors file where the format is one file.
-        base: embedded, a pipeline folder, or a hub name; the one the adapter was trained on.
+        base: another place of the base (none: as the adapter's folder says).
         strength: what the adapter is multiplied with in the file.
         dtype: number format of a merged model.
         allow_loss: write a merged model although rounding takes more than 15 % of the adapter.
@@ -121,12 +198,7 @@ def combine(
 
     if (out / "adapter_config.json").exists() and not overwrite:
         raise SmidgenError(f"{out} holds an adapter already; choose another --out, or write over it with --overwrite.")
-    try:
-        numbers = None if weights is None else [float(number) for number in weights.split(",")]
-    except ValueError as error:
-        raise SmidgenError(
-            f"--weights takes numbers with commas between them, such as 0.5,0.5; got {weights!r}."
-        ) from error
+    numbers = None if weights is None else _numbers(weights)
     print(told(run(adapters, numbers, out=out, average_heads=average_heads)))
 
 
@@ -173,3 +245,12 @@ def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
     from smidgen.tasks.drawing import draw_subject as run
 
     print(run(folder, seed, num_pictures))
+
+
+def _numbers(weights: str) -> list[float]:
+    try:
+        return [float(number) for number in weights.split(",")]
+    except ValueError as error:
+        raise SmidgenError(
+            f"--weights takes numbers with commas between them, such as 0.5,0.5; got {weights!r}."
+        ) from error

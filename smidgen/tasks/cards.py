@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.tuner.coverage import Coverage
 
 Part = str | tuple[str, str]
@@ -58,12 +59,6 @@ def covered(found: Coverage | None) -> Part:
     """The section on the layers that an adapter is on, nothing for what is none."""
     rows = found.rows() if found is not None and found.entries else []
     return "What it covers", table(["layers", "adapted", "share of the base's parameters"], rows) if rows else ""
-
-
-def public_name(base: str) -> str:
-    """A base's name without the path it lies under: files that travel do not tell about this machine."""
-    path = Path(base).expanduser()
-    return path.name if path.is_absolute() or path.exists() else base
 
 
 def write_report(folder: Path, report: Any, card: str) -> None:

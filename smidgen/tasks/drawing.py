@@ -12,11 +12,12 @@ import smidgen
 from smidgen.adapters.api import read_adapter
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
-from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.checkpoint.files import public_name, read_config, read_tensors
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
+from smidgen.bases.origin import IMAGES, Origin, load_own_base, read_origin
 from smidgen.bases.pipelines import default_device
 from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks import cards
@@ -35,9 +36,10 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-    adapter: Path,
+    adapter: Path | Sequence[Path],
     prompt: list[str],
-    base: str = "embedded",
+    weights: Sequence[float] | None = None,
+    base: str | None = None,
     out: Path = Path("generated"),
     num_images: int = 1,
     seed: int = 0,
@@ -54,15 +56,21 @@ def generate(
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
-    An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
+    Several adapters of one base add up, each at its weight (1 unless given) times ``strength``; the base is the one that
+    they name unless it is given. An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
     ``out`` is a folder, or the name of a single picture; ``base_config`` is that of a base in one file. Raises SmidgenError for an adapter that does not fit the base,
     for an ``out`` among pictures to train on, and for a file that is there already, unless ``overwrite``.
     """
     if not prompt:
         raise ConfigError("Give at least one prompt: what is to be drawn?")
+    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    shares = dict(zip(names, _weights(adapters, weights, strength), strict=True))
     numbers = {"num_images": num_images, "seed": seed, "steps": steps, "guidance": guidance, "strength": strength}
     for name, value in (numbers | {"control_scale": control_scale}).items():
         check_value(name, value)
+    for value in shares.values():
+        check_value("strength", value)
     single = out.suffix.lower() == ".png"
     if single and len(prompt) * num_images > 1:
         raise ConfigError(f"{out} names one picture, but {len(prompt) * num_images} are asked for; give a folder.")
@@ -70,13 +78,18 @@ def generate(
     seeds = [seed + number for _ in prompt for number in range(num_images)]
     places = [out] if single else [out / name for name in _names(prompts, seeds, num_images)]
     _check_places(out.parent if single else out, places, single, overwrite)
-    made = _check_control(adapter, control, edges_of)
+    origin = _common_origin(adapters)
+    base, base_config = origin.named(base), base_config or origin.base_config
+    made = _check_control(adapters, control, edges_of)
     loaded = load_base(base, mixed_precision, default_device(), config=base_config)
     if made is not None:
         hint.attach(loaded.model, made)
-    engine.load(loaded.pipe, adapter)
-    if strength != 1.0:
-        smidgen.set_strength(loaded.pipe, strength)
+    for name, folder in zip(names, adapters, strict=True):
+        smidgen.load(loaded.pipe, folder, name)
+    if len(adapters) > 1:
+        smidgen.set_active(loaded.pipe, names)
+    if set(shares.values()) != {1.0}:
+        smidgen.set_strength(loaded.pipe, shares)
     for warning in unknown_words(loaded, [*prompt, negative_prompt]):
         logger.warning("%s", warning)
     encoded = loaded.encode_prompts(prompts)
@@ -89,9 +102,8 @@ def generate(
     facts = {
         "negative_prompt": negative_prompt,
         **loaded.sampling.chosen(steps, guidance),
-        "base": cards.public_name(base),
-        "adapter": about_adapter(adapter),
-        "strength": strength,
+        "base": public_name(base),
+        **_about(adapters, list(shares.values())),
         **({"control": {"kind": made.control, "scale": control_scale}} if made is not None else {}),
         "precision": mixed_precision,
     }
@@ -101,15 +113,20 @@ def generate(
     ]
 
 
-def verify(adapter: Path, base: str, base_config: str | None = None) -> tuple[bool, str]:
-    """Verify ``adapter`` on ``base``: (is it on?, what was found). ``base_config`` is that of a base in one file."""
+def verify(adapter: Path, base: str | None = None, base_config: str | None = None) -> tuple[bool, str]:
+    """Verify ``adapter`` on the base that it names, or on ``base``: (is it on?, what was found).
+    ``base_config`` is that of a base in one file."""
     if not adapter.is_dir():
         raise AdapterFileError(f"{adapter} is no adapter folder.")
-    loaded = load_base(base, "no", default_device(), config=base_config)
+    if (adapter / engine.CONTROL).is_file():
+        raise ConfigError(
+            f"{adapter} holds a trained head or a whole model, no adapter: there is nothing to prove of it."
+        )
+    loaded: Any = load_own_base(read_origin(adapter), base, base_config)
     made = hint.read_config(adapter)
     if made is not None:
         hint.attach(loaded.model, made)
-    found = smidgen.verify(loaded.pipe, adapter)
+    found = smidgen.verify(getattr(loaded, "pipe", loaded.model), adapter)
     return bool(found.ok), str(found)
 
 
@@ -179,9 +196,46 @@ def _check_places(folder: Path, places: Sequence[Path], single: bool, overwrite:
         raise ConfigError(f"{there[0]}{more} is there already; give another --out, or --overwrite to draw it anew.")
 
 
-def _check_control(adapter: Path, control: Path | None, edges_of: Path | None) -> hint.HintConfig | None:
+def _weights(adapters: Sequence[Path], weights: Sequence[float] | None, strength: float) -> list[float]:
+    if not adapters:
+        raise ConfigError("Which adapter? Give the folder of one, or of several.")
+    if weights is not None and len(weights) != len(adapters):
+        raise ConfigError(f"{len(adapters)} adapters take {len(adapters)} weights, got {len(weights)}.")
+    return [strength * weight for weight in weights or [1.0] * len(adapters)]
+
+
+def _common_origin(adapters: Sequence[Path]) -> Origin:
+    bases = {folder: read_origin(folder) for folder in adapters}
+    for folder, origin in bases.items():
+        if origin.task != IMAGES:
+            raise ConfigError(f"{folder} does not draw, it is for {origin.task}.")
+    first = bases[adapters[0]]
+    for folder, origin in bases.items():
+        if origin.base != first.base:
+            raise ConfigError(
+                f"{folder} is for {origin.base}, and {adapters[0]} for {first.base}: adapters of one base add up."
+            )
+    return first
+
+
+def _about(adapters: Sequence[Path], weights: Sequence[float]) -> dict[str, Any]:
+    """The adapters among a picture's facts."""
+    if len(adapters) == 1:
+        return {"adapter": about_adapter(adapters[0]), "strength": weights[0]}
+    both = zip(adapters, weights, strict=True)
+    return {"adapters": [about_adapter(folder) | {"weight": weight} for folder, weight in both]}
+
+
+def _check_control(adapters: Sequence[Path], control: Path | None, edges_of: Path | None) -> hint.HintConfig | None:
     """The hint encoder's config; refuses a control picture for an adapter without one, and the other way round."""
-    made, given = hint.read_config(adapter), [path for path in (control, edges_of) if path is not None]
+    found = {folder: hint.read_config(folder) for folder in adapters}
+    steered = [folder for folder, one in found.items() if one is not None]
+    if len(steered) > 1:
+        raise ConfigError(
+            f"{' and '.join(map(str, steered))} each follow control pictures; one adapter at a time does."
+        )
+    adapter = steered[0] if steered else adapters[0]
+    made, given = found[adapter], [path for path in (control, edges_of) if path is not None]
     if made is None and given:
         raise ConfigError(f"{adapter} was trained without control pictures, so {given[0]} cannot steer it.")
     if made is not None and len(given) != 1:

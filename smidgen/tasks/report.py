@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.tuner.coverage import Coverage
 from smidgen.bases.families import card_lines
-from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, public_name, table
+from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, table
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ from smidgen.adapters import verify as proof
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
 from smidgen.adapters.checkpoint.packing import check_names
+from smidgen.adapters.tuner.carried import adapter_parameters
 from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.heads import saved_modules
 from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -77,6 +79,22 @@ def adapt(model: nn.Module, config: Config, heads: Sequence[str] = ()) -> nn.Mod
     if heads:
         config.modules_to_save = list(heads)  # type: ignore[attr-defined]
     return api.adapt(model, config)  # type: ignore[no-any-return]
+
+
+def go_on(model: nn.Module, folder: Path) -> nn.Module:
+    """Put the adapter of ``folder`` into ``model``, in place, to be trained on.
+
+    Raises:
+        SmidgenError: as :func:`smidgen.load`.
+    """
+    api.load(model, folder)
+    trained = {*map(id, adapter_parameters(model, NAME))}
+    for head in saved_modules(model, NAME).values():
+        trained.update(map(id, head.modules_to_save[NAME].parameters()))
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    model.peft_config[NAME].inference_mode = False  # type: ignore[index,union-attr]
+    return model
 
 
 def hold_statistics(model: nn.Module) -> None:

@@ -79,20 +79,24 @@ def fit(
     resume: str | None = None,
     progress: bool = True,
     during: AbstractContextManager[Any] | None = None,
+    start: Path | None = None,
 ) -> Fitted:
     """Adapt ``model`` in place by ``peft_config``, train the adapter on ``task`` and save it in ``folder``.
 
     ``peft_config`` is smidgen's, peft's or one of ``engine``'s controls; the modules ``heads`` are trained and saved
     besides. Components ``beside`` the model, by their names in its pipeline, are adapted, trained and saved with it, each in
     a sub-folder of its name. What the adapter starts from depends on ``loop.seed`` alone. ``identity`` is what a checkpoint
-    must share to be resumed. ``during`` is entered while it is trained, not while it is made and saved. Under ``accelerate
-    launch`` the main process alone saves. Raises what ``train`` raises.
+    must share to be resumed. With ``start`` the adapter in that folder is trained on, in place of a fresh one. ``during`` is
+    entered while it is trained, not while it is made and saved. Under ``accelerate launch`` the main process alone saves. Raises
+    what ``train`` raises.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(loop.seed, "init"))
-        engine.adapt(model, peft_config, heads)
-        for other in (beside or {}).values():
-            engine.adapt(other.model, other.peft_config)
+        for where, part, config in _parts(model, peft_config, beside or {}):
+            if start is None:
+                engine.adapt(part, config, heads if not where else ())
+            else:
+                engine.go_on(part, start / where)
     denoiser = model
     if beside:
         model = Components(denoiser, {name: other.model for name, other in beside.items()})
@@ -124,6 +128,11 @@ def fit(
         coverage=covers,
         head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
     )
+
+
+def _parts(model: nn.Module, config: Any, beside: Mapping[str, Beside]) -> list[tuple[str, nn.Module, Any]]:
+    """(sub-folder of an adapter's folder, module, config) of each component to train."""
+    return [("", model, config), *((name, other.model, other.peft_config) for name, other in beside.items())]
 
 
 def prove(

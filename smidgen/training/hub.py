@@ -7,15 +7,15 @@ from typing import Any
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_config, read_tensors
 from smidgen.errors import AdapterFileError, ConfigError, HubError
 
-TEXTS = ("README.md", "report.json")
+TEXTS = ("README.md", "report.json", "chat_template.jinja")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def push_to_hub(folder: str | Path, repo_id: str, private: bool = True) -> str:
     """Upload the adapter in ``folder`` to ``repo_id`` (``name`` or ``owner/name``) in one commit; returns its URL.
 
-    The login is huggingface_hub's own (``hf auth login`` or HF_TOKEN). The two adapter files, README.md, report.json
-    and the pictures beside them travel; checkpoints, config.yaml (it names local paths) and subfolders stay. A
+    The login is huggingface_hub's own (``hf auth login`` or HF_TOKEN). The two adapter files, README.md, report.json,
+    a chat template and the pictures beside them travel; checkpoints, config.yaml (it names local paths) and subfolders stay. A
     repository that does not exist is made, ``private`` or public.
 
     Raises, before anything is uploaded:

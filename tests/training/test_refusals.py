@@ -24,6 +24,8 @@ REFUSED = {  # what is refused late: when the base is there, or is looked for
     "invert": [[PHOTO, "--base", "embeded"], ["nobody.png"]],
     "sample": [["--base", "embeded"], ["--seeds", "x"]],
     "generate": [["nowhere", "--prompt", "a"], ["nowhere", "--prompt", "a", "--base", "embeded"]],
+    "classify": [["nowhere", "a text"]],
+    "merge": [["nowhere"]],
     "compare": [["nowhere"], ["debug", "--only", "nothing"]],
     "subject": [["--num-pictures", "0"]],
     "pairs": [["--num-pictures", "1"]],

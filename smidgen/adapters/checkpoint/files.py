@@ -199,11 +199,11 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def public_name(base: str) -> str:
-    """A base's name without the path it lies under: files that travel do not tell about this machine.
+    """A base's name without the path it lies under, and without a hub revision: files that travel do not tell about this machine.
 
     Example:
-        >>> public_name("/home/ann/sd15"), public_name("owner/name")
+        >>> public_name("/home/ann/sd15"), public_name("owner/name@main")
         ('sd15', 'owner/name')
     """
     path = Path(base).expanduser()
-    return path.resolve().name if base and (path.is_absolute() or path.is_dir()) else base
+    return path.resolve().name if base and (path.is_absolute() or path.exists()) else base.partition("@")[0]

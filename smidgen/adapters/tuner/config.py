@@ -42,6 +42,8 @@ class SmidgenConfig(PeftConfig):
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
         store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
         store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
+        labels, problem_type: of a classifier's head in modules_to_save: the classes' names in order, and what kind of answer
+            it gives in transformers' terms, so that a fresh base can be given the head that the adapter trained.
         ties: by target, what its base weight does not determine of the factors (equal or zero singular values), written at
             save; see ``linalg/ties.py``.
         base_lock: sketch of the base weights, written at save; see ``checkpoint/base_lock.py``.
@@ -65,6 +67,8 @@ class SmidgenConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     store_factors: bool = False
     store_dtype: str = "float32"
+    labels: list[str] | None = None
+    problem_type: str | None = None
     ties: dict[str, str] = field(default_factory=dict)
     base_lock: dict[str, Any] | None = None
     canary: dict[str, Any] | None = None
@@ -304,6 +308,8 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (lambda v: v is None or _whole(v) or _all(v, _LISTS, _whole), "layer numbers"),
     "store_factors": (lambda v: isinstance(v, bool), "true or false"),
     "store_dtype": (lambda v: v in packing.STORED, f"one of {', '.join(packing.STORED)}"),
+    "labels": (lambda v: v is None or _all(v, list, _text), "a list of names"),
+    "problem_type": _TEXT_OR_NONE,
     "task_type": _TEXT_OR_NONE,
     "revision": _TEXT_OR_NONE,
     "peft_version": _TEXT_OR_NONE,
@@ -342,6 +348,9 @@ _FIELDS = (
     "task_type",
     "inference_mode",
     "base_model_name_or_path",
+    "revision",
+    "labels",
+    "problem_type",
 )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.adapters.atomic import replace_file
-from smidgen.adapters.checkpoint.files import LORA_NAME
+from smidgen.adapters.checkpoint.files import LORA_NAME, public_name
 from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
 from smidgen.difflora.weightspace.layout import Layout
-from smidgen.tasks.cards import adapter_head, bullets, licence, model_card, public_name
+from smidgen.tasks.cards import adapter_head, bullets, licence, model_card
 
 FACES = (
     "Faces are biometric data: whoever makes or shares an adapter of a real person needs that person's consent. Do not use it "

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.card import adapter_card
@@ -21,7 +22,6 @@ from smidgen.difflora.use import folders
 from smidgen.difflora.use.folders import Photo, write_folder
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import ConfigError
-from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.data.pixels import fit
 from smidgen.tasks.diffusion.scenes import Scenes

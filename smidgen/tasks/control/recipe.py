@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.families import load_base
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, DataError
-from smidgen.tasks.cards import public_name, write_report
+from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.tuner.coverage import Coverage
-from smidgen.tasks.cards import adapter_head, covered, licence, model_card, public_name, table
+from smidgen.tasks.cards import adapter_head, covered, licence, model_card, table
 
 NAMES = {"iou": "edge IoU", "f1": "edge F1", "f1_1px": "edge F1 within 1 px", "miou": "mIoU", "aacc": "aACC"}
 NAMES |= {"landmarks": "landmark error, px"}

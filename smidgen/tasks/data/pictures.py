@@ -83,9 +83,14 @@ def read_pictures(
     warnings += lacking({split: [one.label for one in some] for split, some in complete.items()}, known.names)
 
     def pixels(picture: LabelledPicture) -> Tensor:
-        return _tensor(decode(picture.path, SMALLEST), resolution) if kept is None else kept[picture.path]
+        return read_pixels(picture.path, resolution) if kept is None else kept[picture.path]
 
     return Pictures(complete, known.names, tuple(warnings), pixels, known.several)
+
+
+def read_pixels(path: Path, resolution: int) -> Tensor:
+    """One picture as the models of image classification see it, [3, resolution, resolution] bytes; DataError when it has none."""
+    return _tensor(decode(path, SMALLEST), resolution)
 
 
 def count_labels(pictures: Sequence[LabelledPicture], labels: Sequence[str]) -> Mapping[str, int]:

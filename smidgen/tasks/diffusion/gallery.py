@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from smidgen.adapters import api
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.judging import Judge
 from smidgen.bases.protocol import ImageBase, Prompts, Size
 from smidgen.errors import AdapterFileError
-from smidgen.tasks.cards import public_name
 from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.png import write_png

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.protocol import ImageBase
-from smidgen.tasks.cards import public_name
 from smidgen.tasks.data.images import Picture
 from smidgen.tasks.data.tables import counted
 

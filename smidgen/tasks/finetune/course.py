@@ -15,15 +15,18 @@ import torch
 import smidgen
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.methods import Kind
-from smidgen.bases.transformers import fingerprint
+from smidgen.bases.origin import TASK_TYPES
+from smidgen.bases.transformers import fingerprint, revision_of
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
 from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.finetune.report import FinetuneReport, card
 from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
+from smidgen.tasks.going_on import check_start
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
-from smidgen.training.processes import is_main, run_folder
+from smidgen.training.metrics import SINGLE
+from smidgen.training.processes import is_main, num_processes, run_folder
 from smidgen.training.settings import decisive, dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -32,7 +35,16 @@ SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapte
 OTHERS = 2e-2
 BUDGETED = "seeded"  # the method a budget trains
 # Known by their content instead, or of how much is held in memory and where it goes.
-_ASIDE = ("chat_template", "model", "eval_batch_size", "memory_mb", "push_to_hub", "hub_private")
+_ASIDE = (
+    "chat_template",
+    "model",
+    "from_adapter",
+    "num_train_epochs",
+    "eval_batch_size",
+    "memory_mb",
+    "push_to_hub",
+    "hub_private",
+)
 
 
 @dataclass(frozen=True)
@@ -63,13 +75,15 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     ``kind`` is the recipe's name. Under ``accelerate launch`` only the main process returns a report. Raises
     SmidgenError for settings without meaning, a run that diverged, and a saved adapter that does not come back.
     """
-    config = _settled(config)
+    config = _in_steps(_settled(config), prepared)
     chosen, model = config.adapter, prepared.model
     for warning in prepared.warnings:
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
-    config_of_peft = _setup(config, prepared)
+    config_of_peft = _setup(kind, config, prepared)
     identity = _identity(config, prepared, rate)
+    if config.from_adapter is not None:
+        identity["from_adapter"] = _check_start(kind, config, prepared, config_of_peft)
     with run_folder(config.out, config.resume_from_checkpoint, config.overwrite) as out:
         if is_main():
             for name, content in {"config.yaml": dump_yaml(config), **prepared.files}.items():
@@ -77,7 +91,7 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
-        options |= {"heads": prepared.heads, "resume": config.resume_from_checkpoint}
+        options |= {"start": config.from_adapter, "heads": prepared.heads, "resume": config.resume_from_checkpoint}
         fitted = fit(chosen.method, model, prepared.task, config_of_peft, rate, config.train, out, **options)
     if not is_main():
         return None
@@ -106,6 +120,9 @@ def targets(config: FinetuneConfig, model: Any) -> Any:
 def _settled(config: FinetuneConfig) -> FinetuneConfig:
     """With a budget the config names the method that a budget trains, and nothing else may choose it."""
     chosen = config.adapter
+    if config.from_adapter is not None and (chosen.budget is not None or chosen.method in (PROBE, FULL)):
+        what = "--budget" if chosen.budget is not None else f"--method {chosen.method}"
+        raise ConfigError(f"The adapter to go on from decides what is trained; leave out {what}, or --from-adapter.")
     if chosen.budget is None:
         return config
     others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
@@ -116,13 +133,38 @@ def _settled(config: FinetuneConfig) -> FinetuneConfig:
     return replace(config, adapter=replace(chosen, method=BUDGETED))
 
 
-def _setup(config: FinetuneConfig, prepared: Prepared) -> Any:
-    """The config that ``engine`` adapts by."""
+def _in_steps(config: FinetuneConfig, prepared: Prepared) -> FinetuneConfig:
+    """``config`` with as many steps as the epochs it asks for take."""
+    if config.num_train_epochs is None:
+        return config
+    batch = config.data.train_batch_size * config.train.gradient_accumulation_steps * num_processes()
+    steps = -(-config.num_train_epochs * len(prepared.task.splits["train"]) // batch)
+    return replace(config, train=replace(config.train, max_train_steps=steps))
+
+
+def _check_start(kind: str, config: FinetuneConfig, prepared: Prepared, wanted: Any) -> str:
+    """The digest of the adapter to go on from, which must be what the settings ask for."""
+    chosen = config.adapter
+    given = {name: getattr(chosen, name) for name in ("rank", "alpha", "transform_rank", "target_modules")}
+    assert config.from_adapter is not None
+    return check_start(config.from_adapter, config.out, kind, wanted, given, prepared.model, prepared.labels)
+
+
+def _setup(kind: str, config: FinetuneConfig, prepared: Prepared) -> Any:
+    """The config that ``engine`` adapts by; it says what a fresh process needs to know of the base."""
     chosen, seed = config.adapter, config.train.seed
-    if chosen.budget is None:
-        return setup(chosen, targets(config, prepared.model), seed)
-    where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
-    return budgeted(prepared.model, prepared.task, prepared.heads, chosen.budget, seed=seed, target_modules=where)
+    origin: dict[str, Any] = {"task_type": TASK_TYPES.get(kind), "revision": revision_of(config.model)}
+    origin |= {"labels": list(prepared.labels) or None}
+    origin |= {"problem_type": prepared.problem} if prepared.problem not in ("", SINGLE) else {}
+    if chosen.budget is not None:
+        where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
+        origin |= {"seed": seed, "target_modules": where}
+        return budgeted(prepared.model, prepared.task, prepared.heads, chosen.budget, **origin)
+    made = setup(chosen, targets(config, prepared.model), seed)
+    for name, value in origin.items():
+        if hasattr(made, name):
+            setattr(made, name, value)
+    return made
 
 
 def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig) -> None:
@@ -132,8 +174,9 @@ def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig) -> None:
     for file in engine.FILES:
         (config.out / file).unlink(missing_ok=True)
     scores = ", ".join(f"{entry[metric]:.4f} at step {entry['step']}" for entry in fitted.evaluations)
+    before = "untrained adapter" if config.from_adapter is None else f"adapter in {config.from_adapter}"
     raise TrainingError(
-        f"No step was better on the validation split than the untrained adapter ({metric}: {scores}). Try another "
+        f"No step was better on the validation split than the {before} ({metric}: {scores}). Try another "
         "--learning-rate or more steps, or keep the last step with --no-load-best."
     )
 

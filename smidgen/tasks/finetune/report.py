@@ -5,17 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.tuner.coverage import Coverage
-from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, public_name, table
+from smidgen.bases.transformers import AUTO
+from smidgen.tasks.cards import adapter_head, bullets, covered, licence, model_card, table
 from smidgen.tasks.finetune.settings import FULL, PROBE
 from smidgen.training.metrics import MULTI
 
 PIPELINES = {"instruction": "text-generation"}  # the hub's name of a task where it is not the recipe's
-AUTO = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "instruction": "AutoModelForCausalLM",
-}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class FinetuneConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     model: str = "minilm"  # packaged name, transformers folder, or hub name
     dropout: float | None = None  # None: the model's own
+    num_train_epochs: int | None = None  # passes over the examples, in place of max_train_steps
+    from_adapter: Path | None = (
+        None  # go on from the adapter in this folder: new data, more steps, other learning rates
+    )
     out: Path = Path("runs/finetune")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints

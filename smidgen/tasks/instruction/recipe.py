@@ -4,6 +4,7 @@ common course.
     report = instruction(InstructionConfig(data=InstructionData("wordnet"), out=Path("words")))
 """
 
+from smidgen.bases.origin import TEMPLATE
 from smidgen.bases.transformers import load_language_model, load_tokenizer, locate_data
 from smidgen.tasks.data.chat import encode_conversations, read_template
 from smidgen.tasks.data.conversations import read_conversations
@@ -46,7 +47,7 @@ def prepare(config: InstructionConfig) -> Prepared:
     given = {}
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
-        given["chat_template.jinja"] = tokenizer.chat_template
+        given[TEMPLATE] = tokenizer.chat_template
     found = read_conversations(locate_data(data.path), data.held_out_share, data.max_train_examples)
     base = load_language_model(config.model, config.train.mixed_precision, config.dropout)
     check_length(data.max_length, tokenizer, base.model.config)

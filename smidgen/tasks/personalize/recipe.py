@@ -14,14 +14,16 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.distilled import Helper, check_distilled, digest
 from smidgen.bases.families import load_base
 from smidgen.bases.judging import NO_JUDGE, Judge
+from smidgen.bases.origin import IMAGES
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase, Prompts, Size, sides
 from smidgen.bases.schedules import reweighted
 from smidgen.errors import ConfigError, DataError
-from smidgen.tasks.cards import public_name, write_report
+from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot
 from smidgen.tasks.data import images
 from smidgen.tasks.data.buckets import parse_shape
@@ -29,6 +31,7 @@ from smidgen.tasks.diffusion.gallery import gallery, previewer
 from smidgen.tasks.diffusion.limits import OBLONG, OWN_PROMPTS, UNSCORED, foreign_pictures, unknown_words, words_alike
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.diffusion.task import Buckets, Encoded, PersonalizeTask, encode_prior, encode_shapes
+from smidgen.tasks.going_on import check_start
 from smidgen.tasks.personalize.settings import PEFT_LORA, Data, PersonalizeConfig, rates, text_rates
 from smidgen.tasks.personalize.subjects import TrainingData, read_subjects
 from smidgen.tasks.png import about_adapter, write_png
@@ -153,6 +156,12 @@ def _fit(
     if chosen.train_text_encoder:
         options["beside"] = text_adapters(config, method, base)
         options["identity"] |= {"text_encoder_rate": text_rates(config, method).residual}
+    if config.from_adapter is not None and method != PEFT_LORA:
+        names = ("rank", "residual_rank", "alpha", "transform_rank", "target_modules")
+        given = {name: getattr(chosen, name) for name in names}
+        beside = list(options.get("beside", ()))
+        digest_of = check_start(config.from_adapter, config.out, IMAGES, setup, given, base.model, beside=beside)
+        options |= {"start": config.from_adapter, "identity": options["identity"] | {"from_adapter": digest_of}}
     return fit(method, base.model, task, setup, rate, config.train, folder, resume=resume, **options)
 
 
@@ -267,7 +276,15 @@ def _identity(config: PersonalizeConfig, base: ImageBase, data: TrainingData) ->
         known["helper"] = digest(config.helper_adapter)
     return (
         decisive(
-            config, "base", "base_config", "helper_adapter", "mask_folder", "subject", "subjects", *to_dict(config.show)
+            config,
+            "base",
+            "base_config",
+            "from_adapter",
+            "helper_adapter",
+            "mask_folder",
+            "subject",
+            "subjects",
+            *to_dict(config.show),
         )
         | known
     )

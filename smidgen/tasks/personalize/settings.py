@@ -136,6 +136,9 @@ class PersonalizeConfig:
     helper_adapter: str | None = (
         None  # LoRA file that undoes a base's distillation while yours is trained; none: without one
     )
+    from_adapter: Path | None = (
+        None  # go on from the adapter in this folder: new pictures, more steps, other learning rates
+    )
     out: Path = Path("runs/personalize")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints

@@ -1,0 +1,303 @@
+"""Sort texts or images with a finished adapter of ``smidgen train``: in Python, or files in and files out.
+
+The adapter's folder says its base, its classes, and how its training read texts or images; nothing else has to be known.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smidgen.adapters.atomic import replace_file
+from smidgen.bases.origin import Origin, adapted_tokenizer, load_adapted, read_origin
+from smidgen.bases.transformers import image_statistics
+from smidgen.errors import ConfigError, DataError, did_you_mean
+from smidgen.tasks.data.listing import list_folder
+from smidgen.tasks.data.pictures import LabelledPicture, read_pixels
+from smidgen.tasks.data.pixels import known_endings
+from smidgen.tasks.data.tables import SUFFIXES, column, counted, read_rows
+from smidgen.tasks.data.text import Text
+from smidgen.tasks.image_classification.task import ImageClassificationTask, choose_resolution, needs_interpolation
+from smidgen.tasks.text_classification.task import TextClassificationTask, encode_texts
+from smidgen.training.metrics import MULTI, REGRESSION, SINGLE
+
+logger = logging.getLogger(__name__)
+
+SLICE = 16  # batches between two steps of the progress bar; within them texts are sorted by length
+FORMATS = (".csv", ".jsonl")
+_BLANK: Mapping[str, Any] = {SINGLE: 0, MULTI: (), REGRESSION: 0.0}  # a label, where a task asks for one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of one text or image.
+
+    ``answer`` is the likeliest class, or all classes that hold, or of a regression the number; ``probabilities`` and ``logits``
+    are by class, empty for a regression.
+    """
+
+    answer: str | tuple[str, ...] | float
+    probabilities: Mapping[str, float]
+    logits: Mapping[str, float]
+
+
+class Classifier:
+    """A text or image classifier: an adapter's folder with the base that it names, ready to be asked.
+
+    Args:
+        adapter: a folder that ``smidgen train text-classification`` or ``image-classification`` wrote.
+        base: another place of its base (None: as the folder says).
+        batch_size: how many are read at once.
+
+    Raises:
+        SmidgenError: it is none, or its base cannot be found, or is another one.
+
+    Example:
+        >>> Classifier("mood")(["I love it"])[0].answer  # doctest: +SKIP
+        'positive'
+    """
+
+    def __init__(self, adapter: str | Path, base: str | None = None, batch_size: int = 64) -> None:
+        self.origin: Origin = read_origin(adapter)
+        if self.origin.head is None:
+            verb = "chat" if self.origin.task == "instruction" else "generate"
+            raise ConfigError(f"{adapter} does not classify, it is for {self.origin.task}: use smidgen {verb}.")
+        self.labels, self.problem = self.origin.head.labels, self.origin.head.problem_type
+        self.model = load_adapted(self.origin, base).model
+        self.batch_size = batch_size
+        name = self.origin.named(base)
+        if self.reads_images:
+            self._image_options: dict[str, Any] = dict(zip(("mean", "std"), image_statistics(name), strict=True))
+            self._resolution = choose_resolution(self.origin.setting("data.resolution", 0) or None, self.model.config)
+            self._image_options["interpolate"] = needs_interpolation(self.model, self._resolution)
+        else:
+            self.tokenizer = adapted_tokenizer(self.origin, base)
+
+    @property
+    def reads_images(self) -> bool:
+        return self.origin.task == "image-classification"
+
+    def __call__(self, given: Sequence[Any], progress: bool = False) -> list[Prediction]:
+        """What is said of each of ``given``: texts, pairs of texts, or paths of images."""
+        return self.predictions(self.logits(given, progress))
+
+    def logits(self, given: Sequence[Any], progress: bool = False) -> Tensor:
+        """Logits [example, class] on the CPU, or values [example, 1]."""
+        from tqdm.auto import tqdm
+
+        found, step = [], SLICE * self.batch_size
+        with tqdm(total=len(given), disable=not progress, desc="classify", dynamic_ncols=True) as bar:
+            for start in range(0, len(given), step):
+                part = given[start : start + step]
+                found.append(self._images(part) if self.reads_images else self._texts(part))
+                bar.update(len(part))
+        return torch.cat(found) if found else torch.zeros(0, max(1, len(self.labels)))
+
+    def predictions(self, logits: Tensor) -> list[Prediction]:
+        """Logits [example, class] as answers."""
+        if self.problem == REGRESSION:
+            return [Prediction(float(value), {}, {}) for value in logits.squeeze(-1)]
+        shares = logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)
+        found = []
+        for row, share in zip(logits.tolist(), shares.tolist(), strict=True):
+            held = tuple(label for label, value in zip(self.labels, row, strict=True) if value > 0)
+            likeliest = self.labels[max(range(len(row)), key=row.__getitem__)]
+            by_class = (dict(zip(self.labels, values, strict=True)) for values in (share, row))
+            found.append(Prediction(held if self.problem == MULTI else likeliest, *by_class))
+        return found
+
+    def _texts(self, given: Sequence[str | tuple[str, str]]) -> Tensor:
+        pairs = [(one, None) if isinstance(one, str) else tuple(one) for one in given]
+        texts = [Text(text, pair, _BLANK[self.problem], f"text {n}") for n, (text, pair) in enumerate(pairs, 1)]
+        length = int(self.tokenizer.model_max_length)
+        encoded, warnings = encode_texts(self.tokenizer, {"given": texts}, length, self.problem, len(self.labels))
+        for warning in warnings:
+            logger.warning("%s", warning)
+        options: dict[str, Any] = {"eval_batch_size": self.batch_size, "problem": self.problem}
+        return TextClassificationTask(encoded, self.tokenizer, "", **options).predict(self.model, "given")
+
+    def _images(self, given: Sequence[Path]) -> Tensor:
+        images = [LabelledPicture(Path(path), _BLANK[self.problem], "", str(path)) for path in given]
+        options: dict[str, Any] = {"eval_batch_size": self.batch_size, "problem": self.problem, **self._image_options}
+        task = ImageClassificationTask(
+            {"given": images}, lambda one: read_pixels(one.path, self._resolution), **options
+        )
+        return task.predict(self.model, "given")
+
+
+def classify(
+    adapter: Path,
+    given: Sequence[str],
+    out: Path | None = None,
+    base: str | None = None,
+    text_column: str | None = None,
+    text_pair_column: str | None = None,
+    batch_size: int = 64,
+    logits: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Classify what ``given`` names: texts, tables of texts, images, folders of images. Returns the predictions as CSV or JSON
+    lines, or, with ``out``, a sentence that says what was written there.
+
+    Every row of a table comes back with its columns, in its place; where there was nothing to read, without a prediction, and
+    counted in a warning. Raises SmidgenError before anything is written.
+    """
+    if out is not None and out.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--out is a file that ends in {' or '.join(FORMATS)}, not {out.name!r}.")
+    if out is not None and out.exists() and not overwrite:
+        raise ConfigError(f"{out} is there already; give another --out, or --overwrite to write it anew.")
+    if not given:
+        raise DataError("What is to be classified? Give texts, tables of texts, images, or folders of images.")
+    classifier = Classifier(adapter, base, batch_size)
+    setting = classifier.origin.settings.get("data.text_pair_column")
+    pair = text_pair_column or (setting if isinstance(setting, str) else None)
+    name = text_column or classifier.origin.setting("data.text_column", "text")
+    read = _read_images(given) if classifier.reads_images else _read_texts(given, name, pair)
+    rows, asked = [row for row, _ in read], [one for _, one in read]
+    if not rows:
+        raise DataError(f"{' '.join(given)}: nothing to classify there.")
+    present = [one for one in asked if one is not None]
+    found = iter(classifier(present, progress=len(present) > SLICE))
+    _check_free(rows, classifier.labels)
+    answers = [None if one is None else next(found) for one in asked]
+    lines = (
+        out.suffix.lower() == ".jsonl"
+        if out
+        else any(Path(word).suffix.lower() in (".jsonl", ".json") for word in given)
+    )
+    text = (_as_json if lines else _as_csv)(rows, answers, classifier.labels, logits)
+    if out is None:
+        return text.rstrip("\n")
+    replace_file(out, text)
+    return f"{out}: {len(present):,} predictions."
+
+
+Read = list[tuple[dict[str, Any], Any]]  # the columns that come back, and what is asked (None: nothing is there)
+
+
+def _read_texts(given: Sequence[str], text: str, pair: str | None) -> Read:
+    found: Read = []
+    warnings: list[str] = []
+    for word in given:
+        path = Path(word)
+        if not _is_path(path):
+            _check_text(word, pair)
+            found.append(({"text": word}, word))
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            raise DataError(f"{path} is no table of texts; known endings are {', '.join(SUFFIXES)}.")
+        rows = read_rows(path, warnings)
+        names = [column(rows, text, "text-column"), *([column(rows, pair, "text-pair-column")] if pair else [])]
+        empty = []
+        for row in rows:
+            values = [row.values.get(name) for name in names]
+            whole = all(isinstance(value, str) and value.strip() for value in values)
+            empty += [] if whole else [row.where]
+            found.append((dict(row.values), (tuple(values) if pair else values[0]) if whole else None))
+        if empty:
+            warnings.append(counted("row", empty, "without text, which have no prediction"))
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return found
+
+
+def _read_images(given: Sequence[str]) -> Read:
+    found: Read = []
+    broken = []
+    for word in given:
+        path = Path(word)
+        if not path.exists():
+            near = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise DataError(f"There is no image or folder {word!r}.{did_you_mean(path.name, near)}")
+        paths = list_folder(path).pictures if path.is_dir() else [path]
+        if not paths:
+            raise DataError(f"{path} holds no images; known endings are {', '.join(sorted(known_endings()))}.")
+        for one in paths:
+            try:
+                read_pixels(one, 8)
+                found.append(({"file_name": one.as_posix()}, one))
+            except DataError as error:
+                broken.append(f"{one} ({error})")
+                found.append(({"file_name": one.as_posix()}, None))
+    if broken:
+        logger.warning("%s", counted("image", broken, "cannot be read and have no prediction"))
+    return found
+
+
+def _is_path(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text that is too long for a name
+        return False
+
+
+def _check_text(word: str, pair: str | None) -> None:
+    if pair:
+        raise DataError(f"This adapter reads pairs of texts; give a table with the columns of both, not {word[:60]!r}.")
+    if not word.strip():
+        raise DataError("A text to classify is empty.")
+    if Path(word).suffix.lower() in SUFFIXES and not any(sign.isspace() for sign in word):
+        near = [other.name for other in Path(word).parent.iterdir()] if Path(word).parent.is_dir() else []
+        raise DataError(f"There is no table {word!r}.{did_you_mean(Path(word).name, near)}")
+
+
+def _columns(labels: Sequence[str], logits: bool) -> Iterator[tuple[str, str, str]]:
+    """(column, attribute of a Prediction, class) of everything beside the answer."""
+    for kind in ("probabilities", *(["logits"] if logits else [])):
+        yield from (
+            (f"{'probability' if kind == 'probabilities' else 'logit'}_{label}", kind, label) for label in labels
+        )
+
+
+def _check_free(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+    ours = {"prediction", "probabilities", "logits", *(name for name, *_ in _columns(labels, True))}
+    taken = sorted(ours & {name for row in rows for name in row})
+    if taken:
+        raise DataError(f"The table has a column {taken[0]!r}, where the prediction would go; rename it.")
+
+
+def _as_csv(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[Prediction | None], labels: Sequence[str], logits: bool
+) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    more = list(_columns(labels, logits))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*names, "prediction", *(name for name, *_ in more)])
+    for row, answer in zip(rows, answers, strict=True):
+        cells = [row.get(name) for name in names]
+        cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell for cell in cells]
+        if answer is None:
+            writer.writerow([*cells, *[""] * (1 + len(more))])
+            continue
+        said = answer.answer
+        cells.append(json.dumps(said, ensure_ascii=False) if isinstance(said, tuple) else _short(said))
+        writer.writerow([*cells, *(_short(getattr(answer, kind)[label]) for _, kind, label in more)])
+    return text.getvalue()
+
+
+def _as_json(
+    rows: Sequence[Mapping[str, Any]], answers: Sequence[Prediction | None], labels: Sequence[str], logits: bool
+) -> str:
+    lines = []
+    for row, answer in zip(rows, answers, strict=True):
+        told: dict[str, Any] = {"prediction": None if answer is None else _short(answer.answer)}
+        if answer is not None and labels:
+            for kind in ("probabilities", *(["logits"] if logits else [])):
+                told[kind] = {label: _short(value) for label, value in getattr(answer, kind).items()}
+        lines.append(json.dumps({**row, **told}, ensure_ascii=False, default=str))
+    return "\n".join(lines) + "\n"
+
+
+def _short(value: Any) -> Any:
+    """A number with as many digits as fp32 has."""
+    return float(f"{value:.8g}") if isinstance(value, float) else value
