@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     )
     from smidgen.adapters.bank import Bank
     from smidgen.adapters.combine import combine
+    from smidgen.adapters.extract import extract
+    from smidgen.adapters.resize import resize
     from smidgen.adapters.tuner.config import SmidgenConfig, config
     from smidgen.adapters.verify import VerifyReport, verify
     from smidgen.bases.counting import count
@@ -68,10 +70,12 @@ __all__ = [
     "default_targets",
     "disabled",
     "embedded_base",
+    "extract",
     "load",
     "merge",
     "names",
     "parameter_groups",
+    "resize",
     "save",
     "set_active",
     "set_strength",
@@ -84,6 +88,8 @@ _LATER = {
     **dict.fromkeys(_API.split(), "smidgen.adapters.api"),
     "Bank": "smidgen.adapters.bank",
     "combine": "smidgen.adapters.combine",
+    "extract": "smidgen.adapters.extract",
+    "resize": "smidgen.adapters.resize",
     "SmidgenConfig": "smidgen.adapters.tuner.config",
     "config": "smidgen.adapters.tuner.config",
     "VerifyReport": "smidgen.adapters.verify",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from smidgen.adapters import api
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.base_lock import Lock, encode
+from smidgen.adapters.linalg.least_squares import leading_product
 from smidgen.adapters.member import Residual, build
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.residuals.low_rank import LowRank
@@ -29,9 +30,12 @@ from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.adapters.tuner.building import rank_at
 from smidgen.adapters.tuner.canary import read_canary
 from smidgen.adapters.tuner.config import SmidgenConfig
-from smidgen.errors import SmidgenError
+from smidgen.errors import SmidgenError, did_you_mean
 
 logger = logging.getLogger("smidgen")
+
+MERGES = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # of peft.utils.merge_utils
+Add = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 
 
 class Source(NamedTuple):
@@ -49,6 +53,9 @@ def combine(
     weights: Sequence[float] | None = None,
     *,
     out: str | os.PathLike[str],
+    by: str = "sum",
+    density: float = 0.5,
+    seed: int = 0,
     average_heads: bool = False,
 ) -> Path:
     """Writes the weighted sum of adapters as one adapter: loaded, it does what the others do at these weights together.
@@ -57,6 +64,9 @@ def combine(
         sources: adapter folders of one method with the same targets, made for one base.
         weights: one for each, of any sign; the mean (1/n each) unless given.
         out: folder of the new adapter, in fp32.
+        by: "sum", or one of peft's merges of updates that disagree (``MERGES``), of the trained vectors, which lie in one
+            basis, or of lora's products B A, of which the leading directions are kept, as many as the ranks add up to.
+        density: share of the numbers that a merge keeps of each adapter; seed: which, where it draws them (DARE).
         average_heads: heads in modules_to_save that differ are averaged by the weights (which must sum to one), not refused.
 
     Returns:
@@ -71,12 +81,13 @@ def combine(
         >>> folders = [tempfile.mkdtemp() for _ in range(3)]
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8))
         >>> model = smidgen.adapt(base, "svfit", r=4, target_modules=["0"])
-        >>> read = [_read(smidgen.save(model, folder)) for folder in folders[:2]]
+        >>> read = [read_source(smidgen.save(model, folder)) for folder in folders[:2]]
         >>> smidgen.load(model, combine(folders[:2], [0.3, 0.7], out=folders[2]), "both") is model
         True
     """
     shares = _weights(weights, len(sources))
-    read = [_read(source) for source in sources]
+    merge = None if by == "sum" else _merge(by, density, seed)
+    read = [read_source(source) for source in sources]
     first = read[0]
     for other in read[1:]:
         _check_alike(first, other)
@@ -86,16 +97,17 @@ def combine(
     config = first.config
     if config.transform:
         for name in (n for n in first.tensors if n.startswith("transform_")):
-            tensors[name] = _sum([source.tensors[name] for source in read], shares)
+            tensors[name] = (merge or _sum)([source.tensors[name] for source in read], shares)
     if config.residual == LowRank.name:
-        found, ranks = _side_by_side(read, shares)
+        found, ranks = _side_by_side(read, shares) if merge is None else _merged_products(read, shares, merge)
         most = max(ranks.values())
         pattern = {target: r for target, r in ranks.items() if r != most}
         config = replace(config, r=most, rank_pattern=pattern, residual_options=options)
         tensors |= found
     elif config.residual:
-        tensors["residual_delta"] = _scaled(read, shares)
-    config = replace(config, store_dtype="float32", checksum=None, canary=_canary(read, shares))
+        tensors["residual_delta"] = _scaled(read, shares, merge or _sum)
+    canary = _canary(read, shares) if merge is None else None  # which adds only where updates do
+    config = replace(config, store_dtype="float32", checksum=None, canary=canary)
     heads = _heads(read, shares, average_heads)
     folder = Path(out)
     with new_files(folder) as scratch:
@@ -112,7 +124,7 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return found
 
 
-def _read(path: str | os.PathLike[str]) -> Source:
+def read_source(path: str | os.PathLike[str]) -> Source:
     config, tensors = api.read_adapter(path)
     if not config.base_lock:
         raise SmidgenError(
@@ -198,12 +210,13 @@ def _residual(source: Source, target: str, shape: tuple[int, ...]) -> Residual:
     )  # type: ignore[no-any-return]
 
 
-def _split(source: Source, name: str) -> list[tuple[str, Any, Tensor]]:
+def split(source: Source, name: str) -> list[tuple[str, Any, Tensor]]:
     """(target, its residual, its share of a packed tensor) by target, as they lie in the file."""
     found, at = [], 0
     for target, shape in sorted(zip(source.lock.targets, source.lock.shapes, strict=True)):
         residual = _residual(source, target, shape)
-        own = residual.shapes()[name.removeprefix("residual_")]
+        shapes = residual.shapes() | {pin: shape for pin, (shape, _) in residual.pins().items()}
+        own = shapes[name.removeprefix("residual_")]
         count = int(torch.Size(own).numel())
         found.append((target, residual, source.tensors[name][at : at + count].reshape(own)))
         at += count
@@ -214,22 +227,58 @@ def _split(source: Source, name: str) -> list[tuple[str, Any, Tensor]]:
     return found
 
 
-def _scaled(read: Sequence[Source], shares: Sequence[float]) -> Tensor:
+def _scaled(read: Sequence[Source], shares: Sequence[float], add: Add) -> Tensor:
     """The sum of the diagonals, packed, in units of the first adapter's alpha."""
     asked = [[source.config.residual_options.get(name) for name in ("alpha", "scaling")] for source in read]
     if all(own == asked[0] for own in asked):
-        return _sum([source.tensors["residual_delta"] for source in read], shares)
+        return add([source.tensors["residual_delta"] for source in read], shares)
     summed = []
-    for pieces in zip(*(_split(source, "residual_delta") for source in read), strict=True):
+    for pieces in zip(*(split(source, "residual_delta") for source in read), strict=True):
         unit = pieces[0][1].scale
         own = [share * residual.scale / unit for share, (_, residual, _) in zip(shares, pieces, strict=True)]
-        summed.append(_sum([delta for _, _, delta in pieces], own))
+        summed.append(add([delta for _, _, delta in pieces], own))
     return torch.cat(summed)
+
+
+def _merge(by: str, density: float, seed: int) -> Add:
+    """One of peft's merges as a weighted sum of tensors."""
+    from peft.utils import merge_utils
+
+    if by not in MERGES:
+        raise SmidgenError(
+            f"by is 'sum' or one of {', '.join(MERGES)}, got {by!r}.{did_you_mean(by, ['sum', *MERGES])}"
+        )
+    if not 0 < density <= 1:
+        raise SmidgenError(f"density is a share above 0 and at most 1, got {density!r}.")
+    function = getattr(merge_utils, by)
+
+    def merged(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return function(list(tensors), torch.tensor(weights), density).float()  # type: ignore[no-any-return]
+
+    return merged
+
+
+def _merged_products(
+    read: Sequence[Source], shares: Sequence[float], merge: Add
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """LoRA's products of all adapters, merged, and cut to the sum of their ranks."""
+    a, b = ([split(source, f"residual_{name}") for source in read] for name in "ab")
+    downs, ups, ranks = [], [], {}
+    for below, above in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True):
+        products = [up @ down * member.scale for (_, _, down), (_, member, up) in zip(below, above, strict=True)]
+        whole = merge(products, shares).double()
+        u, s, vh = leading_product(whole, min(sum(len(down) for _, _, down in below), *whole.shape))
+        downs.append((s.sqrt()[:, None] * vh).float().flatten())
+        ups.append((u * s.sqrt()).float().flatten())
+        ranks[below[0][0]] = len(s)
+    return {"residual_a": torch.cat(downs), "residual_b": torch.cat(ups)}, ranks
 
 
 def _side_by_side(read: Sequence[Source], shares: Sequence[float]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """LoRA's factors of all adapters as those of one without alpha: (packed tensors, rank by target)."""
-    a, b = ([_split(source, f"residual_{name}") for source in read] for name in "ab")
+    a, b = ([split(source, f"residual_{name}") for source in read] for name in "ab")
     downs, ups, ranks = [], [], {}
     for below, above in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True):
         down = torch.cat([piece for _, _, piece in below])

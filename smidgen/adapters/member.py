@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smidgen.adapters.linalg.least_squares import solve_gram
 from smidgen.errors import ConfigError, did_you_mean
 
 Tensors = Mapping[str, Tensor]
@@ -32,6 +33,7 @@ class Member(ABC):
     name: ClassVar[str]
     decomposes: ClassVar[bool] = False  # frozen factors follow from the base weight
     linear: ClassVar[bool] = False  # the update is linear in the trained numbers, so that adapters of one base add
+    alternating: ClassVar[bool] = False  # ``fit`` has no closed form: a call goes some way from the numbers it is given
     rates_like: ClassVar[str | None] = (
         None  # method whose learning rates suit, for a member that no method has rates for
     )
@@ -84,6 +86,15 @@ class Transform(Member):
     def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
         """T x over the last axis: [..., width] -> [..., width]; bit for bit x at the start."""
 
+    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """The trained numbers whose ``weight (T - I)`` is nearest to ``change``, both [n, width] in float64; what is
+        ``alternating`` goes on from the trained numbers among ``tensors``.
+
+        Raises:
+            ConfigError: the member cannot be fitted.
+        """
+        raise ConfigError(f"A {self.name!r} transform has no fit, so it cannot be extracted.")
+
     def matrix(self, tensors: Tensors) -> Tensor:
         """T as a dense matrix [width, width]."""
         like = next(iter(tensors.values()))
@@ -127,6 +138,24 @@ class Residual(Member):
     @abstractmethod
     def factors(self, tensors: Tensors) -> Factors:
         """D as a product of factors; ``tensors`` holds trained numbers, pins, constants and frozen factors by name."""
+
+    def fit(self, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """The trained numbers whose D is nearest to ``change`` [rows, cols] in float64: least squares where they are a
+        diagonal between frozen factors. What is ``alternating`` goes on from the trained numbers among ``tensors``.
+
+        Raises:
+            ConfigError: the member cannot be fitted.
+        """
+        if not self.diagonal_between:
+            raise ConfigError(f"A {self.name!r} residual has no fit, so it cannot be extracted.")
+        ((name, shape),) = self.shapes().items()
+        unit = self.factors({**tensors, name: torch.ones(shape, dtype=change.dtype)})
+        assert unit.diagonal is not None
+        gram = (unit.up.mT @ unit.up) * (unit.down @ unit.down.mT)
+        wanted = solve_gram(gram, ((unit.up.mT @ change) * unit.down).sum(1, keepdim=True))[:, 0]
+        if unit.floor is not None:
+            wanted = torch.maximum(wanted, unit.floor)
+        return {name: torch.where(unit.diagonal == 0, 0.0, wanted / unit.diagonal)}
 
     def stacked(self, factors: Factors) -> Factors:
         """What :meth:`factors` made of trained numbers [adapters, ...]: the diagonal alone leads with the adapters, between

@@ -90,6 +90,12 @@ COMMANDS = {
         "using:export",
         ("diffusion",),
     ),
+    "extract": Command(
+        "make an adapter of what a fine-tuned model has changed: extract BASE FINETUNED --out DIR",
+        "using:extract",
+        ("tasks",),
+    ),
+    "resize": Command("give a lora or svfit adapter another rank: resize ADAPTER --rank 4 --out DIR", "using:resize"),
     "combine": Command("add adapters into one: combine A B --weights 0.5,0.5 --out C", "using:combine"),
     "methods": Command("list the methods and what they train", "telling:methods"),
     "count": Command("count the numbers a method trains in a well-known architecture", "telling:count"),

@@ -180,6 +180,9 @@ def combine(
     /,
     out: Path,
     weights: str | None = None,
+    by: Literal["sum", "ties", "dare_linear", "dare_ties", "magnitude_prune"] = "sum",
+    density: float = 0.5,
+    seed: int = 0,
     average_heads: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -190,28 +193,102 @@ def combine(
         adapters: two or more folders.
         out: folder of the new adapter.
         weights: one number for each, such as 0.5,0.5 (none: their mean).
+        by: sum, or one of peft's merges of updates that disagree, on the trained vectors, or on lora's products.
+        density: share of the numbers that these keep of each adapter.
+        seed: which ones, where that is drawn (dare).
         average_heads: average trained heads that differ, which is no sum.
         overwrite: write over an adapter that is there.
     """
     from smidgen.adapters.combine import combine as run
     from smidgen.tasks.drawing import inspect as told
 
-    if (out / "adapter_config.json").exists() and not overwrite:
-        raise SmidgenError(f"{out} holds an adapter already; choose another --out, or write over it with --overwrite.")
+    _check_free(out, overwrite)
     numbers = None if weights is None else _numbers(weights)
-    print(told(run(adapters, numbers, out=out, average_heads=average_heads)))
+    options = {"by": by, "density": density, "seed": seed, "average_heads": average_heads}
+    print(told(run(adapters, numbers, out=out, **options)))  # type: ignore[arg-type]
 
 
-def inspect(adapter: Path, /) -> None:
-    """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, and each layer's norms. Of a picture
-    that Smidgen drew, say how: prompt, seed, adapter, base and versions.
+def extract(
+    base: str,
+    finetuned: str,
+    /,
+    out: Path | None = None,
+    methods: str = "",
+    least_explained: float = 0.75,
+    data: Path | None = None,
+    distill: Path | None = None,
+    distill_steps: int = 200,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Make an adapter of what FINETUNED has changed in BASE. A change that an adapter made is recovered to rounding; of a real
+    fine-tune every family's share is told, and the smallest file that holds enough is written, or none (status 2).
 
     Args:
-        adapter: the adapter's folder, or a PNG.
+        base: a transformers folder, a pipeline folder, a safetensors file, or a packaged name.
+        finetuned: the same, tuned.
+        out: folder of the adapter (none: only look).
+        methods: families with commas between them, such as svfit,lora:16,oft (none: all).
+        least_explained: share of the squared change from which on a file is worth writing.
+        data: a table with a column text, and label for a score: what the adapter keeps of the tuned model's answers.
+        distill: a table with a column text: train the adapter on it to answer as the tuned model.
+        distill_steps: optimizer steps of that.
+        seed: of an adapter whose directions follow from it (seeded).
+        overwrite: write over an adapter that is there.
+    """
+    from smidgen.tasks.extraction import extract as run
+    from smidgen.tasks.extraction import told
+
+    if out is not None:
+        _check_free(out, overwrite)
+    chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
+    options = {"data": data, "distill": distill, "distill_steps": distill_steps, "seed": seed}
+    found = run(base, finetuned, out, methods=chosen, least=least_explained, **options)  # type: ignore[arg-type]
+    print(told(found, least_explained))
+    if out is not None and not any(one.chosen for one in found.values()):
+        raise SmidgenError(f"No family holds enough of the change, so nothing was written to {out}.")
+
+
+def resize(
+    adapter: Path,
+    /,
+    out: Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write ADAPTER, a lora, svfit or loldu one, with another rank, and say what that loses. No base is needed.
+
+    Args:
+        adapter: the adapter's folder.
+        out: folder of the new adapter.
+        rank: the rank of every layer; more than now leaves room to train.
+        energy: instead, the least rank of each layer that holds this share of its squared update.
+        overwrite: write over an adapter that is there.
+    """
+    from smidgen.adapters.resize import resize as run
+
+    _check_free(out, overwrite)
+    print(run(adapter, out=out, rank=rank, energy=energy))
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if (out / "adapter_config.json").exists() and not overwrite:
+        raise SmidgenError(f"{out} holds an adapter already; choose another --out, or write over it with --overwrite.")
+
+
+def inspect(adapter: Path, /, plot: Path | None = None) -> None:
+    """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, each layer's norm, and what it is exported
+    to without loss; also of LoRA files of peft, diffusers and kohya. Of a picture that Smidgen drew, say how: prompt, seed,
+    adapter, base and versions.
+
+    Args:
+        adapter: the adapter's folder, a LoRA's safetensors file, or a PNG.
+        plot: a PNG to draw each layer's norm into.
     """
     from smidgen.tasks.drawing import inspect as run
 
-    print(run(adapter))
+    print(run(adapter, plot))
 
 
 def pairs(

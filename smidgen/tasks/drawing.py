@@ -10,10 +10,12 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.api import read_adapter
-from smidgen.adapters.atomic import new_files
+from smidgen.adapters.atomic import new_file, new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
-from smidgen.adapters.checkpoint.files import public_name, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
+from smidgen.adapters.checkpoint.formats import FORMATS, read_lora
 from smidgen.adapters.components import component_folders
+from smidgen.adapters.layer_norms import layer_norms, lora_norm
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
@@ -130,8 +132,14 @@ def verify(adapter: Path, base: str | None = None, base_config: str | None = Non
     return bool(found.ok), str(found)
 
 
-def inspect(adapter: Path) -> str:
-    """A page of text about an adapter folder with its sub-folders for a pipeline's other components, or about a picture of ours; nothing is executed and no base is needed."""
+def inspect(adapter: Path, plot: Path | None = None) -> str:
+    """A page of text about an adapter folder with its sub-folders for a pipeline's other components, about a LoRA that peft,
+    diffusers or kohya's scripts wrote, or about a picture of ours; nothing is executed and no base is needed.
+
+    ``plot`` is a PNG for each layer's norm.
+    """
+    if adapter.suffix == ".safetensors" or ((adapter / LORA_NAME).is_file() and not (adapter / CONFIG_NAME).is_file()):
+        return _inspect_lora(adapter, plot)
     if adapter.is_file():
         facts = read_facts(adapter)
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
@@ -156,10 +164,89 @@ def inspect(adapter: Path) -> str:
         rows.append(
             [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
         )
+    lines += _recipe(adapter / "config.yaml")
     if lock:
         lines += ["", *_covered(lock)]
     lines += ["", cards.table(["tensor", "shape", "dtype", "norm", "largest"], rows)]
+    norms, of = _norms(adapter, tensors, config)
+    lines += _bars(norms, of)
+    lines += ["", f"Exported without loss to: {', '.join(_exact_formats(config))} (smidgen export)."]
+    if plot is not None:
+        _plot_norms(norms, of, adapter.name, plot)
     return "\n\n".join(["\n".join(lines), *map(inspect, component_folders(adapter))])
+
+
+def _recipe(file: Path, most: int = 2**16) -> list[str]:
+    """The settings that a recipe left beside the adapter it trained."""
+    if not file.is_file() or file.stat().st_size > most:
+        return []
+    return ["", "Trained with (config.yaml):", *(f"  {line}" for line in file.read_text(errors="replace").splitlines())]
+
+
+def _inspect_lora(path: Path, plot: Path | None) -> str:
+    found = read_lora(path)
+    file = path / LORA_NAME if path.is_dir() else path
+    first = next(iter(found), "")
+    kind = "kohya's" if first.startswith("lora_") else "diffusers'" if "." in first.partition(".")[2] else "a LoRA's"
+    numbers = sum(one.a.numel() + one.b.numel() for one in found.values())
+    ranks = sorted({one.r for one in found.values()})
+    norms = {name: lora_norm(one) for name, one in found.items()}
+    lines = [
+        f"{path}: a LoRA with {kind} keys, {numbers:,} stored numbers",
+        f"  {file.name}: {file.stat().st_size:,} bytes",
+        f"  {len(found)} layers, rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}",
+        "  base lock: none: it does not know its base, another one would go unnoticed",
+        *_bars(norms, "update"),
+    ]
+    if plot is not None:
+        _plot_norms(norms, "update", path.stem, plot)
+    return "\n".join(lines)
+
+
+def _norms(adapter: Path, tensors: Any, config: dict[str, Any]) -> tuple[dict[str, float], str]:
+    """Norm by layer of a folder of ours, or of a plain LoRA of peft's, and what it is of."""
+    if config.get("peft_type") == PEFT_TYPE_NAME:
+        return layer_norms(read_adapter(adapter)[0], tensors)
+    try:
+        return {name: lora_norm(one) for name, one in read_lora(adapter).items()}, "update"
+    except AdapterFileError:
+        return {}, ""
+
+
+def _bars(norms: dict[str, float], of: str, most: int = 12, width: int = 30) -> list[str]:
+    """Text bars of the layers that an adapter changes most."""
+    if not norms:
+        return []
+    top = sorted(norms.items(), key=lambda item: -item[1])[:most]
+    largest, longest = max(top[0][1], 1e-30), max(len(name) for name, _ in top)
+    rest = f", the {len(top)} largest of {len(norms)}" if len(norms) > len(top) else ""
+    lines = ["", f"Norm of the {of} by layer{rest}:"]
+    return lines + [f"  {name.ljust(longest)} {'#' * round(width * norm / largest)} {norm:.3g}" for name, norm in top]
+
+
+def _plot_norms(norms: dict[str, float], of: str, title: str, path: Path) -> None:
+    """A PNG with a bar for each layer, in the file's order."""
+    from matplotlib.figure import Figure
+
+    if not norms:
+        raise ConfigError("There is nothing to plot: this file does not say which numbers are whose.")
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot writes a .png, not {path.name!r}.")
+    figure = Figure(figsize=(7, max(2.0, 0.16 * len(norms) + 0.8)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(norms)), list(norms.values()))
+    axes.set_yticks(range(len(norms)), list(norms), fontsize=5)
+    axes.set(xlabel=f"norm of the {of}", title=title, ylim=(len(norms) - 0.4, -0.6))
+    with new_file(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+
+
+def _exact_formats(config: dict[str, Any]) -> list[str]:
+    """Formats of ``smidgen export`` that hold an adapter as it is: products go anywhere, a rotation to peft's OFT."""
+    product = not config.get("transform")
+    rotation = config.get("transform") == "rotation" and not config.get("residual")
+    held = {"lora": product, "rotation": rotation, "change": True, "weight": True}
+    return [name for name, format in FORMATS.items() if held.get(format.holds, False)]
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:

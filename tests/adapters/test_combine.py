@@ -200,3 +200,31 @@ def test_the_command(tmp_path, capsys):
     smidgen.load(Net(), tmp_path / "c")
     assert main(["combine", str(a), str(b), "--weights", "a,b", "--out", str(tmp_path / "d")]) == 2
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("by", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize("method, options", [("svfit", {"r": 12}), ("lora", {"r": 3, "alpha": 6})])
+def test_merges_are_pefts_own(by, method, options, tmp_path):
+    from peft.utils import merge_utils
+
+    made = [trained(tmp_path / str(seed), method, seed, **options) for seed in range(3)]
+    weights = [0.5, 0.5, 1.0]
+    folders = [folder for folder, _ in made]
+    smidgen.combine(folders, weights, out=tmp_path / "one", by=by, density=1.0, seed=3)
+    smidgen.combine(folders, weights, out=tmp_path / "half", by=by, density=0.5, seed=3)
+    found = deltas(smidgen.load(Net(), tmp_path / "one"))
+    if by in ("dare_linear", "magnitude_prune"):  # with nothing pruned the sum
+        for target, delta in found.items():
+            wanted = sum(w * d[target] for w, (_, d) in zip(weights, made, strict=True))
+            testing.close(delta, wanted, target, factor=10)
+    elif method == "lora":
+        for target, delta in found.items():
+            wanted = merge_utils.ties([d[target] for _, d in made], torch.tensor(weights), 1.0)
+            u, s, v = torch.linalg.svd(wanted)
+            testing.close(delta, u[:, :9] * s[:9] @ v[:9], target, factor=10)
+    half = deltas(smidgen.load(Net(), tmp_path / "half"))
+    assert all(bool((half[name] - found[name]).abs().max() > 1e-3) for name in found)
+    with pytest.raises(SmidgenError, match="Did you mean 'ties'"):
+        smidgen.combine(folders, weights, out=tmp_path / "no", by="tise")
+    with pytest.raises(SmidgenError, match="density is a share"):
+        smidgen.combine(folders, weights, out=tmp_path / "no", by=by, density=0.0)

@@ -29,8 +29,8 @@ def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
     _check(cores, 4)
     split = _split(_modes(cores))
     if split == len(cores):
-        return torch.einsum("aaij->ij", reduce(_join_matrices, cores))
-    left, right = reduce(_join_matrices, cores[:split]), reduce(_join_matrices, cores[split:])
+        return torch.einsum("aaij->ij", reduce(join_matrices, cores))
+    left, right = reduce(join_matrices, cores[:split]), reduce(join_matrices, cores[split:])
     dense = torch.einsum("abij,bakl->ikjl", left, right)
     return dense.reshape(left.shape[2] * right.shape[2], left.shape[3] * right.shape[3])
 
@@ -47,7 +47,7 @@ def ring_vector_factors(out_cores: Sequence[Tensor], in_cores: Sequence[Tensor])
         (torch.Size([6, 4]), torch.Size([4, 5]))
     """
     _check([*out_cores, *in_cores], 3)
-    p, q = reduce(_join_vectors, out_cores), reduce(_join_vectors, in_cores)
+    p, q = reduce(join_vectors, out_cores), reduce(join_vectors, in_cores)
     return p.flatten(0, 1).mT, q.transpose(0, 1).flatten(0, 1)
 
 
@@ -58,12 +58,12 @@ def _split(modes: tuple[int, ...]) -> int:
     return min(range(1, len(modes)), key=lambda s: math.prod(modes[:s]) + math.prod(modes[s:]))
 
 
-def _join_matrices(a: Tensor, b: Tensor) -> Tensor:
+def join_matrices(a: Tensor, b: Tensor) -> Tensor:
     """One core [R, R, ik, jl] from two neighbours [R, R, i, j] and [R, R, k, l]."""
     return torch.einsum("rsij,stkl->rtikjl", a, b).flatten(4, 5).flatten(2, 3)
 
 
-def _join_vectors(a: Tensor, b: Tensor) -> Tensor:
+def join_vectors(a: Tensor, b: Tensor) -> Tensor:
     """One core [R, R, nm] from two neighbours [R, R, n] and [R, R, m]."""
     return torch.einsum("rsn,stm->rtnm", a, b).flatten(2, 3)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smidgen.adapters.linalg.least_squares import leading_product
 from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise, whole_rank
 
 
@@ -38,3 +39,11 @@ class LowRank(Residual):
 
     def factors(self, tensors: Tensors) -> Factors:
         return Factors(tensors["b"] * self.scale if self.scale != 1 else tensors["b"], None, tensors["a"])
+
+    def fit(self, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """The best product of rank r (Eckart and Young, 1936), its singular values shared between A and B."""
+        up, values, down = leading_product(change, min(self.r, *change.shape))
+        half = values.sqrt()
+        a, b = change.new_zeros(self.r, self.cols), change.new_zeros(self.rows, self.r)
+        a[: len(half)], b[:, : len(half)] = half[:, None] * down, up * half / self.scale
+        return {"a": a, "b": b}

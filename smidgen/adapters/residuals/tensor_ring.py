@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smidgen.adapters.linalg.least_squares import fit_ring_vector
 from smidgen.adapters.linalg.shapes import factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_vector_factors
 from smidgen.adapters.member import Factors, Residual, Tensors, scale_of, stable_noise, whole_rank
@@ -29,6 +30,7 @@ class TensorRingResidual(Residual):
     """
 
     name = "tensor_ring"
+    alternating = True
 
     def __init__(
         self,
@@ -71,3 +73,9 @@ class TensorRingResidual(Residual):
         inner = [tensors[f"c{d}"] for d in range(len(self.in_modes))]
         p, q = ring_vector_factors(out, inner)
         return Factors(p[: self.rows] * self.scale, None, q[:, : self.cols])
+
+    def fit(self, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """A few sweeps of alternating least squares over the cores, from the given ones."""
+        names = [*(f"b{d}" for d in range(len(self.out_modes))), *(f"c{d}" for d in range(len(self.in_modes)))]
+        cores = fit_ring_vector(change / self.scale, [tensors[n] for n in names], self.out_modes, self.in_modes)
+        return dict(zip(names, cores, strict=True))

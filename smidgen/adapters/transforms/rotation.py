@@ -61,3 +61,14 @@ class Rotation(Transform):
         excess = self.excess(tensors, x.dtype)
         pieces = x.unflatten(-1, (self.blocks, self.block))
         return x + torch.einsum("...kj,kij->...ki", pieces, excess).flatten(-2)
+
+    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """The nearest rotation of each block (orthogonal Procrustes; Kabsch, 1976), through Cayley's inverse."""
+        old, new = ((m.unflatten(-1, (self.blocks, self.block)).movedim(0, -2)) for m in (weight, weight + change))
+        u, _, vh = torch.linalg.svd(old.mT @ new)
+        side = torch.ones(u.shape[:-1], dtype=u.dtype)
+        side[..., -1] = torch.linalg.det(u @ vh).sign()
+        turn, eye = (u * side[..., None, :]) @ vh, torch.eye(self.block, dtype=u.dtype)
+        skew = torch.linalg.lstsq((turn + eye).mT, (turn - eye).mT).solution.mT  # no Cayley form has a half turn
+        rows, cols = torch.tril_indices(self.block, self.block, offset=-1)
+        return {"q": ((skew - skew.mT) / 2)[:, rows, cols]}

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smidgen.adapters.linalg.kronecker import kronecker_apply
+from smidgen.adapters.linalg.least_squares import fit_ring_matrix
 from smidgen.adapters.linalg.shapes import MOST_MODES, factorize, smooth_width
 from smidgen.adapters.linalg.tensor_ring import ring_matrix
 from smidgen.adapters.member import Tensors, Transform, stable_noise, whole_rank
@@ -36,6 +37,7 @@ class TensorRingTransform(Transform):
     """
 
     name = "tensor_ring"
+    alternating = True
 
     def __init__(
         self, width: int, rank: int = 1, init: str = "triangular", order: int = 3, mode_shape: list[int] | None = None
@@ -87,3 +89,9 @@ class TensorRingTransform(Transform):
         """T - I as a dense matrix in the trained dtype; exactly zero at the start, whatever the ring rank."""
         start = [tensors[f"start{d}"] for d in range(len(self.modes))]
         return ring_matrix([s + tensors[f"e{d}"] for d, s in enumerate(start)]) - ring_matrix(start)
+
+    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """A few sweeps of alternating least squares over the cores, from the given ones."""
+        starts = [tensors[f"start{d}"] for d in range(len(self.modes))]
+        cores = fit_ring_matrix(weight, weight + change, [s + tensors[f"e{d}"] for d, s in enumerate(starts)])
+        return {f"e{d}": core - start for d, (core, start) in enumerate(zip(cores, starts, strict=True))}

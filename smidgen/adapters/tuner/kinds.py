@@ -50,6 +50,10 @@ class LinearKind:
         """W (T - I) as [rows, cols], given T - I."""
         return matrix @ excess
 
+    def transform_rows(self, matrix: Tensor, layer: Layer) -> Tensor:
+        """What a transform multiplies, [groups, n, width]: W (T - I) of a matrix [rows, cols] is each group times T - I."""
+        return matrix if matrix.dim() == 3 else matrix[None]
+
     def transform(self, apply: Map, x: Tensor, layer: Layer) -> Tensor:
         """T x: the transform applied over the feature axis of the activations."""
         return laid_like(x, apply(x))
@@ -131,6 +135,11 @@ class Conv2dKind:
             excess = excess[None]
         w = matrix.reshape(groups, matrix.shape[0] // groups, excess.shape[-1], -1)
         return torch.einsum("goik,gij->gojk", w, excess).reshape(matrix.shape)
+
+    def transform_rows(self, matrix: Tensor, layer: Layer) -> Tensor:
+        groups = layer.groups
+        w = matrix.reshape(groups, matrix.shape[0] // groups, layer.in_channels // groups, -1)
+        return w.transpose(2, 3).flatten(1, 2)
 
     def transform(self, apply: Map, x: Tensor, layer: Layer) -> Tensor:
         channels_last = x.movedim(-3, -1)
