@@ -1,6 +1,7 @@
 """Bases in one file, in the names that other programs give their tensors: the same base as the folder they were made from."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,16 @@ def test_it_is_trained_on_drawn_with_verified_and_planned(sd, tmp_path, capsys, 
         PersonalizeConfig(base=str(file), base_config=str(folder), adapter=Adapter("svfit")), measured=False
     )
     assert plan.trained == told["entries"][1]["trained_numbers"]
+
+
+def test_the_published_pipelines_configs_are_taken_from_the_cache(sd, tmp_path, monkeypatch):
+    there = tmp_path / "models--stable-diffusion-v1-5--stable-diffusion-v1-5"
+    shutil.copytree(sd[0], there / "snapshots" / ("a" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    (there / "refs").mkdir()
+    (there / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert load_base(sd[1]).fingerprint() == load_base(sd[0]).fingerprint()
 
 
 def tampered(sd, path, change):
