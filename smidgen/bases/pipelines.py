@@ -17,7 +17,7 @@ from smidgen.adapters.methods import Kind
 from smidgen.adapters.tuner.base import fingerprint
 from smidgen.bases.protocol import Prompts, Sampling, Schedule, Size, sides
 from smidgen.bases.schedules import schedule_of
-from smidgen.bases.single_file import check_whole, holds_more
+from smidgen.bases.single_file import holds_more, read_file
 from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
 from smidgen.training.quiet import quiet
 
@@ -97,22 +97,15 @@ class PipelineBase:
         made, options = getattr(import_diffusers(), pipeline), {**cls.load_options, **options}
         if file is None or not holds_more(file):
             return made.from_pretrained(folder, **options)
-        kept = {name: value for name, value in options.items() if name not in ("use_safetensors", "variant")}
-        pipe = made.from_single_file(file, config=folder, **kept)
-        check_whole(file, [part for part in pipe.components.values() if isinstance(part, nn.Module)])
-        return pipe
+        return read_file(made, file, folder, options)
 
     @classmethod
     def _read_denoiser(cls, folder: str, options: Mapping[str, Any], fp8: bool, file: str | None) -> Any:
         diffusers = import_diffusers()
         _library, kind = diffusers.DiffusionPipeline.load_config(folder)[cls.component]
         made = getattr(diffusers, kind)
-        if file is None:
-            model = made.from_pretrained(folder, subfolder=cls.component, **options)
-        else:
-            kept = {name: value for name, value in options.items() if name not in ("use_safetensors", "variant")}
-            model = made.from_single_file(file, config=folder, subfolder=cls.component, **kept)
-            check_whole(file, [model])
+        options = {"subfolder": cls.component, **options}
+        model = made.from_pretrained(folder, **options) if file is None else read_file(made, file, folder, options)
         model.requires_grad_(False)
         if fp8:
             model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=options[_dtype_word()])

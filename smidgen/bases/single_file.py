@@ -7,8 +7,9 @@ published pipeline that diffusers takes such a file for.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -85,15 +86,36 @@ def holds_more(name: str | Path) -> bool:
     return any(key.startswith(_OTHER_PARTS) for key in _shapes(name))
 
 
-def check_whole(name: str | Path, parts: Sequence[nn.Module]) -> None:
-    """ConfigError where a tensor of ``parts`` was not in the file, which diffusers leaves without numbers."""
+def read_file(cls: Any, name: str | Path, config: str, options: Mapping[str, Any]) -> Any:
+    """The pipeline or model of the class ``cls`` in a file; ``options`` are those of ``from_pretrained``.
+
+    Raises ConfigError where a tensor is not in the file, which diffusers leaves without numbers, or nothing is quantised.
+    """
+    given = {key: value for key, value in options.items() if key not in ("use_safetensors", "variant")}
+    quantized = given.get("quantization_config")
+    ours = type(quantized).__name__ == "TorchAoConfig"  # which diffusers 0.42 leaves out of single files without a word
+    if ours:
+        del given["quantization_config"]
+    found = cls.from_single_file(str(name), config=config, **given)
+    parts = [found] if isinstance(found, nn.Module) else found.components.values()
     for part in parts:
-        lacking = [key for key, tensor in part.named_parameters() if tensor.is_meta]
+        lacking = (
+            [key for key, value in part.named_parameters() if value.is_meta] if isinstance(part, nn.Module) else []
+        )
         if lacking:
             raise ConfigError(
                 f"The base {str(name)!r} lacks {len(lacking)} tensors of a {type(part).__name__}, such as {lacking[0]!r}: the file is "
                 "not whole, or --base-config names another model."
             )
+    if ours:
+        from torchao.quantization import quantize_
+
+        quantize_(found, quantized.get_apply_tensor_subclass())  # type: ignore[union-attr]
+    elif quantized is not None and not any("bitsandbytes" in type(m).__module__ for m in found.modules()):
+        raise ConfigError(
+            f"diffusers did not quantise {str(name)!r}, as it is one file; take --quantize int8-torchao or fp8."
+        )
+    return found
 
 
 def _shapes(name: str | Path) -> dict[str, Tensor]:
