@@ -29,10 +29,10 @@ from smidgen.adapters.tuner.building import slot_layout
 from smidgen.adapters.tuner.canary import check_deltas
 from smidgen.adapters.tuner.carried import adapted_layers, adapter_parameters, check_mergeable, tuner_layers
 from smidgen.adapters.tuner.config import (
-    PEFT_TYPE_NAME,
     SmidgenConfig,
     check_ranks,
     config,
+    is_ours,
     read_adapter,
     read_smidgen_config,
 )
@@ -288,7 +288,7 @@ def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Modu
 def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], None]:
     """Reads and checks a folder for a module without touching it; the call that follows puts the adapter in."""
     _check_name(model, adapter_name)
-    if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
+    if not is_ours(path):
         return _checked_of_peft(model, path, adapter_name)
     own, tensors = read_adapter(path)
     if own.checksum:

@@ -7,7 +7,6 @@ rings): nothing is decomposed anew, so nothing is lost. Each file is read back b
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.checkpoint.formats import FORMATS, Format, Lora, Place, Rotation, Source
 from smidgen.adapters.components import parts
+from smidgen.adapters.residuals.low_rank import LowRank
 from smidgen.adapters.transforms.rotation import Rotation as Turn
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.carried import tuner_layers
@@ -103,7 +103,8 @@ def export(
     if to not in FORMATS:
         raise ConfigError(f"There is no format {to!r}.{did_you_mean(to, FORMATS)} Known: {', '.join(FORMATS)}.")
     format, found = FORMATS[to], layers(model, adapter_name)
-    source = _source(model, adapter_name, found, base, about or {})
+    own = _own_form(model, adapter_name, found) if to == "peft" else {}
+    source = _source(model, adapter_name, found, base, {**(about or {}), **own})
     notes: tuple[str, ...] = ()
     _check_heads(format, source)
     for place in found:
@@ -250,7 +251,7 @@ _EXACT: dict[str, Callable[[Any, str], Any]] = {"lora": exact, "rotation": rotat
 
 def _refusal(format: Format, source: Source, place: Place, layer: Any, adapter_name: str) -> str:
     """Why an adapter has no exact form in a format, and what would work."""
-    what = f"{source.about.get('smidgen.method', 'The adapter')} at {place}"
+    what = f"{source.about.get('method', 'The adapter')} at {place}"
     if format.holds == "rotation":
         strong = isinstance(layer, AdaptedLayer) and layer.scaling[adapter_name] != 1
         why = "is not at strength 1, and peft's OFT has no strength" if strong else "is no rotation alone"
@@ -310,6 +311,27 @@ def _components(model: Any) -> dict[str, nn.Module]:
     return {where or named.get(id(part), ""): part for where, part in parts(model).items()}
 
 
+def _own_form(model: Any, adapter_name: str, found: Mapping[Place, Any]) -> dict[str, Any]:
+    """The config of a plain LoRA of ours without alpha, for the header of peft's form, by which the folder is ours too; {} otherwise."""
+    own: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    if (
+        not isinstance(own, SmidgenConfig)
+        or own.transform
+        or own.residual != LowRank.name
+        or own.store_dtype != "float32"
+    ):
+        return {}
+    if own.residual_options.get("alpha") is not None or any(place.groups > 1 for place in found):
+        return {}
+    if any(layer.scaling[adapter_name] != 1 for layer in found.values()):
+        return {}
+    stored, tensors, _ = api._content(model, adapter_name, None, None)
+    stored = copy.copy(stored)
+    stored.inference_mode = True
+    stored.seal(tensors)
+    return {"config": stored.text()}
+
+
 def _source(
     model: Any, adapter_name: str, found: Mapping[Place, Any], base: str | None, about: Mapping[str, Any]
 ) -> Source:
@@ -342,7 +364,7 @@ def _plain(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def _about(config: Any, base: str, more: Mapping[str, Any]) -> dict[str, str]:
+def _about(config: Any, base: str, more: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of where it comes from. A method is never named alone: LyCORIS has a ``tlora`` that is another paper's."""
     ours = isinstance(config, SmidgenConfig)
     label = config.label() if ours else str(getattr(config.peft_type, "value", config.peft_type)).lower()
@@ -350,7 +372,7 @@ def _about(config: Any, base: str, more: Mapping[str, Any]) -> dict[str, str]:
         "method": f"smidgen {label}" if ours else f"peft {label}",
         "made_by": f"smidgen {version('smidgen')}",
         "base": base,
-        "base_lock": getattr(config, "base_lock", None) or "",
+        "base_lock": getattr(config, "base_lock", None),
         **more,
     }
-    return {f"smidgen.{k}": v if isinstance(v, str) else json.dumps(v, sort_keys=True) for k, v in facts.items() if v}
+    return {name: value for name, value in facts.items() if value}

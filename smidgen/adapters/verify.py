@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters import api, passes
 from smidgen.adapters.checkpoint import base_lock, packing
-from smidgen.adapters.checkpoint.files import read_config, read_tensors
+from smidgen.adapters.checkpoint.files import read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass, renames
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
@@ -34,7 +34,7 @@ from smidgen.adapters.tuner.canary import (
     read_canary,
 )
 from smidgen.adapters.tuner.carried import adapted_layers, tuner_layers
-from smidgen.adapters.tuner.config import PEFT_TYPE_NAME, SmidgenConfig
+from smidgen.adapters.tuner.config import SmidgenConfig, is_ours
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.heads import head_tensors, saved_modules, say_unsaved, unsaved
@@ -241,8 +241,7 @@ def _verify_part(model: nn.Module, path: Path, inputs: Inputs | None, whole: Any
 
 def _stored_config(path: Path) -> SmidgenConfig | None:
     """The config of a file of ours; None for one of peft's."""
-    ours = read_config(path).get("peft_type") == PEFT_TYPE_NAME
-    return api.read_smidgen_config(path) if ours else None
+    return api.read_smidgen_config(path) if is_ours(path) else None
 
 
 def _verify_pass(model: nn.Module, name: str, inputs: Inputs | None, whole: Any, report: VerifyReport) -> None:

@@ -16,7 +16,7 @@ from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_nam
 from smidgen.adapters.checkpoint.formats import FORMATS, read_lora
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.layer_norms import layer_norms, lora_norm
-from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
+from smidgen.adapters.tuner.config import is_ours
 from smidgen.adapters.tuner.coverage import entry_of
 from smidgen.bases.families import load_base
 from smidgen.bases.origin import IMAGES, Origin, load_own_base, read_origin
@@ -145,7 +145,7 @@ def inspect(adapter: Path, plot: Path | None = None) -> str:
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         return "\n".join([f"{adapter}: a picture of Smidgen's", *told])
     config, tensors = read_config(adapter), read_tensors(adapter)
-    if config.get("peft_type") == PEFT_TYPE_NAME:
+    if is_ours(adapter):
         tensors = read_adapter(adapter)[1]  # which holds them against the checksum
     sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
     lock = config.pop("base_lock", None)
@@ -205,7 +205,7 @@ def _inspect_lora(path: Path, plot: Path | None) -> str:
 
 def _norms(adapter: Path, tensors: Any, config: dict[str, Any]) -> tuple[dict[str, float], str]:
     """Norm by layer of a folder of ours, or of a plain LoRA of peft's, and what it is of."""
-    if config.get("peft_type") == PEFT_TYPE_NAME:
+    if is_ours(adapter):
         return layer_norms(read_adapter(adapter)[0], tensors)
     try:
         return {name: lora_norm(one) for name, one in read_lora(adapter).items()}, "update"

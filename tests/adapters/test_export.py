@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,7 +16,9 @@ import smidgen
 from smidgen.adapters.checkpoint.files import WEIGHTS_NAME
 from smidgen.adapters.checkpoint.formats import FORMATS, PeftOft, read_lora
 from smidgen.adapters.export import MOST_LOST, export, lost, size
+from smidgen.adapters.methods import METHODS
 from smidgen.adapters.tuner.carried import adapted_layers
+from smidgen.adapters.tuner.injection import remove
 from smidgen.errors import AdapterFileError, ConfigError, SmidgenError
 from tests.adapters.exported import (
     FACTORED,
@@ -29,6 +32,7 @@ from tests.adapters.exported import (
     off,
     same_changes,
 )  # fmt: skip
+from tests.training.tiny import sd_folder
 
 OFT = smidgen.config("oft", block_size=4)
 
@@ -198,13 +202,12 @@ def test_a_file_says_where_it_comes_from_and_never_calls_itself_tlora(tmp_path):
     fresh = smidgen.load(MODELS["bert"][0](), tmp_path / "own")
     export(fresh, tmp_path / "x.safetensors", "kohya", base=str(tmp_path), about={"step": 3})
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        said = file.metadata()
-    assert said["smidgen.method"] == "smidgen svfit r=5" and said["smidgen.base"] == tmp_path.name
-    assert "sketch" in json.loads(said["smidgen.base_lock"]) and said["smidgen.step"] == "3"
+        said = json.loads(file.metadata()["smidgen"])
+    assert said["method"] == "smidgen svfit r=5" and said["base"] == tmp_path.name
+    assert "sketch" in said["base_lock"] and said["step"] == 3
     export(adapted("bert", smidgen.config("tlora")), tmp_path / "t.safetensors", "full-diff")
     with safe_open(tmp_path / "t.safetensors", "pt") as file:
-        assert file.metadata()["smidgen.method"].startswith("smidgen tlora")
-        assert not any(value == "tlora" for value in file.metadata().values())
+        assert json.loads(file.metadata()["smidgen"])["method"].startswith("smidgen tlora")
 
 
 TAMPERED = {
@@ -326,3 +329,49 @@ def test_a_lora_of_pefts_own_is_exported_too(tmp_path):
 
 def test_bytes_are_said_as_people_say_them():
     assert [size(n) for n in (999, 14_400, 2_880_000)] == ["999 bytes", "14 kB", "2.9 MB"]
+
+
+def test_a_plain_lora_in_pefts_form_is_ours_too(tmp_path):
+    """What `smidgen predict` writes: peft alone reads it, and Smidgen finds its lock, canary and checksum in the header."""
+    model = adapted("bert", smidgen.config("lora", r=3))
+    wanted = answer(model, "bert")
+    export(model, tmp_path / "a", "peft")
+    export(model, tmp_path / "b", "peft")
+    assert (tmp_path / "a" / WEIGHTS_NAME).read_bytes() == (tmp_path / "b" / WEIGHTS_NAME).read_bytes()
+    assert isinstance(through_peft(tmp_path / "a", "bert").peft_config["default"], peft.LoraConfig)
+    fresh = smidgen.load(MODELS["bert"][0](), tmp_path / "a")
+    assert torch.equal(answer(fresh, "bert"), wanted) and fresh.peft_config["default"].residual == "low_rank"
+    assert smidgen.verify(fresh, tmp_path / "a", MODELS["bert"][2]).ok
+    other = MODELS["bert"][0]()
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    with pytest.raises(smidgen.BaseLockError):
+        smidgen.load(other, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / WEIGHTS_NAME)
+    with safe_open(tmp_path / "a" / WEIGHTS_NAME, "pt") as file:
+        header = file.metadata()
+    save_file({k: v * 1.5 for k, v in tensors.items()}, tmp_path / "a" / WEIGHTS_NAME, header)
+    with pytest.raises(AdapterFileError, match="SHA-256"):
+        smidgen.load(MODELS["bert"][0](), tmp_path / "a")
+
+
+def test_the_table_in_the_docs_is_what_the_code_does(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    table = text[text.index("| method |") :].partition("\n\n")[0].splitlines()
+    head = [cell.strip() for cell in table[0].strip("|").split("|")]
+    assert head[1:] == list(FORMATS)
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table[2:]]
+    assert {row[0] for row in rows} == set(METHODS)
+    base = StableDiffusionPipeline.from_pretrained(sd_folder(tmp_path / "pipe"), safety_checker=None)
+    for method, *cells in rows:
+        smidgen.adapt(base, method, method, target_modules=["to_q"])
+        moved(base.unet, method)
+        for to, said in zip(FORMATS, cells, strict=True):
+            try:
+                export(base, tmp_path / f"{method}-{to}", to, method)
+            except SmidgenError:
+                found = "–"
+            else:
+                found = "exact"
+            assert (method, to, found) == (method, to, said)
+        remove(base.unet, method)

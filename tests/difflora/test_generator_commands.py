@@ -141,7 +141,8 @@ def test_smidgen_peft_and_diffusers_read_the_same_adapter(predicted):
             return answer(base, base.encode_prompts(["a portrait of a person"]), 64)
 
     def by_peft(base) -> None:
-        peft.PeftModel.from_pretrained(base.model, str(predicted))
+        model = peft.PeftModel.from_pretrained(base.model, str(predicted))
+        assert type(model.base_model) is peft.LoraModel  # peft's own, which needs no smidgen
 
     plain = answers(lambda base: None)
     ours = answers(lambda base: smidgen.load(base.model, predicted))

@@ -20,6 +20,7 @@ from smidgen.adapters.checkpoint import checksum as checksums
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, check_values, read_config, read_tensors
+from smidgen.adapters.checkpoint.formats.peft import own_options, own_tensors
 from smidgen.adapters.tuner import patterns
 
 PEFT_TYPE_NAME = "SMIDGEN"
@@ -209,6 +210,8 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str,
         AdapterFileError: a missing, truncated or hostile file, another kind of adapter, or files of two saves.
     """
     own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
+    if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
+        tensors = own_tensors(tensors, Path(path))
     check_tensors(own, tensors, path)
     return own, tensors
 
@@ -221,6 +224,8 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
     """
     data = read_config(path)
     kind = data.get("peft_type")
+    if kind != PEFT_TYPE_NAME and (told := own_options(Path(path))):
+        data, kind = told, told.get("peft_type")
     if kind != PEFT_TYPE_NAME:
         raise errors.AdapterFileError(
             f"{path} holds a peft adapter of type {errors.shown(kind)}, not one of smidgen's; smidgen.load puts it into a model."
@@ -236,6 +241,15 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
         raise errors.AdapterFileError(f"{path}: {error}") from error
     except (TypeError, AttributeError, ValueError) as error:
         raise errors.AdapterFileError(f"{path}: adapter_config.json is damaged ({error}).") from error
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter of ours, in our form or, a plain LoRA, in peft's too.
+
+    Raises:
+        AdapterFileError: no folder, no config, or damage.
+    """
+    return read_config(path).get("peft_type") == PEFT_TYPE_NAME or own_options(Path(path)) is not None
 
 
 def check_tensors(own: SmidgenConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

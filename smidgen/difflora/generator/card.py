@@ -36,7 +36,7 @@ smidgen.load(pipe, "path/of/this/folder")
 pipe(prompt="a portrait of a person, smiling"{sampling}).images[0]
 ```
 
-After `import smidgen`, `peft.PeftModel.from_pretrained(denoiser, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
+{"" if lora else "After `import smidgen`, "}`peft.PeftModel.from_pretrained(denoiser, folder)` reads it too. `smidgen verify FOLDER --base BASE` proves that it
 is on."""
     told = bullets(f"{name}: {_said(value)}" for name, value in recipe.items() if name != "latent")
     return model_card(

@@ -1,6 +1,6 @@
 """What goes in and out of the commands: photos as files, adapters as folders with the recipe they were made by.
 
-adapter_config.json, adapter_model.safetensors    the adapter, for smidgen and peft
+adapter_config.json, adapter_model.safetensors    the adapter, for smidgen and, a LoRA, for peft alone
 pytorch_lora_weights.safetensors                  the same for diffusers and whatever reads its files, where it is a LoRA
 recipe.json                                       how it was made, with its latent: what edit and blend start from
 README.md, contact_sheet.png
@@ -111,7 +111,7 @@ def write_folder(layout: Layout, row: Tensor, base: ImageBase, folder: Path, rec
     weights)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")  # a second adapter beside the pipeline's is meant
-        write_adapter(layout, row, base.model, folder)
+        write_adapter(layout, row, base.model, folder, as_peft=is_lora(layout))
     if is_lora(layout):
         FORMATS["diffusers"].write(loras(layout, row, base.component), Source(), folder / LORA_NAME)
     recipe = {"format": FORMAT, "smidgen": version("smidgen"), "layout": layout.digest} | recipe

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.checkpoint import base_lock
+from smidgen.adapters.export import export
 from smidgen.adapters.tuner.base import base_matrices
 from smidgen.adapters.tuner.building import make_slot
 from smidgen.adapters.tuner.carried import adapted_layers
@@ -233,14 +234,23 @@ def check_model(layout: Layout, model: nn.Module) -> None:
     base_lock.check_lock(layout.base["lock"], base_matrices(layers)).raise_if_other()
 
 
-def write_adapter(layout: Layout, row: Tensor, model: nn.Module, folder: str | os.PathLike[str]) -> Path:
-    """Writes one row [size] as an ordinary adapter folder; ``model`` is the plain base and stays as it was.
+def write_adapter(
+    layout: Layout, row: Tensor, model: nn.Module, folder: str | os.PathLike[str], as_peft: bool = False
+) -> Path:
+    """Writes one row [size] as an ordinary adapter folder; ``model`` is the plain base and stays as it was. With ``as_peft`` a plain
+    LoRA is written in peft's own form, alpha in B, which is ours too.
 
     Raises:
         BaseLockError: the model is another base.
     """
     check_model(layout, model)
     config = smidgen.SmidgenConfig(**layout.config)
+    if as_peft:
+        config.residual_options = {k: v for k, v in config.residual_options.items() if k not in ("alpha", "scaling")}
+        scales = [
+            torch.full((entry.size,), entry.scale if entry.side == "residual_b" else 1.0) for entry in layout.entries
+        ]
+        row = row.detach().float() * torch.cat(scales)
     name = "row"
     smidgen.adapt(model, config, name)
     try:
@@ -249,7 +259,7 @@ def write_adapter(layout: Layout, row: Tensor, model: nn.Module, folder: str | o
             for key, layer in adapted_layers(model, name).items():
                 for side, parameter in layer.slot(name).trained().items():
                     parameter.copy_(tensors[key][side])
-        return smidgen.save(model, folder, name)
+        return export(model, folder, "peft", name).folder if as_peft else smidgen.save(model, folder, name)
     finally:
         remove(model, name)
 

@@ -59,7 +59,7 @@ class Diffusers(Format):
         tensors: dict[str, Tensor] = {}
         for place, lora in content.items():
             tensors |= pair(place, lora)
-        write_file(path, save(tensors, {"format": "pt", **source.about}))
+        write_file(path, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
         """diffusers takes each component's keys by its prefix, wants ``lora`` in all of them, and the layers' own names."""

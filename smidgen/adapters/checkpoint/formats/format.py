@@ -7,6 +7,7 @@ file as the program does that will read it: a key that this program would not lo
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from smidgen.errors import AdapterFileError, did_you_mean
 
+HEADER = "smidgen"  # the entry in a file's header that says where it comes from
 EXACT = 1e-6  # |change in the file - change of the adapter| / |change of the adapter| that a written file may have
 
 
@@ -84,11 +86,16 @@ class Source:
 
     components: tuple[str, ...] = ()
     modules: Mapping[str, Collection[str]] = field(default_factory=dict)
-    about: Mapping[str, str] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     head_modules: Mapping[str, Collection[str]] = field(default_factory=dict)
     model: Any = None
+
+    @property
+    def header(self) -> dict[str, str] | None:
+        """What goes into the file's header: one entry, as the order of several is another in each process."""
+        return {HEADER: json.dumps(self.about, sort_keys=True, separators=(",", ":"))} if self.about else None
 
 
 class Format(ABC):

@@ -33,7 +33,7 @@ class FullDiff(Format):
 
     def write(self, content: Content, source: Source, path: Path) -> None:
         tensors = {f"{file_name(place, source)}.diff": change.contiguous() for place, change in content.items()}
-        write_file(path, save(tensors, {"format": "pt", **source.about}))
+        write_file(path, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
         """A reader makes the names from the model's and adds what it finds to the weights, which must have its shape."""

@@ -53,7 +53,7 @@ class Kohya(Format):
             name, (a, b) = file_name(place, source), as_weights(lora, place)
             tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
             tensors[f"{name}.alpha"] = torch.tensor(float(lora.r))
-        write_file(path, save(tensors, {"format": "pt", **source.about}))
+        write_file(path, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
         """A reader makes the names from the model's, looks for three keys of each, and takes alpha / rank as the scale."""

@@ -35,7 +35,7 @@ class Merged(Format):
             with _without_path(source.model):
                 source.model.save_pretrained(path)
         else:
-            save_model(source.model, str(path / FILE), {"format": "pt", **source.about})
+            save_model(source.model, str(path / FILE), source.header)
             flush(path / FILE)
 
     def check(self, content: Content, source: Source, path: Path) -> int:

@@ -6,6 +6,7 @@ Ranks that differ are in ``rank_pattern``; alpha is the rank everywhere, the sca
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -14,12 +15,15 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from smidgen.adapters.atomic import write_file
-from smidgen.adapters.checkpoint.files import WEIGHTS_NAME, read_config, read_tensors
+from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint.files import WEIGHTS_NAME, parse_config, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats.format import (
+    HEADER,
     Content,
     Format,
     Lora,
@@ -81,7 +85,7 @@ class PeftFolder(Format):
             }
             tensors |= {name: value.detach().cpu().contiguous() for name, value in heads.items()}
             config.save_pretrained(str(inside))
-            write_file(inside / WEIGHTS_NAME, save(tensors, {"format": "pt", **source.about}))
+            write_file(inside / WEIGHTS_NAME, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
         """peft finds layers by its config, whose targets must mean these and no others, and their numbers by the names they have
@@ -172,6 +176,37 @@ class Peft(PeftFolder):
             a, b = both(name, own, folder)
             found[name] = Lora(b, a, scale_of(config, name, len(a)))
         return found
+
+
+def own_options(folder: Path) -> dict[str, Any] | None:
+    """The options of an adapter of ours that is in peft's form, from the header of its numbers; None where there are none.
+
+    Raises:
+        AdapterFileError: they are damaged.
+    """
+    file = folder / WEIGHTS_NAME
+    if not file.is_file() or read_config(folder).get("peft_type") != Peft.peft_type:
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            told = json.loads((opened.metadata() or {}).get(HEADER, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterFileError(f"{file} is truncated or not a safetensors file ({error}).") from error
+    text = told.get("config") if isinstance(told, dict) else None
+    return parse_config(text.encode(), str(file)) if isinstance(text, str) else None
+
+
+def own_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """The tensors of peft's form as ours: factors packed under their names, heads as they are.
+
+    Raises:
+        AdapterFileError: a factor is missing.
+    """
+    ends = tuple(f".{end}" for end in ENDINGS)
+    heads = {key: value for key, value in tensors.items() if not key.endswith(ends)}
+    named = {key.removeprefix(WRAP): value for key, value in tensors.items() if key not in heads}
+    pairs = {name: both(name, own, where) for name, own in sides(named, ENDINGS, where).items()}
+    return packing.pack({name: {"residual_a": a, "residual_b": b} for name, (a, b) in pairs.items()}) | heads
 
 
 def by_component(content: Content) -> dict[str, dict[Place, Any]]:
