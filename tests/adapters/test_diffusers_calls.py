@@ -55,6 +55,7 @@ def test_a_lora_is_written_and_read_as_ever(folder, tmp_path):
     )
 
 
+@pytest.mark.slow  # two processes that import everything
 @pytest.mark.parametrize(
     "first", ["import smidgen; import diffusers", "import diffusers.loaders.lora_pipeline; import smidgen"]
 )
