@@ -118,6 +118,8 @@ def __dir__() -> list[str]:
 # adapter is to open in peft and in transformers after ``import smidgen`` alone.
 _FOLLOWED = {
     "peft": ("smidgen.adapters", "smidgen.bases.hosts"),
+    "diffusers.loaders.lora_base": ("smidgen.adapters.loaders",),
+    "diffusers.loaders.peft": ("smidgen.adapters.loaders",),
     "transformers.models.auto.modeling_auto": ("smidgen.bases.hosts",),
     "transformers.pipelines": ("smidgen.bases.hosts",),
 }

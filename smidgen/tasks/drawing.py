@@ -14,6 +14,7 @@ from smidgen.adapters.atomic import new_file, new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats import FORMATS, read_lora
+from smidgen.adapters.checkpoint.formats.peft import own_options
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.layer_norms import layer_norms, lora_norm
 from smidgen.adapters.tuner.config import is_ours
@@ -144,7 +145,7 @@ def inspect(adapter: Path, plot: Path | None = None) -> str:
         facts = read_facts(adapter)
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         return "\n".join([f"{adapter}: a picture of Smidgen's", *told])
-    config, tensors = read_config(adapter), read_tensors(adapter)
+    config, tensors = own_options(adapter) or read_config(adapter), read_tensors(adapter)
     if is_ours(adapter):
         tensors = read_adapter(adapter)[1]  # which holds them against the checksum
     sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
