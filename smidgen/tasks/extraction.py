@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 DENOISERS = ("unet", "transformer")  # whose adapter lies in the folder itself
 LENGTH, BATCH = 128, 32
+MOST_RUN = 4 * 2**30  # bytes of a model that is loaded only to tell what the adapter keeps of its answers
 Inputs = list[Callable[[nn.Module], Any]]
 
 
@@ -198,6 +199,11 @@ def _finish(
     if there.model_class() is None:
         if data is not None or distill is not None:
             raise ConfigError(f"{there.path} does not say which model it is, so it cannot be run on data.")
+        return
+    if data is None and distill is None and getattr(there.tensors, "bytes", 0) > MOST_RUN:
+        logger.warning(
+            "%s is large, so it is not run: --data FILE tells what the adapter keeps of its answers.", there.path
+        )
         return
     model, _ = there.load()
     rows = None if data is None else read_rows(data, found)

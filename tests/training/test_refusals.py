@@ -26,6 +26,8 @@ REFUSED = {  # what is refused late: when the base is there, or is looked for
     "generate": [["nowhere", "--prompt", "a"], ["nowhere", "--prompt", "a", "--base", "embeded"]],
     "classify": [["nowhere", "a text"]],
     "merge": [["nowhere"]],
+    "export": [["nowhere", "--to", "peft"]],
+    "extract": [["debug-text", "nowhere"], ["debug-text", "debug-text"]],
     "compare": [["nowhere"], ["debug", "--only", "nothing"]],
     "subject": [["--num-pictures", "0"]],
     "pairs": [["--num-pictures", "1"]],
