@@ -19,6 +19,7 @@ TEXT_STEPS, TEXT_RATE = 150, 1e-4
 UNET_STEPS, UNET_RATE, PERSON, PICTURES = 100, 2e-4, 1000, 6
 ROWS = 200
 METHODS = ("svfit:full", "loldu:full", "oft:16", "lora:4", "lora:16")
+NAMES = {"text": "MiniLM on tweets", "unet": "the embedded UNet on one person"}
 TITLES = {
     "text": f"MiniLM, every number trained on tweets for {TEXT_STEPS} steps:",
     "unet": f"The embedded base's UNet, every number trained on one person for {UNET_STEPS} steps:",
@@ -176,8 +177,7 @@ def _plot(found: dict[str, dict[str, dict[str, float]]]) -> None:
             families.setdefault(method.partition(":")[0], []).append((one["bytes"], one["explained"]))
         for family, points in families.items():
             axes.plot(*zip(*sorted(points), strict=True), marker="o", label=family)
-        axes.set(xscale="log", xlabel="bytes of the adapter's tensors", title=TITLES[name].rstrip(":"))
-        axes.title.set_size(9)
+        axes.set(xscale="log", xlabel="bytes of the adapter's tensors", title=NAMES[name])
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("share of the change explained")
     figure.axes[0].legend(fontsize=8)

@@ -39,7 +39,7 @@ from smidgen.errors import ConfigError, SmidgenError
 logger = logging.getLogger("smidgen")
 
 Weights = Mapping[str, Tensor]
-LEAST = 0.75  # of the squared change, below which a file is called useless
+LEAST = 0.5  # of the squared change, below which a file is called useless
 RECOVERED = 1e-5  # relative error of a change that counts as recovered, besides rounding
 # The sizes of a family that are tried: option -> values; a family that is not here is tried as it is.
 SIZES: dict[str, tuple[str, tuple[Any, ...]]] = {

@@ -214,7 +214,7 @@ def extract(
     /,
     out: Path | None = None,
     methods: str = "",
-    least_explained: float = 0.75,
+    least_explained: float = 0.5,
     data: Path | None = None,
     distill: Path | None = None,
     distill_steps: int = 200,

@@ -95,7 +95,7 @@ def test_a_change_that_no_small_family_made_is_told_and_not_written(tmp_path):
             p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     found = extract(base, tuned, tmp_path / "out", methods=["svfit", "lora:4", "oft"])
     assert found.chosen is None and not (tmp_path / "out").exists()
-    assert all(0 <= one.explained < 0.75 and not one.recovered for one in found.fits)
+    assert all(0 <= one.explained < 0.5 and not one.recovered for one in found.fits)
     assert [one.bytes for one in found.fits] == sorted(one.bytes for one in found.fits)
     assert found.left["norms and biases"][0] == 7 and 0.9 < found.carried < 1
     some = extract(base, tuned, tmp_path / "out", methods=["lora:4", "lora:24"], least=0.5)
