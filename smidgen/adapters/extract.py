@@ -176,7 +176,7 @@ def _weights(given: Weights | nn.Module) -> Weights:
 
 
 def _families() -> list[str]:
-    """All methods and members alone, but the rotation, which ``oft`` is."""
+    """All methods, and members alone that no method is."""
     return [m.name for m in known_methods()]
 
 

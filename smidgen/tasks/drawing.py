@@ -171,7 +171,8 @@ def inspect(adapter: Path, plot: Path | None = None) -> str:
     lines += ["", cards.table(["tensor", "shape", "dtype", "norm", "largest"], rows)]
     norms, of = _norms(adapter, tensors, config)
     lines += _bars(norms, of)
-    lines += ["", f"Exported without loss to: {', '.join(_exact_formats(config))} (smidgen export)."]
+    if is_ours(adapter):
+        lines += ["", f"Exported without loss to: {', '.join(_exact_formats(config))} (smidgen export)."]
     if plot is not None:
         _plot_norms(norms, of, adapter.name, plot)
     return "\n\n".join(["\n".join(lines), *map(inspect, component_folders(adapter))])
@@ -186,6 +187,8 @@ def _recipe(file: Path, most: int = 2**16) -> list[str]:
 
 def _inspect_lora(path: Path, plot: Path | None) -> str:
     found = read_lora(path)
+    if not found:
+        raise AdapterFileError(f"{path} holds no tensors.")
     file = path / LORA_NAME if path.is_dir() else path
     first = next(iter(found), "")
     kind = "kohya's" if first.startswith("lora_") else "diffusers'" if "." in first.partition(".")[2] else "a LoRA's"

@@ -206,9 +206,9 @@ def _finish(
         )
         return
     model, _ = there.load()
-    rows = None if data is None else read_rows(data, found)
+    rows = None if data is None else read_rows(data)
     inputs = _inputs(model, there, here, rows)
-    taught = None if distill is None else _inputs(model, there, here, read_rows(distill, found))
+    taught = None if distill is None else _inputs(model, there, here, read_rows(distill))
     tuned = _answers(model, inputs)
     wanted = None if taught is None else _answers(model, taught)
     names = dict(model.named_parameters())
@@ -226,7 +226,7 @@ def _finish(
         api.save(model, folder)
 
 
-def read_rows(path: Path, found: Extraction | None = None) -> Rows:
+def read_rows(path: Path) -> Rows:
     """The texts of a table, and their labels where all have one.
 
     Raises:

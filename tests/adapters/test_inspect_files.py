@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import smidgen
-from smidgen.errors import ConfigError
+from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks.drawing import inspect
 from tests.adapters.helpers import trained
 
@@ -47,3 +47,6 @@ def test_other_programs_files(tmp_path):
         said = inspect(tmp_path / "file.safetensors")
         assert f"a LoRA with {kind} keys, 22 stored numbers" in said and "1 layers, rank 2" in said
         assert float(said.split()[-1]) == pytest.approx(float((b @ a).norm()), rel=5e-3)
+    save_file({}, tmp_path / "file.safetensors")
+    with pytest.raises(AdapterFileError, match="holds no tensors"):
+        inspect(tmp_path / "file.safetensors")
