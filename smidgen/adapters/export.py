@@ -286,7 +286,7 @@ def _merge(
             f"{MOST_LOST:.0%}: merge in float32 (--dtype float32), keep the adapter beside the base, or say --allow-loss."
         )
     merged = api.merge(copy.deepcopy(source.model), [adapter_name])
-    if dtype is not None:
+    if dtype is not None and any(p.dtype != dtype for part in _components(merged).values() for p in part.parameters()):
         merged.to(dtype)
     inside = _components(merged)
     content = {place: _weight(inside[place.component], place) for place in found}

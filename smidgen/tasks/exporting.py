@@ -18,6 +18,7 @@ from smidgen.bases.origin import IMAGES, Origin, adapted_tokenizer, load_adapted
 from smidgen.bases.transformers import source
 from smidgen.errors import ConfigError
 from smidgen.tasks.control import hint
+from smidgen.training.quiet import quiet
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ def export_folder(
     if strength != 1.0:
         smidgen.set_strength(pipe, strength)
     about: dict[str, Any] = {"from": folder.resolve().name, **({"strength": strength} if strength != 1.0 else {})}
-    found = export(pipe, out, to, base=base, about=about, dtype=getattr(torch, dtype), allow_loss=allow_loss)
+    with quiet():
+        found = export(pipe, out, to, base=base, about=about, dtype=getattr(torch, dtype), allow_loss=allow_loss)
     if to == "merged" and origin.task != IMAGES:
         with new_files(found.folder) as scratch:
             _write_reader(origin, base, scratch)

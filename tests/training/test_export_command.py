@@ -6,6 +6,7 @@ import pytest
 
 import smidgen
 from smidgen.adapters.checkpoint.formats import FORMATS
+from smidgen.bases.embedded import embedded_base
 from smidgen.bases.families import load_base
 from smidgen.cli import main, using
 from tests.adapters.exported import moved
@@ -39,3 +40,10 @@ def test_what_cannot_be_is_a_sentence(adapter, tmp_path, capsys):
     assert "is no rotation alone; --to merged or full-diff" in capsys.readouterr().err
     assert main([*words, "gguf"]) == 2 and "gguf" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_merged_pipeline_does_not_tell_where_its_base_lay(adapter, tmp_path, capsys):
+    assert main(["export", str(adapter), "--to", "merged", "--base", "embedded", "--out", str(tmp_path / "whole")]) == 0
+    assert "28 of 28 layers" in capsys.readouterr().out
+    written = [*(tmp_path / "whole").rglob("*.json")]
+    assert written and not any(str(embedded_base().parent) in file.read_text() for file in written)

@@ -5,8 +5,7 @@ A module that cannot save itself becomes ``model.safetensors`` with its state di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from smidgen.adapters.atomic import flush
+from smidgen.adapters.atomic import flush, write_file
 from smidgen.adapters.checkpoint.files import public_name, read_safetensors
 from smidgen.adapters.checkpoint.formats.format import Content, Format, Place, Source
 from smidgen.adapters.checkpoint.formats.peft import WRAP, by_component
@@ -32,8 +31,8 @@ class Merged(Format):
     def write(self, content: Content, source: Source, path: Path) -> None:
         """``source.model`` is the merged model."""
         if hasattr(source.model, "save_pretrained"):
-            with _without_path(source.model):
-                source.model.save_pretrained(path)
+            source.model.save_pretrained(path)
+            _hide_paths(path)
         else:
             save_model(source.model, str(path / FILE), source.header)
             flush(path / FILE)
@@ -64,19 +63,10 @@ def _reread(model: Any, component: str, path: Path) -> dict[str, Tensor]:
     return dict(type(part).from_pretrained(where).state_dict())
 
 
-@contextmanager
-def _without_path(model: Any) -> Iterator[None]:
-    """Within, configs do not tell where the base lay on this machine."""
-    parts = [model] if isinstance(model, nn.Module) else [model, *model.components.values()]
-    configs = [config for part in parts if (config := getattr(part, "config", None)) is not None]
-    kept = []
-    for config in configs:
-        held = config if hasattr(config, "__dict__") and "_name_or_path" in vars(config) else None
-        if held is not None:
-            kept.append((held, held._name_or_path))
-            held._name_or_path = public_name(str(held._name_or_path or ""))
-    try:
-        yield
-    finally:
-        for config, value in kept:
-            config._name_or_path = value
+def _hide_paths(folder: Path) -> None:
+    """Configs that were written do not tell where the base lay on this machine."""
+    for file in [*folder.rglob("config.json"), *folder.glob("model_index.json")]:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if named := config.get("_name_or_path"):
+            config["_name_or_path"] = public_name(str(named))
+            write_file(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
