@@ -116,7 +116,7 @@ def load_own_base(origin: Origin, base: str | None = None, base_config: str | No
     """
     name = origin.named(base)
     if origin.task == IMAGES:
-        return load_base(name, device=default_device(), config=base_config or origin.base_config)
+        return load_base(name, device=default_device(), config=base_config if base else origin.base_config)
     if origin.head is None:
         return load_language_model(name, "no", None)
     return load_classifier(AUTO[origin.task], name, origin.head, 0, "no", None)

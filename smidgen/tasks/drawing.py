@@ -81,8 +81,9 @@ def generate(
     seeds = [seed + number for _ in prompt for number in range(num_images)]
     places = [out] if single else [out / name for name in _names(prompts, seeds, num_images)]
     _check_places(out.parent if single else out, places, single, overwrite)
-    origin = _common_origin(adapters)
-    base, base_config = origin.named(base), base_config or origin.base_config
+    origin = _origin_of(adapters, base)
+    base_config = base_config if base else origin.base_config
+    base = origin.named(base)
     made = _check_control(adapters, control, edges_of)
     loaded = load_base(base, mixed_precision, default_device(), config=base_config)
     if made is not None:
@@ -295,14 +296,15 @@ def _weights(adapters: Sequence[Path], weights: Sequence[float] | None, strength
     return [strength * weight for weight in weights or [1.0] * len(adapters)]
 
 
-def _common_origin(adapters: Sequence[Path]) -> Origin:
+def _origin_of(adapters: Sequence[Path], base: str | None) -> Origin:
+    """Where the first adapter comes from, which the others must share unless a base was given for all."""
     bases = {folder: read_origin(folder) for folder in adapters}
     for folder, origin in bases.items():
         if origin.task != IMAGES:
             raise ConfigError(f"{folder} does not draw, it is for {origin.task}.")
     first = bases[adapters[0]]
     for folder, origin in bases.items():
-        if origin.base != first.base:
+        if base is None and origin.base != first.base:
             raise ConfigError(
                 f"{folder} is for {origin.base}, and {adapters[0]} for {first.base}: adapters of one base add up."
             )

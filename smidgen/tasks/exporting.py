@@ -48,8 +48,8 @@ def export_folder(
         raise ConfigError(
             f"{folder} follows control pictures by a hint encoder, which no file of another program holds."
         )
-    base = origin.named(base)
     loaded = load_adapted(origin, base)
+    base = origin.named(base)
     pipe = getattr(loaded, "pipe", loaded.model)
     if strength != 1.0:
         smidgen.set_strength(pipe, strength)

@@ -147,7 +147,8 @@ def _how(report: FinetuneReport) -> str:
         return "The folder is an ordinary transformers model."
     if report.method == PROBE:
         return "`head.safetensors` holds the head's tensors by their names in the model."
-    note = "The files are ordinary peft (`adapter_config.json`, `adapter_model.safetensors`)"
+    verb = "chat" if report.kind == "instruction" else "classify"
+    note = f"`smidgen {verb} FOLDER` takes it as it is. The files are ordinary peft (`adapter_config.json`, `adapter_model.safetensors`)"
     if report.method.startswith("peft:"):
         return f"{note}."
     return f"{note}; after `import smidgen`, `peft.PeftModel.from_pretrained(model, folder)` reads them too, head included."
