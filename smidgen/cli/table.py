@@ -88,7 +88,6 @@ COMMANDS = {
     "export": Command(
         "write an adapter for other programs: export ADAPTER --to FORMAT --out DIR",
         "using:export",
-        ("diffusion",),
     ),
     "extract": Command(
         "make an adapter of what a fine-tuned model has changed: extract BASE FINETUNED --out DIR",
