@@ -24,7 +24,7 @@ import smidgen
 from benchmarks import tiny_models
 from smidgen import testing
 from smidgen.adapters.example_inputs import examples
-from smidgen.adapters.passes import _distance, _numbers
+from smidgen.adapters.passes import _distance, numbers
 from smidgen.adapters.tuner.coverage import Coverage, coverage
 from smidgen.adapters.tuner.experts import stacks
 
@@ -67,7 +67,7 @@ def forward(name: str, model: nn.Module) -> Callable[[], list[Tensor]]:
         @torch.no_grad()
         def call(run: Callable[[], object] = run) -> list[Tensor]:
             torch.manual_seed(0)
-            return _numbers(run())
+            return numbers(run())
 
         try:
             call()

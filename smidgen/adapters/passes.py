@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import wraps
@@ -61,7 +61,7 @@ def run(model: nn.Module, adapter_name: str, inputs: Inputs | None, whole: Any =
         name: model.get_submodule(key.rpartition(".")[0]) for name, key in model_keys(model, adapter_name).items()
     }
     with ExitStack() as stack:
-        modes = stack.enter_context(_left_as_it_was(model))
+        modes = stack.enter_context(left_as_it_was(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
@@ -71,10 +71,10 @@ def run(model: nn.Module, adapter_name: str, inputs: Inputs | None, whole: Any =
             call, on, found.missing = _first_that_runs(model, inputs, model if whole is None else whole)
             found.called, found.owners = set(seen), set(parents)
             with _silent(model, adapter_name):
-                off = _numbers(call())
+                off = numbers(call())
                 found.moved = _distance(on, off)
                 if found.moved <= _ENOUGH:
-                    found.noise = _distance(_numbers(call()), off)
+                    found.noise = _distance(numbers(call()), off)
             if any(training for _, training in modes):
                 seen.clear()
                 _set_modes(modes)
@@ -97,7 +97,7 @@ def _first_that_runs(
             return example.run()
 
         try:
-            return call, _numbers(call()), example.missing
+            return call, numbers(call()), example.missing
         except Exception as error:
             last = last or error
     raise last or ValueError(f"no inputs are known for a {type(model).__name__}")
@@ -158,10 +158,13 @@ def _calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 def _silent(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Within, the adapter's layers do nothing; the model's other adapters and its heads stay as they are."""
     layers = list(tuner_layers(model, adapter_name).values())
-    if any(layer.merged for layer in layers):
-        with api.disabled(model):
-            yield
-        return
+    with api.disabled(model) if any(layer.merged for layer in layers) else silent(layers, adapter_name):
+        yield
+
+
+@contextmanager
+def silent(layers: Collection[Any], adapter_name: str) -> Iterator[None]:
+    """Within, an adapter that is not merged does nothing at these layers."""
     before = [list(layer.active_adapters) for layer in layers]
     try:
         for layer, active in zip(layers, before, strict=True):
@@ -178,13 +181,25 @@ def _silent(model: nn.Module, adapter_name: str) -> Iterator[None]:
 Modes = list[tuple[nn.Module, bool]]
 
 
+@contextmanager
+def at_rest(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, models are in evaluation without gradients or compiling; afterwards they are as they were."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(left_as_it_was(model))
+            model.eval()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 def _set_modes(modes: Modes) -> None:
     for module, training in modes:
         module.training = training
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[Modes]:
+def left_as_it_was(model: nn.Module) -> Iterator[Modes]:
     """Gives the modules' modes; afterwards random state, buffers (running statistics) and modes are as before."""
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     buffers = [
@@ -210,7 +225,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[Modes]:
 # ---- outputs -----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(output: Any) -> list[Tensor]:
+def numbers(output: Any) -> list[Tensor]:
     """All numbers of an output, in order: of tensors, arrays, pictures, tuples, dicts and the libraries' own classes.
 
     Raises:
@@ -240,8 +255,12 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     """|a - b| / |b| over all tensors."""
+    off, size = gap(a, b), sum(float(y.abs().square().sum()) for y in b) ** 0.5
+    return off / size if size > 0 else off
+
+
+def gap(a: list[Tensor], b: list[Tensor]) -> float:
+    """|a - b| over all tensors; infinite where they are of other shapes."""
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
-    off = sum(float((x - y).abs().square().sum()) for x, y in zip(a, b, strict=True))
-    size = sum(float(y.abs().square().sum()) for y in b)
-    return (off / size) ** 0.5 if size > 0 else off**0.5
+    return sum(float((x - y).abs().square().sum()) for x, y in zip(a, b, strict=True)) ** 0.5

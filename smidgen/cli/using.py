@@ -154,10 +154,15 @@ def export(
     base: str | None = None,
     strength: float = 1.0,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    rank: int | str | None = None,
+    max_error: float | None = None,
+    max_loss: float | None = None,
+    calibration: str | None = None,
     allow_loss: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write ADAPTER for other programs, and read it back by their rules. What has no exact form there is refused.
+    """Write ADAPTER for other programs, and read it back by their rules. What is no LoRA is cut to one, and what that loses is
+    measured and said.
 
     Args:
         adapter: the adapter's folder.
@@ -167,12 +172,23 @@ def export(
         base: another place of the base (none: as the adapter's folder says).
         strength: what the adapter is multiplied with in the file.
         dtype: number format of a merged model.
-        allow_loss: write a merged model although rounding takes more than 15 % of the adapter.
+        rank: of what has to be cut to a LoRA: a number, or auto, the least that loses no more than max_loss (default: auto).
+        max_error: in place of a rank, what each layer may lose, a share.
+        max_loss: of rank auto, what the whole may lose (default: 0.05).
+        calibration: what decides which directions are kept: a folder of pictures, or none (default: what the base draws with it).
+        allow_loss: write it although more than 15 % of the adapter is lost, by the cut or by rounding a merged model.
         overwrite: write over what is in OUT.
     """
+    from smidgen.tasks.exporting import Cut
     from smidgen.tasks.exporting import export_folder as run
 
-    print(run(adapter, to, out, base, strength, dtype, allow_loss, overwrite)[1])
+    if isinstance(rank, str) and rank.isdigit():
+        rank = int(rank)
+    print(
+        run(
+            adapter, to, out, base, strength, dtype, allow_loss, overwrite, Cut(rank, max_error, max_loss, calibration)
+        )[1]
+    )
 
 
 def combine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,28 @@ from smidgen.bases.origin import IMAGES, Origin, adapted_tokenizer, load_adapted
 from smidgen.bases.transformers import source
 from smidgen.errors import ConfigError
 from smidgen.tasks.control import hint
+from smidgen.tasks.held_out import image_rows, text_rows
 from smidgen.training.quiet import quiet
+from smidgen.training.truncation import Truncated, inexact, truncate
 
 logger = logging.getLogger(__name__)
+PLAIN = "none"  # the calibration that weighs nothing
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a change that is no LoRA is cut to one; see ``training.truncation``. ``calibration`` is a folder of pictures or a table of
+    labelled texts, "none", or None: what the base draws with the adapter, or the texts that it was trained on."""
+
+    rank: int | str | None = None
+    max_error: float | None = None
+    max_loss: float | None = None
+    calibration: str | None = None
+
+    @property
+    def asked(self) -> list[str]:
+        """The settings that were given, as flags."""
+        return [f"--{name.replace('_', '-')}" for name, value in asdict(self).items() if value is not None]
 
 
 def export_folder(
@@ -32,12 +52,14 @@ def export_folder(
     dtype: str = "float32",
     allow_loss: bool = False,
     overwrite: bool = False,
+    cut: Cut = Cut(),
 ) -> tuple[Exported, str]:
     """Writes the adapter in a folder in the format ``to``; returns what was written, and lines about it. Its base is the one that
     the folder names, unless another place of it is given as ``base``. With a merged model of texts or images goes what reads them.
+    What is no LoRA goes into a file of LoRAs as ``cut`` says, judged on latents that the base draws with the adapter, or on texts.
 
     Raises:
-        SmidgenError: no exact form of it there, another base, or files in the way.
+        SmidgenError: no form of it there, too much lost, another base, or files in the way.
     """
     folder = as_folder(adapter)
     check_out(to, out, overwrite)
@@ -48,14 +70,17 @@ def export_folder(
         raise ConfigError(
             f"{folder} follows control pictures by a hint encoder, which no file of another program holds."
         )
-    loaded = load_adapted(origin, base)
+    loaded: Any = load_adapted(origin, base)
     base = origin.named(base)
     pipe = getattr(loaded, "pipe", loaded.model)
     if strength != 1.0:
         smidgen.set_strength(pipe, strength)
     about: dict[str, Any] = {"from": folder.resolve().name, **({"strength": strength} if strength != 1.0 else {})}
+    low = _truncated(loaded, origin, base, to, cut, allow_loss)
+    about |= low.loss.facts() if low else {}
+    options: dict[str, Any] = {"base": base, "about": about, "approximate": low, "allow_loss": allow_loss}
     with quiet():
-        found = export(pipe, out, to, base=base, about=about, dtype=getattr(torch, dtype), allow_loss=allow_loss)
+        found = export(pipe, out, to, dtype=getattr(torch, dtype), **options)
     if to == "merged" and origin.task != IMAGES:
         with new_files(found.folder) as scratch:
             _write_reader(origin, base, scratch)
@@ -64,7 +89,38 @@ def export_folder(
         for where in (folder, *component_folders(folder))
         for name in (CONFIG_NAME, WEIGHTS_NAME)
     )
-    return found, f"{found}\n{_cost(own, found, folder)}"
+    return found, "\n".join(map(str, filter(None, [found, low and low.loss, _cost(own, found, folder)])))
+
+
+def _truncated(loaded: Any, origin: Origin, base: str, to: str, cut: Cut, allow_loss: bool) -> Truncated | None:
+    """Low-rank factors of what has no exact form in the format ``to``; None where all has.
+
+    Raises:
+        ConfigError: nothing is to be cut, and something was said about how; no rows are known to judge it by.
+    """
+    model = getattr(loaded, "pipe", loaded.model)
+    if FORMATS[to].holds != "lora" or not inexact(model):
+        if cut.asked:
+            raise ConfigError(
+                f"This adapter goes into a {to} file as it is, without loss: leave out {' and '.join(cut.asked)}."
+            )
+        return None
+    given = None if cut.calibration == PLAIN else cut.calibration
+    if origin.task == IMAGES:
+        if component_folders(origin.folder):
+            loaded.train_text_encoders()  # prompts are read by the encoders as they are at each pass
+        judged, weighing = image_rows(loaded, origin.folder, given, cut.calibration != PLAIN)
+    elif origin.task == "text-classification":
+        judged, weighing = text_rows(model, origin.folder, base, given, cut.calibration != PLAIN)
+    else:
+        raise ConfigError(
+            f"A {to} file holds no {origin.method} of {origin.task} without loss, and no rows are known here to judge one by: --to "
+            "full-diff and merged hold it exactly; smidgen.training.truncation.truncate takes rows of your own."
+        )
+    options: dict[str, Any] = {"rank": cut.rank, "max_error": cut.max_error, "max_loss": cut.max_loss}
+    if weighing is not None:
+        options |= {"calibration": weighing.run, "weighted_by": weighing.words}
+    return truncate(model, judged.run, judged_on=judged.words, allow_loss=allow_loss, **options)
 
 
 def _write_reader(origin: Origin, base: str, folder: Path) -> None:

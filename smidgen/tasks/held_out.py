@@ -1,0 +1,119 @@
+"""Inputs that an adapter was not trained on, to judge an export by or to weigh it with (``training.truncation``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smidgen.bases.protocol import ImageBase
+from smidgen.errors import ConfigError
+from smidgen.tasks.data.images import read_folder
+from smidgen.tasks.diffusion.task import encode_examples
+from smidgen.tasks.personalize.settings import Data, PersonalizeConfig
+from smidgen.tasks.text_classification.recipe import prepare
+from smidgen.tasks.text_classification.settings import TextClassificationConfig
+from smidgen.training.randomness import derive, stream
+from smidgen.training.settings import load_yaml
+from smidgen.training.truncation import Run
+
+SCENES, ROWS = 8, 64  # prompts that are drawn, and noisy latents of them to judge by
+TEXTS = 128
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Passes over rows, and words for them."""
+
+    run: Run
+    words: str
+
+
+def image_rows(base: ImageBase, folder: Path, pictures: str | None, weighs: bool) -> tuple[HeldOut, HeldOut | None]:
+    """Rows to judge an adapter by that is on ``base`` and lies in ``folder``, and others to weigh it with: of the ``pictures`` in a
+    folder, unless that is None; none unless it ``weighs``. Where nothing was given the base draws them with the adapter.
+
+    Raises:
+        DataError: no usable pictures.
+    """
+    scenes = _subject(base.scenes(2 * SCENES, 0), folder)
+    judging, others = scenes[::2], scenes[1::2]
+    judged = noisy_latents(base, judging, drawn_latents(base, judging, 0, -(-ROWS // len(judging))), 0)
+    if not weighs:
+        return judged, None
+    if pictures is None:
+        return judged, noisy_latents(base, others, drawn_latents(base, others, 1, -(-ROWS // len(others))), 1)
+    found = read_folder(pictures, instance_prompt=others[0])
+    encoded = encode_examples(base, found.pictures, found.captions, base.resolution)
+    latents = torch.cat([encoded.mean] * -(-ROWS // len(encoded)))
+    weighing = noisy_latents(base, found.captions, latents, 1)
+    return judged, replace(weighing, words=f"{len(latents)} noisy latents of the pictures in {Path(pictures).name}")
+
+
+def text_rows(model: Any, folder: Path, base: str, texts: str | None, weighs: bool) -> tuple[HeldOut, HeldOut | None]:
+    """Rows to judge a text classifier by that lies in ``folder``, and others to weigh it with: the validation and the train split of
+    the labelled ``texts``, or of those that it was trained on.
+
+    Raises:
+        SmidgenError: there are none.
+    """
+    told = folder / "config.yaml"
+    config = load_yaml(TextClassificationConfig, told) if told.is_file() else TextClassificationConfig()
+    if texts is None and config.data.path is None:
+        raise ConfigError(f"{folder} does not say which texts it was trained on: name some with --calibration FILE.")
+    config = replace(config, model=base, data=replace(config.data, path=texts or config.data.path))
+    task = prepare(config).task
+    judged = answers(task, model, "validation", TEXTS)
+    return judged, answers(task, model, "train", TEXTS) if weighs else None
+
+
+def _subject(scenes: Sequence[str], folder: Path) -> list[str]:
+    """Scenes of a person as scenes of the subject that an adapter's training named, if its folder still says."""
+    try:
+        data = load_yaml(PersonalizeConfig, folder / "config.yaml").data
+    except ConfigError:  # none, or of another recipe
+        data = Data()
+    word = f"{data.placeholder_token} {data.class_word}" if data.placeholder_token else data.class_word
+    return [scene.replace("person", word) for scene in scenes]
+
+
+def noisy_latents(base: ImageBase, prompts: Sequence[str], latents: Tensor, seed: int, batch: int = 8) -> HeldOut:
+    """What the denoiser says of ``latents`` [n, ...] at n noise levels from end to end, each row with one of the ``prompts`` in
+    turn. All of it follows from the ``seed``."""
+    count = len(latents)
+    encoded = base.encode_prompts(prompts)
+    picks = [row % len(prompts) for row in range(count)]
+    order = torch.randperm(count, generator=stream(seed, "levels"))
+    quantiles = (order + torch.rand(count, generator=stream(seed, "within"))).double() / count
+    times = base.schedule.timesteps(base.schedule.levels(quantiles))
+    noisy, _ = base.schedule.add_noise(latents, torch.randn(latents.shape, generator=stream(seed, "noise")), times)
+
+    def run() -> list[Tensor]:
+        found = []
+        for at in range(0, count, batch):
+            rows = slice(at, at + batch)
+            given = noisy[rows].to(base.device), times[rows].to(base.device), encoded[picks[rows]].to(base.device)
+            found.append(base.predict(base.model, *given).float().cpu())
+        return found
+
+    return HeldOut(run, f"{count} noisy latents of {len(prompts)} prompts")
+
+
+def drawn_latents(base: ImageBase, prompts: Sequence[str], seed: int, copies: int) -> Tensor:
+    """Latents [prompts * copies, ...] that ``base`` with its adapter draws of the ``prompts``, each ``copies`` times over."""
+    seeds = [derive(seed, "drawn", number) for number in range(len(prompts))]
+    options: dict[str, Any] = base.sampling.chosen(None, None) | {"negative": base.encode_prompts([""])}
+    drawn = base.draw_latents(base.encode_prompts(prompts), seeds, **options)
+    return torch.cat([drawn] * copies)
+
+
+def answers(task: Any, model: Any, split: str, most: int) -> HeldOut:
+    """What a classifier answers to the first ``most`` rows of a split of its task."""
+    whole = task.splits[split]
+    rows = replace(whole, rows=whole.rows[:most], labels=whole.labels[:most], names=whole.names[:most])
+    own = replace(task, splits={split: rows})
+    return HeldOut(lambda: own.predict(model, split), f"{len(rows)} rows of {split}")
