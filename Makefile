@@ -10,7 +10,7 @@ TESTS ?=
 SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base flow-base generator clean help
+.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base flow-base wide-base generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -76,6 +76,10 @@ base: $(VENV)/.ready  ## train the embedded base model from nothing (hours; resu
 flow-base: $(VENV)/.ready  ## train the embedded flow base from nothing (an hour; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage flow
+
+wide-base: $(VENV)/.ready  ## train the embedded wide base and its judge from nothing (hours; resumable)
+	for stage in render judge autoencoder flow; do \
+	  $(ENV) $(BIN)/python -m smidgen.lab.embedded_base --world wide --work work/wide_base --stage $$stage || exit 1; done
 
 generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render

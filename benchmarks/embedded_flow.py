@@ -16,10 +16,11 @@ import torch
 
 from benchmarks._harness import write_result
 from benchmarks.embedded_base import interval, shares, sheet
-from smidgen.bases.embedded import FOLDERS, embedded_base, world
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_FLOW, FOLDERS, embedded_base, world
 from smidgen.bases.embedded.judge import as_tensor, load_judge
 from smidgen.bases.families import load_base
 
+BASES = (EMBEDDED, EMBEDDED_FLOW)
 PAGE = Path(__file__).parents[1] / "docs" / "results" / "embedded_flow.png"
 
 
@@ -53,7 +54,7 @@ def measure(name: str, scenes: list[world.Scene], captions: list[str], seed: int
 def seconds(captions: list[str], repeats: int) -> dict[str, float]:
     """Median wall-clock seconds of one picture alone, and of one of a batch of eight, the bases taking turns."""
     found: dict[str, list[float]] = {}
-    bases = {name: load_base(name) for name in FOLDERS}
+    bases = {name: load_base(name) for name in BASES}
     given = {n: (b.encode_prompts(captions[:8]), b.encode_prompts([""])) for n, b in bases.items()}
     for number in range(repeats + 1):
         for name, base in bases.items():
@@ -84,15 +85,15 @@ def main() -> None:
     figures: dict[str, Any] = {"pictures": choice.pictures, "seed": choice.seed, "threads": torch.get_num_threads()}
     figures |= {f"drawings_certainty_{what}": value for what, value in certainty(drawings).items()}
     shown = drawings[:16]
-    for name in FOLDERS:
+    for name in BASES:
         found, images = measure(name, scenes, captions, choice.seed)
         figures |= {f"{_key(name)}_{what}": value for what, value in found.items()}
         shown += images[:16]
     figures |= seconds(captions, choice.repeats)
-    own = FOLDERS["embedded-flow"][-1]
+    own = FOLDERS[EMBEDDED_FLOW][-1]
     figures["embedded_flow_own_bytes"] = sum(f.stat().st_size for f in own.rglob("*") if f.is_file())
     figures["embedded_flow_folder_bytes"] = sum(
-        f.stat().st_size for f in embedded_base("embedded-flow").rglob("*") if f.is_file()
+        f.stat().st_size for f in embedded_base(EMBEDDED_FLOW).rglob("*") if f.is_file()
     )
     sheet(shown, 16, PAGE)
     write_result("embedded_flow", figures, "python -m benchmarks.embedded_flow")

@@ -35,8 +35,7 @@ class Origin:
 
     ``task`` is a recipe's name or ``IMAGES``; ``base`` a name or a folder, "" when the folder does not say; ``method`` is what
     ``--method`` calls it, "" for what is no adapter (a trained head, a whole model); ``base_config`` is that of a base in one file;
-    ``settings`` are
-    those of the training by their dotted names, as far as they are known.
+    ``settings`` are those of the training by their dotted names, as far as they are known.
     """
 
     folder: Path
@@ -91,7 +90,6 @@ def read_origin(path: str | Path) -> Origin:
             raise AdapterFileError(
                 f"{folder} does not say which classes it sorts into; it was saved without its labels."
             )
-    settings = told.get("settings")
     method, run = _method(config), _run(folder)
     if task == IMAGES:  # peft and diffusers write where the denoiser lay
         config = {"base_model_name_or_path": EMBEDDED}

@@ -327,17 +327,20 @@ def pairs(
     print(run(folder, control, num_pictures, seed))
 
 
-def subject(folder: Path, /, seed: int = 0, num_pictures: int = 12) -> None:
-    """Draw a person the embedded base has never seen into FOLDER: pictures and captions to personalize with.
+def subject(
+    folder: Path, /, seed: int = 0, num_pictures: int = 12, world: Literal["embedded", "wide"] = "embedded"
+) -> None:
+    """Draw a person the embedded bases have never seen into FOLDER: pictures and captions to personalize with.
 
     Args:
         folder: where the pictures and metadata.jsonl go.
         seed: which person, and which scenes.
         num_pictures: how many pictures.
+        world: that of the embedded bases, or the wide one, which a base of make wide-base knows.
     """
     from smidgen.tasks.drawing import draw_subject as run
 
-    print(run(folder, seed, num_pictures))
+    print(run(folder, seed, num_pictures, world))
 
 
 def _numbers(weights: str) -> list[float]:

@@ -254,20 +254,21 @@ def _exact_formats(config: dict[str, Any]) -> list[str]:
     return [name for name, format in FORMATS.items() if held.get(format.holds, False)]
 
 
-def draw_subject(folder: Path, seed: int, num_pictures: int) -> str:
-    """Draw ``num_pictures`` of a held-out identity of the embedded base's world; returns a sentence about it."""
+def draw_subject(folder: Path, seed: int, num_pictures: int, world: str = "embedded") -> str:
+    """Draw ``num_pictures`` of a held-out identity of an embedded base's world; returns a sentence about it."""
     import numpy
 
-    from smidgen.bases.embedded import world
+    from smidgen.bases.embedded.worlds import load_world
 
+    drawn = load_world(world)
     if num_pictures < 1:
         raise ConfigError(f"num_pictures must be at least 1, not {num_pictures}.")
     if folder.is_dir() and any(path.suffix == ".png" for path in folder.iterdir()):
         known = len(list(folder.glob("*.png")))
         logger.info("%s holds %d pictures already; they are drawn anew.", folder, known)
-    identity = world.sample_identity(numpy.random.default_rng(seed), "test")
+    identity = drawn.sample_identity(numpy.random.default_rng(seed), "test")
     with new_files(folder) as scratch:
-        world.write_subject(scratch, identity, num_pictures, seed)
+        drawn.write_subject(scratch, identity, num_pictures, seed)
     looks = ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in identity.as_dict().items())
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."
 

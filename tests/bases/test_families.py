@@ -306,7 +306,7 @@ def test_rates_and_cards_need_no_weights(base):
     assert learning_kind(base.name) in KINDS and learning_kind(base.name, "control") in KINDS
     assert base.learning["image"] == learning_kind(base.name)
     loaded, sampling = card_lines(base.name)
-    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": "12, guidance_scale=3, height=64"}.get(base.name)
+    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": "8, guidance_scale=3, height=64"}.get(base.name)
     if steps is None:
         assert loaded.endswith(f"from_pretrained({base.name!r})") and sampling == ""
     else:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.bases.embedded import PIPELINE, embedded_base, world
-from smidgen.bases.embedded.base import EmbeddedFlow
+from smidgen.bases.embedded import PIPELINE, embedded_base, wide, world
+from smidgen.bases.embedded.base import EmbeddedFlow, EmbeddedWide
 from smidgen.bases.embedded.layers import lay
-from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, text
+from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, flow, text
 from smidgen.lab.embedded_base.config import Budget, preset
 from smidgen.lab.embedded_base.run import Run, learning_rate
 
@@ -42,17 +42,19 @@ def test_training_pictures_hold_no_held_out_person(made):
             assert world.split_of(person) == split
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_an_interrupted_training_resumes_to_the_bit(made, tmp_path, stop, monkeypatch):
+@pytest.mark.parametrize(("stage", "stop"), [(diffusion, 1), (diffusion, 4), (flow, 3)])
+def test_an_interrupted_training_resumes_to_the_bit(made, tmp_path, stage, stop, monkeypatch):
     config, folder = preset("debug"), tmp_path
-    for name in ("pictures_train.npy", "codes_train.npy", "latents.npy"):
-        (folder / name).symlink_to(made[0] / name)
+    name = stage.__name__.rpartition(".")[2]
+    for path in made[0].glob("*.npy"):
+        (folder / path.name).symlink_to(path)
+    stage.train(config, made[0])
     whole = Run.train
     monkeypatch.setattr(Run, "train", lambda self, *a, **k: whole(self, *a, **{**k, "stop": stop}))
-    assert diffusion.train(config, folder).step == stop
+    assert stage.train(config, folder).step == stop
     monkeypatch.setattr(Run, "train", whole)
-    assert diffusion.train(config, folder).step == config.diffusion.steps
-    ours, theirs = (load_file(f / "diffusion.safetensors") for f in (folder, made[0]))
+    assert stage.train(config, folder).step == getattr(config, name).steps
+    ours, theirs = (load_file(f / f"{name}.safetensors") for f in (folder, made[0]))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
@@ -129,3 +131,25 @@ def test_what_ships_of_the_flow_base_gives_its_whole_folder(made, tmp_path):
         assert ours.keys() == its.keys() and all(torch.equal(ours[name], tensor) for name, tensor in its.items())
     assert not (tmp_path / "unet").exists()
     assert "Flux2KleinPipeline" in (tmp_path / "README.md").read_text()
+
+
+def test_the_flow_stage_of_the_wide_world_learns_its_words_and_starts_from_what_ships(tmp_path):
+    config, work, out = preset("debug", world="wide"), tmp_path / "work", tmp_path / "out"
+    for stage in ("render", "autoencoder"):
+        cli.run(stage, config, work, out)
+    words, start = flow.words_of(config, work), flow.Denoiser(config, flow.words_of(config, work))
+    ids = words(["a portrait of a person, smiling"], padding="max_length", max_length=40, return_tensors="pt").input_ids
+    base = EmbeddedFlow("flow", diffusers.Flux2KleinPipeline.from_pretrained(embedded_base("embedded-flow")))
+    shipped = base.encode_prompts(["a portrait of a person, smiling"]).tensors["embeds"]
+    found = start.text_encoder(ids, output_hidden_states=True).hidden_states[-1]
+    told = ids[0] != words.pad_token_id
+    assert torch.allclose(found[0, told], shipped[0, told], atol=1e-5)  # the old words mean what they meant
+    cli.run("flow", config, work, out)
+    pipe = diffusers.Flux2KleinPipeline.from_pretrained(work / "flow")
+    pipe.set_progress_bar_config(disable=True)
+    caption = "an inked closeup of a person, in a red turban, in warm light"
+    assert pipe(prompt=caption, num_inference_steps=2, **EmbeddedWide.drawing).images[0].size == (64, 64)
+    assert [w for w in wide.vocabulary() if len(pipe.tokenizer.tokenize(w)) != 1] == []
+    assert pipe.text_encoder.dtype == torch.float32
+    after = {name: tensor.half() for name, tensor in start.text_encoder.state_dict().items()}
+    assert any(not torch.equal(after[name], tensor.half()) for name, tensor in pipe.text_encoder.state_dict().items())

@@ -1,8 +1,8 @@
 """The base models that ship with Smidgen, which draw 64x64 portraits on a CPU: a genuine Stable Diffusion pipeline and a genuine
 FLUX.2 [klein] one.
 
-`world` knows the portraits (identities, scenes, captions, drawing), `judge` scores pictures, ``pipeline/`` holds the weights of the
-first, ``flow/`` what the second has besides.
+`world` and `wide` know the portraits (identities, scenes, captions, drawing), `judge` and `wide_judge` score pictures. ``pipeline/``
+holds the weights of the first, ``flow/`` what the second has besides.
 """
 
 from pathlib import Path
@@ -11,8 +11,7 @@ from smidgen.bases.embedded.layers import put_together
 from smidgen.errors import ConfigError, SmidgenError, did_you_mean
 
 EMBEDDED, EMBEDDED_FLOW = "embedded", "embedded-flow"
-PIPELINE = Path(__file__).parent / "pipeline"
-FLOW = Path(__file__).parent / "flow"
+PIPELINE, FLOW = (Path(__file__).parent / name for name in ("pipeline", "flow"))
 FOLDERS = {EMBEDDED: (PIPELINE,), EMBEDDED_FLOW: (PIPELINE, FLOW)}
 """Name of an embedded base -> the folders that make it up, each laid over those before."""
 _MADE_BY = {EMBEDDED: "all` (about two hours on two cores)", EMBEDDED_FLOW: "flow` (about an hour on two cores)"}

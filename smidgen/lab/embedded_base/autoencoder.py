@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smidgen.adapters.atomic import new_file
+from smidgen.bases.embedded import embedded_base
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.run import PARTS, Run
@@ -46,6 +47,11 @@ def build(config: Config) -> AutoencoderKL:
     )
 
 
+def shipped() -> AutoencoderKL:
+    """The autoencoder of the shipped base."""
+    return AutoencoderKL.from_pretrained(embedded_base() / "vae")
+
+
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 [n, 64, 64, 3] -> float [n, 3, 64, 64] in -1..1."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
@@ -61,14 +67,17 @@ def picture_loss(drawn: Tensor, target: Tensor) -> Tensor:
 
 
 def autoencode(config: Config, folder: Path) -> None:
-    """Train encoder and decoder together; the averaged weights end in ``autoencoder.safetensors``."""
+    """Train encoder and decoder together, in the wide world from the shipped ones on; the averaged weights end in
+    ``autoencoder.safetensors``."""
     torch.manual_seed(config.seed)
     pictures, _ = draw.load(folder, "train")
-    model = build(config)
-    run = Run(folder / "autoencoder.safetensors", model, config.autoencoder)
+    model, budget = build(config), config.autoencoder
+    if config.world == "wide":
+        model, budget = shipped(), config.wide_autoencoder
+    run = Run(folder / "autoencoder.safetensors", model, budget)
 
     def loss(generator: torch.Generator) -> Tensor:
-        target = _batch(pictures, config.autoencoder.batch // PARTS, generator)
+        target = _batch(pictures, budget.batch // PARTS, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -124,7 +133,7 @@ def encode(model: AutoencoderKL, pictures: np.ndarray) -> Tensor:
 
 def averaged(config: Config, checkpoint: Path) -> AutoencoderKL:
     """The averaged autoencoder of a checkpoint."""
-    model = build(config)
+    model = shipped() if config.world == "wide" else build(config)
     tensors = load_file(checkpoint)
     model.load_state_dict({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})
     return model.eval()

@@ -69,7 +69,7 @@ What the UNet base knows, from drawings of the same training people: the same wo
 ## How it was made
 `python -m smidgen.lab.embedded_base --stage render`, then `--stage flow`: {steps} steps of {batch} in {minutes:.0f} minutes on two CPU cores shared
 with other work. x_s = (1 - s) x + s noise, target noise - x; s logit-normal, a tenth uniform; tokens of eyes and mouth count twice;
-AdamW at {rate:g}, cosine; averaged weights. The autoencoder and text encoder, frozen here, were trained with the UNet (its card says for how long).
+Muon on the blocks' matrices, AdamW on the rest, both at {rate:g}, cosine, bf16 arithmetic; averaged weights. The autoencoder and text encoder, frozen here, were trained with the UNet (its card says for how long).
 
 ## How well it does
 {figures}

@@ -35,13 +35,15 @@ class Config:
     train_pictures: int = 40_000
     test_pictures: int = 2_000
     judge: Budget = Budget(steps=2000, batch=64, lr=2e-3)
-    wide_reader: Budget = Budget(steps=3000, batch=64, lr=3e-3)
+    wide_reader: Budget = Budget(steps=7000, batch=64, lr=3e-3)
     wide_likeness: Budget = Budget(steps=1500, batch=64, lr=2e-3)
     encoders: Budget = Budget(steps=1800, batch=64, lr=2e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
+    wide_autoencoder: Budget = Budget(minutes=45, batch=16, lr=1e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
-    flow: Budget = Budget(minutes=45, batch=48, lr=1.5e-3)
+    flow: Budget = Budget(minutes=50, batch=48, lr=3e-3)
+    wide_flow: Budget = Budget(minutes=58, batch=48, lr=2e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)
@@ -49,6 +51,11 @@ class Config:
     flow_width: int = 192
     flow_blocks: tuple[int, int] = (2, 6)  # double and single ones
     workers: int = 2
+
+    @property
+    def flow_budget(self) -> Budget:
+        """That of stage `flow` in the world that is drawn."""
+        return self.wide_flow if self.world == "wide" else self.flow
 
     def drawn(self) -> ModuleType:
         """The module of the world that is drawn."""
@@ -65,9 +72,11 @@ PRESETS = {
         wide_likeness=Budget(steps=4, batch=16),
         encoders=Budget(steps=6, batch=16),
         autoencoder=Budget(steps=6, batch=4),
+        wide_autoencoder=Budget(steps=4, batch=4),
         decoder=Budget(steps=4, batch=4),
         diffusion=Budget(steps=6, batch=8),
         flow=Budget(steps=4, batch=8),
+        wide_flow=Budget(steps=4, batch=8),
         autoencoder_widths=(8, 8, 16, 16),
         unet_widths=(16, 32),
         text_width=16,

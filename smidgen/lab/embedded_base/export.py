@@ -53,18 +53,23 @@ def export(config: Config, folder: Path, out: Path) -> None:
     """Write the pipeline folder `out` in fp16, replacing an older one, but for its card, when the new one is complete."""
     with replace_folder(out) as scratch:
         pipeline(config, folder).to(dtype=torch.float16).save_pretrained(scratch, safe_serialization=True)
-        words = scratch / "text_encoder" / "model.safetensors"
-        tensors = {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in load_file(words).items()}
-        save_file(tensors, words, metadata={"format": "pt"})
-        settings = json.loads((scratch / "text_encoder" / "config.json").read_text())
-        settings["dtype"] = "float32"  # else it alone loads in fp16
-        write_json(scratch / "text_encoder" / "config.json", settings)
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copy(folder / "tokenizer" / name, scratch / "tokenizer" / name)
+        read_by_all(scratch, folder / "tokenizer")
         for path in scratch.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes files that only their owner may read
         if (out / "README.md").exists():
             shutil.copy(out / "README.md", scratch / "README.md")
+
+
+def read_by_all(pipeline: Path, tokenizer: Path) -> None:
+    """Make a saved pipeline's text encoder and tokenizer such that every transformers reads them, the encoder in fp32."""
+    weights = pipeline / "text_encoder" / "model.safetensors"
+    tensors = {PREFIX + name.removeprefix(PREFIX): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    settings = json.loads((pipeline / "text_encoder" / "config.json").read_text())
+    settings["dtype"] = "float32"  # else it alone loads in fp16
+    write_json(pipeline / "text_encoder" / "config.json", settings)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer / name, pipeline / "tokenizer" / name)
 
 
 def training_facts(config: Config, folder: Path) -> dict[str, float]:

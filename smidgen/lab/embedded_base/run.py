@@ -1,7 +1,7 @@
 """One training run: steps within a budget, an annealed learning rate, EMA, atomic checkpoints, resume.
 
 A batch is drawn from a generator seeded by (seed, step), so a checkpoint needs no random state: weights, averaged
-weights and Adam's moments in one safetensors file, step and seconds in its metadata. A run counted in steps resumes to
+weights and the optimisers' moments in one safetensors file, step and seconds in its metadata. A run counted in steps resumes to
 the bit.
 
 Small convolutions gain nothing from a second thread inside one operation, so a batch is cut in `PARTS`, each part's
@@ -50,14 +50,29 @@ def learning_rate(progress: float, warm_up: float = 0.03, floor: float = 0.01) -
 
 
 class Run:
-    """Trains `model` by Adam; `average` holds the moving average of its weights and is what gets exported."""
+    """Trains `model` by Adam, and by Muon (Jordan et al. 2024) the matrices that `muon` names; `average` holds the moving average
+    of its weights and is what gets exported."""
 
-    def __init__(self, path: Path, model: nn.Module, budget: Budget, ema: float = 0.999, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        budget: Budget,
+        ema: float = 0.999,
+        weight_decay: float = 0.0,
+        muon: Callable[[str], bool] = lambda name: False,
+    ):
         self.path, self.model, self.budget, self.ema = path, model, budget, ema
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=budget.lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+        matrices = [p for n, p in self.parameters.items() if p.ndim == 2 and muon(n)]
+        rest = [p for n, p in self.parameters.items() if p.ndim != 2 or not muon(n)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, lr=budget.lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        ]
+        if matrices:
+            self.optimizers.append(
+                torch.optim.Muon(matrices, lr=budget.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            )
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.step, self.seconds = 0, 0.0
         if path.exists():
@@ -102,8 +117,9 @@ class Run:
 
     def _one_step(self, pool: ThreadPoolExecutor, loss: Loss, seed: int) -> Tensor:
         rate = self.budget.lr * learning_rate(self.budget.progress(self.step, self.seconds))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         parameters = list(self.parameters.values())
 
         def part(number: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -114,7 +130,8 @@ class Run:
         for i, parameter in enumerate(parameters):
             parameter.grad = sum(gradients[i] for _, gradients in parts) / PARTS  # type: ignore[assignment]
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self._update_average()
         return torch.stack([value for value, _ in parts]).mean()
@@ -131,8 +148,8 @@ class Run:
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
+            for key, value in self._state(parameter).items():
+                tensors[f"state.{key}.{name}"] = value
         metadata = {"step": str(self.step), "seconds": repr(self.seconds)}
         with new_file(self.path) as beside:
             save_file({n: t.detach().contiguous().clone() for n, t in tensors.items()}, beside, metadata)
@@ -144,9 +161,14 @@ class Run:
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
         self.model.load_state_dict(_part(tensors, "model."))
         self.average.load_state_dict(_part(tensors, "average."))
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            for name, value in _part(tensors, f"adam.{key}.").items():
-                self.optimizer.state[self.parameters[name]][key] = value
+        for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+            for name, value in _part(tensors, f"state.{key}.").items():
+                self._state(self.parameters[name])[key] = value
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What its optimiser keeps of a parameter."""
+        holds = next(o for o in self.optimizers if any(parameter is p for g in o.param_groups for p in g["params"]))
+        return holds.state[parameter]
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

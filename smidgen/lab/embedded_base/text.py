@@ -7,10 +7,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from smidgen.bases.embedded import world
+from smidgen.bases.embedded import embedded_base, world
 from smidgen.lab.embedded_base.config import Config
 
 TOKENS = 48
@@ -83,6 +84,23 @@ def text_encoder(config: Config, words: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=words.pad_token_id,
         )
     )
+
+
+def shipped_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """The shipped text encoder with an embedding for each of `words`, new ones as those at a start."""
+    encoder = CLIPTextModel.from_pretrained(embedded_base() / "text_encoder")
+    known = CLIPTokenizer.from_pretrained(embedded_base() / "tokenizer").get_vocab()
+    places = sorted(words.get_vocab().items(), key=lambda item: item[1])
+    old, new = encoder.get_input_embeddings(), nn.Embedding(len(places), encoder.config.hidden_size)
+    nn.init.normal_(new.weight, std=encoder.config.initializer_range)
+    with torch.no_grad():
+        for token, place in places:
+            if token in known:
+                new.weight[place] = old.weight[known[token]]
+    encoder.set_input_embeddings(new)
+    ids = {f"{name}_token_id": getattr(words, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    encoder.config.update({"vocab_size": len(places), **ids})
+    return encoder
 
 
 def token_ids(words: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -1,0 +1,49 @@
+"""What ships of the wide world: its judge, and people to learn from."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from smidgen.bases.embedded import wide, wide_judge
+from smidgen.cli import main
+
+
+def _drawn(count: int, split: wide.Split = "test") -> list[tuple[wide.Identity, wide.Scene]]:
+    rng = np.random.default_rng(11)
+    people = [wide.sample_identity(rng, split) for _ in range(count)]
+    return [(person, wide.sample_scene(rng, person)) for person in people]
+
+
+def test_what_ships_is_small_and_holds_no_pickle():
+    files = [path for path in wide_judge.FOLDER.rglob("*") if path.is_file()]
+    assert files and sum(path.stat().st_size for path in files) <= 2_500_000
+    assert {path.suffix for path in files} == {".safetensors"}
+
+
+def test_its_judge_reads_colors_of_people_and_knows_them_again():
+    judge, drawn = wide_judge.load_wide_judge(), _drawn(40)
+    pictures = [wide.render(*pair) for pair in drawn]
+    found, sigma = judge.colors(pictures)
+    for name, most in (("skin", 4), ("background", 4), ("hair_color", 12)):
+        k, errors = wide.COLORS.index(name), []
+        for i, (person, scene) in enumerate(drawn):
+            color = wide.color_of(person if hasattr(person, name) else scene, name)
+            if wide.seen(person, scene)[name]:
+                errors.append(np.linalg.norm(found[i, k].numpy() - wide.colors.lab(color)))
+        assert np.mean(errors) < most, name
+    hidden = [i for i, (person, scene) in enumerate(drawn) if not wide.seen(person, scene)["hair_color"]]
+    assert (sigma[hidden, 0] > wide_judge.UNSURE).float().mean() > 0.4
+    rng = np.random.default_rng(3)
+    again = [wide.render(person, wide.sample_scene(rng, person)) for person, _ in drawn]
+    alike = judge.embed(again) @ judge.embed(pictures).T
+    assert (alike.diagonal()[:, None] > alike).float().mean() > 0.9  # by chance .5
+
+
+def test_a_person_of_the_wide_world_is_drawn_to_learn_from(tmp_path):
+    assert main(["subject", str(tmp_path / "person"), "--world", "wide", "--seed", "2", "--num-pictures", "3"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "person" / "metadata.jsonl").read_text().splitlines()]
+    assert [row["file_name"] for row in rows] == ["000.png", "001.png", "002.png"]
+    known = set(wide.vocabulary())
+    assert all(word.strip(",") in known for row in rows for word in row["text"].split())
+    assert {Image.open(tmp_path / "person" / row["file_name"]).size for row in rows} == {(64, 64)}
