@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 def generate(
     adapter: Path | Sequence[Path],
     prompt: list[str],
-    weights: Sequence[float] | None = None,
     base: str | None = None,
     out: Path = Path("generated"),
     num_images: int = 1,
@@ -56,6 +55,7 @@ def generate(
     mixed_precision: str = "no",
     overwrite: bool = False,
     base_config: str | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
