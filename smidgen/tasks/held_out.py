@@ -22,7 +22,7 @@ from smidgen.training.settings import load_yaml
 from smidgen.training.truncation import Run
 
 SCENES, ROWS = 8, 64  # prompts that are drawn, and noisy latents of them to judge by
-TEXTS = 128
+TEXTS = 256  # rows to judge by, and as many to weigh with
 
 
 @dataclass(frozen=True)
