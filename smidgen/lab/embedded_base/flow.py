@@ -48,9 +48,8 @@ class Denoiser(nn.Module):
         super().__init__()
         wide, head = config.world == "wide", 32
         self.text_encoder = text.shipped_encoder(words).requires_grad_(wide)
-        getattr(self.text_encoder, "text_model", self.text_encoder).final_layer_norm.requires_grad_(
-            False
-        )  # comes after
+        last = getattr(self.text_encoder, "text_model", self.text_encoder)
+        last.final_layer_norm.requires_grad_(False)  # comes after what klein reads
         if wide:
             self.transformer = Flux2Transformer2DModel.from_pretrained(embedded_base(EMBEDDED_FLOW) / "transformer")
             return

@@ -24,8 +24,8 @@ from smidgen.adapters.checkpoint.formats.format import (
     Source,
     as_weights,
     both,
-    check_change,
     check_layers,
+    check_pair,
     sides,
 )  # fmt: skip
 from smidgen.errors import AdapterFileError
@@ -70,10 +70,7 @@ class Diffusers(Format):
         wanted = {layer_name(place): place for place in content}
         count = check_layers(found, wanted, path, "diffusers")
         for name, place in wanted.items():
-            a, b = both(name, found[name], path)
-            if found[name]["a"].shape[1:] != place.shape[1:]:
-                raise AdapterFileError(f"{path.name}: {name!r} has a kernel of another shape than the layer.")
-            check_change(place, Lora(b, a), content[place], path)
+            check_pair(place, name, found[name], content[place], path)
         return count
 
     @staticmethod

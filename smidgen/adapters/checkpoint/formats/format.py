@@ -153,6 +153,20 @@ def check_layers(found: Mapping[str, Any], wanted: Mapping[str, Place], where: P
     return len(wanted)
 
 
+def check_pair(
+    place: Place, name: str, own: Mapping[str, Tensor], wanted: Lora, where: Path, scale: float = 1.0
+) -> None:
+    """Holds the two factors of a layer, ``own``, against what was to be written.
+
+    Raises:
+        AdapterFileError: one is missing, the kernel has another shape, or they make another change.
+    """
+    a, b = both(name, own, where)
+    if own["a"].shape[1:] != place.shape[1:]:
+        raise AdapterFileError(f"{where.name}: {name!r} has a kernel of another shape than the layer.")
+    check_change(place, Lora(b, a, scale), wanted, where)
+
+
 def check_change(place: Place, found: Lora, wanted: Lora, where: Path) -> None:
     """Holds the product in a file against the one that was to be written, on fixed probes of the input.
 

@@ -18,13 +18,12 @@ from smidgen.adapters.checkpoint.formats.diffusers import clip_name
 from smidgen.adapters.checkpoint.formats.format import (
     Content,
     Format,
-    Lora,
     Place,
     Source,
     as_weights,
     both,
-    check_change,
     check_layers,
+    check_pair,
     sides,
 )  # fmt: skip
 from smidgen.errors import AdapterFileError
@@ -61,14 +60,12 @@ class Kohya(Format):
         wanted = {file_name(place, source): place for place in content}
         count = check_layers(found, wanted, path, "ComfyUI")
         for name, place in wanted.items():
-            a, b = both(name, found[name], path)
-            if found[name]["a"].shape[1:] != place.shape[1:]:
-                raise AdapterFileError(f"{path.name}: {name!r} has a kernel of another shape than the layer.")
+            a, _ = both(name, found[name], path)
             if "alpha" not in found[name]:
                 raise AdapterFileError(
                     f"{path.name}: {name!r} has no alpha, without which readers disagree on the scale."
                 )
-            check_change(place, Lora(b, a, float(found[name]["alpha"]) / len(a)), content[place], path)
+            check_pair(place, name, found[name], content[place], path, float(found[name]["alpha"]) / len(a))
         return count
 
 
