@@ -35,7 +35,7 @@ class Point:
     score: Mapping[int, float]
 
 
-Verdict = Literal["ours", "peft", "undecided", "only ours", "only peft", "none"]
+Verdict = Literal["ours", "peft", "undecided", "none"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AtBudget:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """Whether ``method`` reaches ``baseline``'s mean minus its half interval with enough fewer numbers."""
+    """Whether ``method`` is not worse than ``baseline`` by more than ``margin``, with enough fewer numbers."""
 
     method: str
     baseline: str
@@ -61,12 +61,23 @@ class ClaimResult:
     numbers: int
     baseline_numbers: int
     times: float
-    reaches: bool
-    small_enough: bool
+    margin: float
+    greater_is_better: bool
 
     @property
-    def holds(self) -> bool:
-        return self.reaches and self.small_enough
+    def small_enough(self) -> bool:
+        return self.numbers * self.times <= self.baseline_numbers
+
+    @property
+    def verdict(self) -> Literal["holds", "fails", "not decided"]:
+        """By the whole interval of the difference: above -margin it holds, below it fails."""
+        found = self.difference
+        if not self.small_enough:
+            return "fails"
+        if found is None or found.low is None or found.high is None:
+            return "not decided"
+        worst, best = (found.low, found.high) if self.greater_is_better else (-found.high, -found.low)
+        return "holds" if worst > -self.margin else "fails" if best < -self.margin else "not decided"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -116,11 +127,11 @@ def front(points: Iterable[Point], greater_is_better: bool = True) -> list[Point
 
 
 def at_budget(budget: int, ours: Iterable[Point], peft: Iterable[Point], greater_is_better: bool = True) -> AtBudget:
-    """Compare the two families at one budget. The verdict is ``undecided`` when the interval holds 0 or is missing."""
+    """Compare the two families at one budget. The verdict is ``undecided`` when the interval holds 0 or is missing, ``none`` when
+    a family has nothing that small: another codec could change that, so it is nobody's win."""
     mine, theirs = best_under(ours, budget, greater_is_better), best_under(peft, budget, greater_is_better)
     if mine is None or theirs is None:
-        alone: Verdict = "only ours" if mine else "only peft" if theirs else "none"
-        return AtBudget(budget, mine, theirs, None, alone)
+        return AtBudget(budget, mine, theirs, None, "none")
     difference = paired_difference(mine.score, theirs.score)
     return AtBudget(budget, mine, theirs, difference, _verdict(difference, greater_is_better))
 
@@ -141,16 +152,14 @@ def check_claim(
     scores: Mapping[str, Mapping[int, float]],
     numbers: Mapping[str, int],
     times: float,
+    margin: float,
     greater_is_better: bool = True,
 ) -> ClaimResult:
-    """Is ``method``'s mean at least ``baseline``'s minus its half interval, with ``times`` fewer trained numbers?
+    """Non-inferiority: is ``method`` at most ``margin`` worse than ``baseline``, with ``times`` fewer trained numbers?
 
     ``scores`` are test scores by method and seed, ``numbers`` trained numbers of the adapters without the head.
     """
     own, reference = (interval(list(scores[name].values())) for name in (method, baseline))
-    sign = 1 if greater_is_better else -1
-    reaches = sign * own.mean >= sign * reference.mean - reference.half
-    small = numbers[method] * times <= numbers[baseline]
     difference = paired_difference(scores[method], scores[baseline])
     counts = numbers[method], numbers[baseline]
-    return ClaimResult(method, baseline, own, reference, difference, *counts, times, reaches, small)
+    return ClaimResult(method, baseline, own, reference, difference, *counts, times, margin, greater_is_better)

@@ -15,6 +15,7 @@ from filelock import FileLock
 from smidgen.errors import CheckpointError, ConfigError, TrainingError
 from smidgen.lab.compare import report, schema
 from smidgen.lab.compare.cells import Cells, make_cell
+from smidgen.lab.compare.experiment import Claim
 from smidgen.lab.compare.run import compare
 from smidgen.lab.compare.search import choose, search_cells
 from smidgen.lab.compare.table import gather, run_cells
@@ -89,7 +90,7 @@ def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path):
     assert results.row("svfit").test and not results.row("LoRA").test
     text = page.read_text()
     assert "LoRA does not fit in memory" in text and re.search(r"\| +failed \|", text)
-    assert "Not checked: LoRA has no result" in text and "only ours has an adapter that small" in text
+    assert "Not checked: LoRA has no result" in text and "Ours win" not in text
     retried = FakeTraining()
     compare(one, tmp_path, work=retried)
     assert retried.done == []  # a failure is a result until its file is removed
@@ -163,18 +164,30 @@ def test_the_report_says_where_we_lose(tmp_path):
     assert page == tmp_path / "docs" / "fake.md"
     text = page.read_text()
     assert "**Ours lose at 20 kB**: svfit against peft's LoRA: -0.015" in text
-    assert "At 2 kB only ours has an adapter that small." in text
     assert "| 0.5 kB  | -" in text
-    # LoRA .766 and .768: half its interval is 12.7062 x .001 = .0127, so svfit's .752 misses .754
-    assert "**Does not hold** for svfit: 0.752" in text and "does not reach 0.754" in text
-    assert "with 250 numbers instead of 4,000: 16.0 times fewer, as claimed" in text
+    assert "svfit **fails**: 0.752" in text and "margin 0.01; 250 numbers instead of 4,000, 16.0 times fewer." in text
+    assert "linear probe **fails**" in text and "Cannot be told" not in text
     assert "    smidgen compare fake" in text
     assert (tmp_path / "docs" / "fake.png").read_bytes().startswith(b"\x89PNG")
     values = json.loads((tmp_path / "docs" / "fake.json").read_text())
     assert values["front"] == {"ours": ["svfit"], "peft": ["LoRA"]}
-    assert [entry["verdict"] for entry in values["budgets"]] == ["none", "only ours", "peft"]
+    assert [entry["verdict"] for entry in values["budgets"]] == ["none", "none", "peft"]
     by_seed = values["methods"][1]["test"]["by_seed"]
     assert set(by_seed) == {"0", "1"} and by_seed["0"] == pytest.approx(0.751)
+
+
+def test_a_claim_that_the_probe_meets_cannot_be_told(tmp_path):
+    wide = replace(experiment(), claim=Claim(("svfit",), "LoRA", 16.0, margin=0.5))
+    text = compare(wide, tmp_path, work=FakeTraining()).read_text()
+    assert "**Cannot be told here**: linear probe, without an adapter, does not fail it." in text
+    assert "svfit **not decided**" in text and "**holds**" not in text
+
+
+def test_a_smoke_test_gives_no_verdict(tmp_path):
+    compare(replace(experiment(), smoke="Six steps are too few."), tmp_path, work=FakeTraining())
+    text, values = (tmp_path / "fake.md").read_text(), json.loads((tmp_path / "fake.json").read_text())
+    assert "decides nothing about methods.** Six steps are too few." in text
+    assert "By budget" not in text and "claim" not in text and values["budgets"] == values["claims"] == []
 
 
 def test_a_report_on_half_an_experiment(tmp_path):

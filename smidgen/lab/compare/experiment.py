@@ -76,11 +76,13 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Claim:
-    """The papers' claim: each of ``methods`` reaches ``baseline`` minus its interval with ``times`` fewer numbers."""
+    """The papers' claim as non-inferiority: each of ``methods`` is at most ``margin`` worse than ``baseline``, with ``times`` fewer
+    numbers. The linear probe must fail it, else the experiment cannot tell."""
 
     methods: tuple[str, ...]
     baseline: str
     times: float = 16.0
+    margin: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Experiment:
     claim: Claim | None = None
     cost_steps: int = 5  # steps of each measurement of memory and step time; 0: neither is measured
     title: str = ""
+    smoke: str = ""  # why its page decides nothing: it then tests the harness alone
 
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
