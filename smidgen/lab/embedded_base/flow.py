@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 FACE_TOKENS = slice(1, 3)
 FACE_WEIGHT = 2.0
 UNIFORM = 0.1
+SHIFT = 2.5  # of what ships: adapters learn and pictures are drawn with more of the noisy times, where people are decided
 TEMPLATE = "{{ messages[0]['content'] }}"  # klein's pipeline asks for a chat template
 
 
@@ -81,7 +82,7 @@ def words_of(config: Config, folder: Path) -> CLIPTokenizer:
 
 
 def base_of(
-    config: Config, folder: Path, model: Denoiser, words: CLIPTokenizer, mean: Tensor, var: Tensor
+    config: Config, folder: Path, model: Denoiser, words: CLIPTokenizer, mean: Tensor, var: Tensor, shift: float = 1.0
 ) -> EmbeddedFlow:
     """``model`` in a pipeline, as a base of its family: it is trained through the code that adapters are trained through.
     ``mean`` and ``var`` [4 c] of the VAE's latents, 2 x 2 in one, are what FLUX.2 standardises by."""
@@ -93,7 +94,7 @@ def base_of(
     vae.load_state_dict(plain.state_dict() | {n: t for n, t in vae.state_dict().items() if n.startswith("bn.")})
     vae.bn.running_mean.copy_(mean)
     vae.bn.running_var.copy_(var - vae.config.batch_norm_eps)
-    schedule = FlowMatchEulerDiscreteScheduler()
+    schedule = FlowMatchEulerDiscreteScheduler(shift=shift)
     pipe = Flux2KleinPipeline(schedule, vae.eval(), model.text_encoder, words, model.transformer)
     pipe.default_sample_size = world.SIZE // pipe.vae_scale_factor
     pipe.set_progress_bar_config(disable=True)
@@ -178,7 +179,7 @@ def train(config: Config, folder: Path) -> Run:
             found = base.predict(model.transformer, noisy, times, prompts)
         return ((found.float() - target).square() * cells).mean()
 
-    average = base_of(config, folder, cast(Denoiser, run.average), words, **moments)
+    average = base_of(config, folder, cast(Denoiser, run.average), words, **moments, shift=SHIFT)
     run.train(loss, config.seed + 31, report=lambda: read_back(average, drawn, 64), report_every=600)
     return run
 
@@ -212,7 +213,7 @@ def export(config: Config, folder: Path, out: Path) -> None:
     model = Denoiser(config, words)
     tensors = load_file(folder / "flow.safetensors")
     model.load_state_dict({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})
-    pipe = base_of(config, folder, model, words, **latents(config, folder)[1]).pipe
+    pipe = base_of(config, folder, model, words, **latents(config, folder)[1], shift=SHIFT).pipe
     with replace_folder(out) as scratch:
         pipe.to(torch.float16).save_pretrained(scratch, safe_serialization=True)
         if config.world == "wide":
