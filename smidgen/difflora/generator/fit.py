@@ -1,4 +1,4 @@
-"""Train a generator: the paper's two stages on a zoo, the denoising loss end to end, or the one after the other.
+"""Train a generator: the paper's two stages, the denoising loss end to end, or the one after the other.
 
     generator = fit(GeneratorConfig(out=Path("generator")))
 
@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,29 +20,24 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.card import write_card
-from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.generator import Generator, load_generator
 from smidgen.difflora.generator.network import Network
-from smidgen.difflora.generator.people import Photos, people_of, photos_of
-from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig, TwoStage
-from smidgen.difflora.generator.tasks import EndToEndTask, LatentTask, Trained
+from smidgen.difflora.generator.people import people_of
+from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig
+from smidgen.difflora.generator.tasks import EndToEndTask, Trained
+from smidgen.difflora.generator.two_stage import Seen, fresh_network, in_a_basis, on_a_zoo
 from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.codec import Codec
-from smidgen.difflora.weightspace.codecs import known_codec
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
 from smidgen.difflora.zoo.store import Zoo
-from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.alone import LOCK, OWNER, runs_alone
 from smidgen.training.loop import train
-from smidgen.training.randomness import derive
 from smidgen.training.settings import dump_yaml, to_dict
 
 logger = logging.getLogger(__name__)
 DECODING = 0.08  # learning rate of a decoder as a share of that of an adapter trained alone
-Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
-ROWS = 64  # adapters in memory at a time
 
 
 @runs_alone
@@ -62,7 +56,9 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
     network: Network | None = None
     with _settings(config):
         if config.two_stage.zoo is not None:
-            codec, network = _two_stages(config, config.two_stage, config.two_stage.zoo, pipeline, seen, progress)
+            codec, network = on_a_zoo(config, config.two_stage.zoo, pipeline, seen, progress)
+        if config.shared_basis is not None:
+            codec, network = in_a_basis(config, config.shared_basis, pipeline, seen, progress)
         if config.end_to_end is not None:
             codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
     assert codec is not None and network is not None
@@ -88,47 +84,23 @@ def _settings(config: GeneratorConfig) -> Iterator[None]:
 
 
 def _precision(config: GeneratorConfig) -> Any:
-    """What the frozen base is held in; a zoo's adapters are of a base to the bit.
+    """What the frozen base is held in; adapters are of a base to the bit.
 
     Raises:
-        ConfigError: the zoo was built in another precision than the end-to-end stage asks for.
+        ConfigError: the stages, or the zoo that was built before, ask for different precisions.
     """
-    stage, folder = config.end_to_end, config.two_stage.zoo
-    asked = None if stage is None else stage.train.mixed_precision
-    if folder is None:
-        return asked
-    built = Zoo(folder).settings.get("train", {}).get("mixed_precision", "no")
-    if asked not in (None, built):
+    stages = {"shared_basis": config.shared_basis, "end_to_end": config.end_to_end}
+    asked = {name: stage.train.mixed_precision for name, stage in stages.items() if stage is not None}
+    if config.two_stage.zoo is not None:
+        built = Zoo(config.two_stage.zoo).settings.get("train", {}).get("mixed_precision", "no")
+        asked = {f"the zoo in {config.two_stage.zoo}": built} | asked
+    if len(set(asked.values())) > 1:
+        told = ", ".join(f"{name} {precision!r}" for name, precision in asked.items())
         raise ConfigError(
-            f"The zoo in {folder} was built with mixed_precision {built!r}, the end-to-end stage asks for {asked!r}, and its "
-            f"adapters belong to the base as it was then: set end_to_end.train.mixed_precision to {built!r}."
+            f"Adapters belong to the base as it was when they were trained, and mixed_precision differs: {told}. Set "
+            f"{list(asked)[-1]}.train.mixed_precision to {next(iter(asked.values()))!r}."
         )
-    return built
-
-
-def _two_stages(
-    config: GeneratorConfig, stage: TwoStage, folder: Path, pipeline: AdaptedPipeline, seen: Seen, progress: bool
-) -> tuple[Codec, Network]:
-    """The codec of the zoo, and the transformer on its latents."""
-    zoo = Zoo(folder)
-    pipeline.layout.check_same(zoo.layout, f"The adapters in {folder}")
-    rows = zoo.rows("train")
-    codec = known_codec(stage.codec)(zoo.layout).fit(rows, config.out / "codec_fit", progress)
-    wanted = {person.id: person for person in read_subjects(folder)}
-    people = [wanted[name] for name in rows.ids]
-    photos = photos_of(folder, people, seen[0], seen[1], pipeline.base.resolution, progress)
-    place = {name: number for number, name in enumerate(rows.ids)}
-    chosen = torch.tensor([place[name] for name in photos.ids]).split(ROWS)
-    latents = torch.cat([codec.encode(rows.take(part.tolist())) for part in chosen]).flatten(1)
-    network = _network(config, photos, latents.shape[1], seen)
-    task = LatentTask(latents, photos, stage.batch_size, stage.condition_dropout, config.seed)
-    groups = [{"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0}]
-    identity = {"stage": to_dict(stage), "model": to_dict(config.model), "rows": zoo.digest()}
-    train(
-        task, network, groups, replace(stage.train, seed=config.seed), config.out / "two_stage", resume="latest",
-        identity=identity, progress=progress,
-    )  # fmt: skip
-    return codec, network
+    return next(iter(asked.values()))
 
 
 def _end_to_end(
@@ -139,7 +111,7 @@ def _end_to_end(
     photos, encoded = people_of(config.out / "people", stage.people, pipeline.base, seen[0], seen[1], progress)
     bank = pipeline.bank(["start"])
     codec = _decoder(config, pipeline.layout, pipeline.layout.pack(bank.get("start")), codec)
-    network = network or _network(config, photos, torch.Size(codec.latent_shape).numel(), seen)
+    network = network or fresh_network(config, photos, torch.Size(codec.latent_shape).numel(), seen)
     decoder: torch.nn.Module = codec.numbers if isinstance(codec, Basis) else codec.network  # type: ignore[attr-defined]
     model = Trained(network, decoder).requires_grad_(True)
     pipeline.base.release_encoders()
@@ -173,13 +145,3 @@ def _decoder(config: GeneratorConfig, layout: Any, start: Tensor, codec: Codec |
     if codec is None:
         return Basis.fresh(layout, start, config.model.latents, config.shared)
     return codec if hasattr(codec, "network") else Basis.of(codec)
-
-
-def _network(config: GeneratorConfig, photos: Photos, latents: int, seen: Seen) -> Network:
-    """A fresh network that knows mean and deviation of the training photos' features."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(config.seed, "network"))
-        network = Network(seen[0].width, seen[1].width, latents, config.model)
-    usable = torch.tensor([place for own in photos.usable for place in own])
-    network.mixing.standardise(photos.face[usable], photos.image[usable])
-    return network

@@ -52,12 +52,59 @@ class TwoStage:
     codec: Literal["pca", "conv_autoencoder", "token_autoencoder"] = "pca"
     batch_size: int = 64  # adapters in a step
     learning_rate: float = 1e-3
+    weight_decay: float = 0.0
     condition_dropout: float = 0.1  # share of photos that are hidden, for guidance
+    condition_noise: float = 0.0  # added to photos' features, in their deviations: what they do not say stays open
     train: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             max_train_steps=3000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
         )
     )
+
+
+LEARNED, SHIPPED_BASIS = "learned", "shipped"
+
+
+@dataclass(frozen=True)
+class SharedBasis:
+    """The two stages inside one basis, adapter = mean + z B: a zoo whose people have a z each and nothing else, a diffusion over
+    them (``two_stage``), and rounds of both that start from its predictions."""
+
+    basis: str = (
+        LEARNED  # with everybody's latents from nothing; shipped, or a generator's folder, for the basis of that
+    )
+    people: Subjects = field(
+        default_factory=lambda: Subjects(people=1000, held_out=0, pictures=6, same_scenes=False, people_seed=1)
+    )
+    batch_size: int = 32  # people in a batch
+    pictures: int = 1  # of each in a batch, while the basis is learnt
+    noise_power: float = (
+        3.0  # strong noise is shown more often, where a picture no longer says who it is; 1: as to the base
+    )
+    learning_rate: float = 1e-3  # of mean and basis
+    latent_learning_rate: float = 5e-3  # of everybody's latents beside them
+    first_spread: float = 0.3  # deviation of the latents that they start from
+    train: LoopConfig = field(
+        default_factory=lambda: LoopConfig(max_train_steps=6000, lr_warmup_steps=50, checkpointing_steps=100)
+    )
+    zoo_pictures: int = 1  # of each person in a step of a zoo
+    zoo_learning_rate: float = 0.35  # of latents, in their deviations
+    zoo: LoopConfig = field(
+        default_factory=lambda: LoopConfig(max_train_steps=16, lr_warmup_steps=0, checkpointing_steps=1)
+    )  # in a given basis; one that is learnt brings its zoo
+    rounds: int = 3  # zoos, each with its diffusion; all but the first start at what was predicted
+    round_learning_rate: float = 0.13
+    round_pull: float = 0.006  # weight of the mean squared distance from what was predicted
+    round: LoopConfig = field(
+        default_factory=lambda: LoopConfig(max_train_steps=12, lr_warmup_steps=0, checkpointing_steps=1)
+    )
+    snr_gamma: float | None = None  # min-SNR weighting of the base's loss; None: off
+    gradient_checkpointing: bool = False  # less memory, slower steps
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "pictures", "zoo_pictures", "rounds", "noise_power"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -86,14 +133,15 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """One generator. Without a zoo the two stages are left out, without ``end_to_end`` the other one; with both the
-    end-to-end stage goes on from the two stages' weights, and ``adapter`` is that of the zoo."""
+    """One generator. Without a zoo and without ``shared_basis`` the two stages are left out, without ``end_to_end`` the other one; with
+    both the end-to-end stage goes on from the two stages' weights, and ``adapter`` is that of the zoo."""
 
     adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=4))
     shared: Literal["none", "learned", "random"] = "none"  # LoRA's A: predicted, one for all, or one that stays random
     encoders: Encoders = field(default_factory=Encoders)
     model: Model = field(default_factory=Model)
     two_stage: TwoStage = field(default_factory=TwoStage)
+    shared_basis: SharedBasis | None = None
     end_to_end: EndToEnd | None = field(default_factory=EndToEnd)
     base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
     out: Path = Path("generator")  # where everything goes
@@ -101,8 +149,15 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.two_stage.zoo is None and self.end_to_end is None:
-            raise ConfigError("Nothing to train: give a zoo for the paper's stage, or keep the end-to-end stage.")
+        if self.two_stage.zoo is None and self.shared_basis is None and self.end_to_end is None:
+            raise ConfigError(
+                "Nothing to train: give a zoo for the paper's two stages, a shared_basis for those inside one basis, or keep the "
+                "end-to-end stage."
+            )
+        if self.two_stage.zoo is not None and self.shared_basis is not None:
+            raise ConfigError(
+                f"two_stage.zoo={str(self.two_stage.zoo)!r} and shared_basis: a zoo in a shared basis is trained here. Leave one out."
+            )
 
 
 PRESETS = {
@@ -111,6 +166,17 @@ PRESETS = {
         adapter=ZooConfig().adapter,
         model=Model(inference_steps=50, guidance_scale=1.0),
         two_stage=TwoStage(zoo=Path("zoo"), codec="conv_autoencoder"),
+        end_to_end=None,
+    ),
+    "two-stage": GeneratorConfig(
+        model=Model(inference_steps=50, guidance_scale=1.0),
+        two_stage=TwoStage(
+            learning_rate=1.5e-3,
+            weight_decay=1e-2,
+            condition_noise=0.1,
+            train=LoopConfig(max_train_steps=1000, lr_warmup_steps=30, checkpointing_steps=250, ema_decay=0.99),
+        ),
+        shared_basis=SharedBasis(),
         end_to_end=None,
     ),
     "debug": GeneratorConfig(

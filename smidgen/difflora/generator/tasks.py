@@ -24,19 +24,25 @@ class LatentTask:
     """The latents [n, size] of a zoo's adapters under photos of their people; satisfies ``training.loop.Task``.
 
     The loss is the mean square of what the transformer should answer less what it answers; a share of the photos is
-    hidden, so that nobody in particular is learnt too.
+    hidden, so that nobody in particular is learnt too. Features get Gaussian noise of ``condition_noise`` times their deviation.
     """
 
-    def __init__(self, latents: Tensor, photos: Photos, batch_size: int, dropout: float, seed: int) -> None:
+    def __init__(
+        self, latents: Tensor, photos: Photos, batch_size: int, dropout: float, seed: int, condition_noise: float = 0.0
+    ) -> None:
         self.latents, self.photos, self.seed = latents, photos, seed
         self.batch_size, self.dropout = min(batch_size, len(latents)), dropout
+        self.condition_noise = condition_noise
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "latents", index)
         people = examples(self.seed, index, self.batch_size, len(self.latents))
         chosen = [[_pick(self.photos.usable[person], noise)] for person in people]
-        clean = self.latents[people]
-        return self.photos.batch(chosen) | {
+        clean, features = self.latents[people], self.photos.batch(chosen)
+        if self.condition_noise:
+            widths = {name: getattr(self.photos, name).std(0) * self.condition_noise for name in features}
+            features = {k: v + widths[k] * torch.randn(v.shape, generator=noise) for k, v in features.items()}
+        return features | {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=noise),
             "times": torch.randint(0, STEPS, (len(people),), generator=noise),
