@@ -182,6 +182,15 @@ def nearest_and_ridge(generator: Generator, folder: Path, photos: Photos, held: 
     return targets[alike], fitted(torch.cat([face, image], 1))
 
 
+def spread(generator: Generator, held: Held) -> dict[str, float]:
+    """Deviation of latents, in those of the training people: between 64 samples without a photo, between the predictions for
+    held-out people, and between 8 seeds of one person's."""
+    free = generator.latents(None, range(64))
+    seeds = torch.stack([generator.latents(generator.condition([photo]), range(8)) for photo in held.photos[:16]])
+    found = {"samples": free.std(0), "people": seeds[:, 0].std(0), "seeds": seeds.std(1)}
+    return {name: round(float(value.mean()), 4) for name, value in found.items()}
+
+
 QUANTILES = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95)
 
 
@@ -335,6 +344,9 @@ def main() -> None:
                 figures[f"{name}: {measure} interval"] = [round(interval.low, 4), round(interval.high, 4)]
     for name, values in noise.items():
         figures |= {f"loss at quantile {q:g}: {name}": round(v, 4) for q, v in zip(QUANTILES, values, strict=True)}
+    for kind in given.only:
+        for name, value in spread(load_generator(given.work / kind / f"round_{given.rounds}"), held).items():
+            figures[f"{kind}: spread of {name}"] = value
     figures |= {f"seconds: {stage}": round(value, 1) for stage, value in seconds.known.items()}
     write_result("two_stage", figures, "python -m benchmarks.two_stage " + " ".join(sys.argv[1:]))
     head = "| quantile | " + " | ".join(f"{q:g}" for q in QUANTILES) + " |\n" + "|---" * (1 + len(QUANTILES)) + "|\n"

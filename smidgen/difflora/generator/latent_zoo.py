@@ -158,9 +158,9 @@ def first_latents(task: ZooTask, start: Tensor, latents: int) -> Tensor:
 
 
 def write_latents(folder: Path, codec: Basis, ids: Sequence[str], latents: Tensor) -> None:
-    """Everybody's latents [people, latents] in units of the codec, as ``zoo.safetensors``: a person in some hundred bytes."""
-    raw = latents * codec.latent_width + codec.latent_mean
-    replace_file(folder / FILE, save({"latents": raw.contiguous()}, metadata={"people": json.dumps(list(ids))}))
+    """Writes everybody's latents [people, latents], in units of the codec, as ``zoo.safetensors``: some hundred bytes a person."""
+    content = save({"latents": codec.raw(latents).contiguous()}, metadata={"people": json.dumps(list(ids))})
+    replace_file(folder / FILE, content)
 
 
 def read_latents(folder: Path) -> tuple[tuple[str, ...], Tensor]:

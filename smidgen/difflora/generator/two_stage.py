@@ -178,12 +178,12 @@ class _Training:
         codec = Basis.fresh(self.layout, start, config.model.latents, config.shared)
         folder, first = config.out / "basis", torch.zeros(self.people, config.model.latents)
         if not CheckpointStore(folder, 1).steps():  # a training that goes on brings its own
-            task = ZooTask(*self.parts, stage.batch_size, FIRST, stage.noise_power, derive(config.seed, "first"))
-            first = stage.first_spread * first_latents(task, start, config.model.latents)
+            seeing = ZooTask(*self.parts, stage.batch_size, FIRST, stage.noise_power, derive(config.seed, "first"))
+            first = stage.first_spread * first_latents(seeing, start, config.model.latents)
         model = LatentTable(codec, first)
         codec.numbers.requires_grad_(True)
-        size, shown, seed = stage.batch_size, stage.pictures, derive(config.seed, "basis")
-        task = AutoDecoderTask(*self.parts, size, shown, stage.noise_power, seed)
+        sizes = (stage.batch_size, stage.pictures, stage.noise_power, derive(config.seed, "basis"))
+        task = AutoDecoderTask(*(*self.parts, *sizes))
         groups = [
             {"params": list(codec.numbers.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
             {"params": [model.table], "lr": stage.latent_learning_rate, "weight_decay": 0.0},

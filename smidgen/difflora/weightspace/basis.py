@@ -76,10 +76,14 @@ class Basis(Codec):
         self.latent_mean, self.latent_width = torch.zeros(self.latents), torch.ones(self.latents)
         return self
 
+    def raw(self, latents: Tensor) -> Tensor:
+        """Latents [n, latents] as the basis itself takes them, z of the formula."""
+        return latents * self._fitted(self.latent_width) + self._fitted(self.latent_mean)  # type: ignore[no-any-return]
+
     def standardise(self, latents: Tensor) -> Tensor:
         """Latents [n, latents] of training identities in units of their own mean and deviation, which the codec's are from now on;
         they decode as before."""
-        raw = latents * self._fitted(self.latent_width) + self._fitted(self.latent_mean)
+        raw = self.raw(latents)
         self.latent_mean, self.latent_width = raw.mean(0), raw.std(0).clamp(min=1e-6)
         return (raw - self.latent_mean) / self.latent_width
 
