@@ -6,6 +6,7 @@ A checkpoint is a transformers folder, a component of a diffusers pipeline, or a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters.checkpoint.lazy import LazyTensors, Renamed
+from smidgen.adapters.checkpoint.formats import Place, Source
+from smidgen.adapters.checkpoint.formats.kohya import file_name
+from smidgen.adapters.checkpoint.lazy import Changed, LazyTensors, Renamed
 from smidgen.bases import families, packaged, transformers
 from smidgen.bases.embedded import FOLDERS
 from smidgen.bases.packaged import debug
 from smidgen.bases.pipelines import import_diffusers
-from smidgen.errors import ConfigError
+from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
 from smidgen.training.quiet import quiet
 
 _MOST_CONFIG = 2**22
+_DIFFERENCE = ".diff"
 _ORIGINAL = "model.diffusion_model."  # the names of Stable Diffusion's own files
 
 
@@ -96,6 +100,43 @@ def read_checkpoint(name: str) -> dict[str, Checkpoint]:
     if (path / "config.json").is_file():
         return {"": _component(path)}
     raise ConfigError(f"{path} is no model: it has neither a config.json nor a model_index.json.")
+
+
+def read_finetuned(name: str, base: Mapping[str, Checkpoint]) -> dict[str, Checkpoint]:
+    """The components of a fine-tuned model: as :func:`read_checkpoint`, or a base with a file of whole differences added to it
+    (``smidgen export --to full-diff``).
+
+    Raises:
+        ConfigError, AdapterFileError: as :func:`read_checkpoint`; differences of layers that the base has not.
+    """
+    path = Path(name).expanduser()
+    differences = LazyTensors([path]) if path.is_file() and path.suffix == ".safetensors" else {}
+    if not differences or not all(key.endswith(_DIFFERENCE) for key in differences):
+        return read_checkpoint(name)
+    known = _by_file_name(base)
+    found: dict[str, dict[str, str]] = {}
+    for key in differences:
+        layer = key.removesuffix(_DIFFERENCE)
+        place = known.get(layer) or known.get(re.sub("^(lycoris_)[^_]+_", r"\1", layer))
+        if place is None:
+            raise AdapterFileError(
+                f"{path} changes {layer!r}, which the base does not have.{did_you_mean(layer, known)}"
+            )
+        found.setdefault(place[0], {})[place[1]] = key
+    return {part: Checkpoint(path, Changed(base[part].tensors, differences, own), {}) for part, own in found.items()}
+
+
+def _by_file_name(base: Mapping[str, Checkpoint]) -> dict[str, tuple[str, str]]:
+    """kohya's name of a layer -> (component, its weight). A bare encoder's file lacks the first word of a model with a head's, or
+    the other way round."""
+    source, found = Source(components=tuple(base)), dict[str, tuple[str, str]]()
+    weights = [(part, key) for part, one in base.items() for key in one.tensors if key.endswith(".weight")]
+    for start in ("", "."):
+        for part, key in weights:
+            layer = key.removesuffix(".weight")
+            layer = layer.partition(start)[2] if start else layer
+            found.setdefault(file_name(Place(part, layer, ()), source), (part, key))
+    return found
 
 
 def named_alike(tensors: Mapping[str, Tensor], names: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -149,7 +149,7 @@ def merge(adapter: Path, /, out: Path, base: str | None = None, overwrite: bool 
 def export(
     adapter: Path,
     /,
-    to: Literal["peft", "diffusers", "kohya", "peft-oft", "full-diff", "merged"],
+    to: Literal["peft", "diffusers", "kohya", "gguf", "mlx", "peft-oft", "full-diff", "merged"],
     out: Path,
     base: str | None = None,
     strength: float = 1.0,
@@ -166,16 +166,18 @@ def export(
 
     Args:
         adapter: the adapter's folder.
-        to: peft: a folder of a peft LoRA; diffusers: pytorch_lora_weights.safetensors; kohya: for ComfyUI and A1111; peft-oft: of
-            the method oft; full-diff: whole differences, for ComfyUI and LyCORIS; merged: the model with the adapter in it.
-        out: a folder, or the name of a .safetensors file where the format is one file.
+        to: peft: a folder of a peft LoRA; diffusers: pytorch_lora_weights.safetensors; kohya: for ComfyUI and A1111; gguf: for
+            llama.cpp; mlx: for mlx-lm; peft-oft: of the method oft; full-diff: whole differences, for ComfyUI and LyCORIS; merged:
+            the model with the adapter in it.
+        out: a folder, or the name of a .safetensors (.gguf) file where the format is one file.
         base: another place of the base (none: as the adapter's folder says).
         strength: what the adapter is multiplied with in the file.
         dtype: number format of a merged model.
         rank: of what has to be cut to a LoRA: a number, or auto, the least that loses no more than max_loss (default: auto).
         max_error: in place of a rank, what each layer may lose, a share.
         max_loss: of rank auto, what the whole may lose (default: 0.05).
-        calibration: what decides which directions are kept: a folder of pictures, or none (default: what the base draws with it).
+        calibration: what decides which directions are kept: data such as it was trained on, a folder of pictures, or none (default: what it
+            was trained on, or what the base draws with it).
         allow_loss: write it although more than 15 % of the adapter is lost, by the cut or by rounding a merged model.
         overwrite: write over what is in OUT.
     """
@@ -242,7 +244,7 @@ def extract(
 
     Args:
         base: a transformers folder, a pipeline folder, a safetensors file, or a packaged name.
-        finetuned: the same, tuned.
+        finetuned: the same, tuned; also a file that export --to full-diff wrote.
         out: folder of the adapter (none: only look).
         methods: families with commas between them, such as svfit,lora:16,oft (none: all).
         least_explained: share of the squared change from which on a file is worth writing.
@@ -295,8 +297,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def inspect(adapter: Path, /, plot: Path | None = None) -> None:
     """Say what ADAPTER holds: method, settings, bytes, the base it is locked to, each layer's norm, and what it is exported
-    to without loss; also of LoRA files of peft, diffusers and kohya. Of a picture that Smidgen drew, say how: prompt, seed,
-    adapter, base and versions.
+    to without loss; also of LoRA files of peft, diffusers, kohya, llama.cpp and mlx-lm. Of a picture that Smidgen drew, say
+    how: prompt, seed, adapter, base and versions.
 
     Args:
         adapter: the adapter's folder, a LoRA's safetensors file, or a PNG.

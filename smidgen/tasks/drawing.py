@@ -13,7 +13,7 @@ from smidgen.adapters.api import read_adapter
 from smidgen.adapters.atomic import new_file, new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
-from smidgen.adapters.checkpoint.formats import FORMATS, read_lora
+from smidgen.adapters.checkpoint.formats import ADAPTERS_NAME, FORMATS, read_lora
 from smidgen.adapters.checkpoint.formats.peft import own_options
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.layer_norms import layer_norms, lora_norm
@@ -136,11 +136,12 @@ def verify(adapter: Path, base: str | None = None, base_config: str | None = Non
 
 def inspect(adapter: Path, plot: Path | None = None) -> str:
     """A page of text about an adapter folder with its sub-folders for a pipeline's other components, about a LoRA that peft,
-    diffusers or kohya's scripts wrote, or about a picture of ours; nothing is executed and no base is needed.
+    diffusers, kohya's scripts, llama.cpp's or mlx-lm wrote, or about a picture of ours; nothing is executed and no base is needed.
 
     ``plot`` is a PNG for each layer's norm.
     """
-    if adapter.suffix == ".safetensors" or ((adapter / LORA_NAME).is_file() and not (adapter / CONFIG_NAME).is_file()):
+    others = (adapter / LORA_NAME).is_file() and not (adapter / CONFIG_NAME).is_file()
+    if adapter.suffix in (".safetensors", ".gguf") or others or (adapter / ADAPTERS_NAME).is_file():
         return _inspect_lora(adapter, plot)
     if adapter.is_file():
         facts = read_facts(adapter)
@@ -190,9 +191,8 @@ def _inspect_lora(path: Path, plot: Path | None) -> str:
     found = read_lora(path)
     if not found:
         raise AdapterFileError(f"{path} holds no tensors.")
-    file = path / LORA_NAME if path.is_dir() else path
-    first = next(iter(found), "")
-    kind = "kohya's" if first.startswith("lora_") else "diffusers'" if "." in first.partition(".")[2] else "a LoRA's"
+    file = next((path / name for name in (LORA_NAME, ADAPTERS_NAME) if (path / name).is_file()), path)
+    kind = _whose_keys(file, next(iter(found)))
     numbers = sum(one.a.numel() + one.b.numel() for one in found.values())
     ranks = sorted({one.r for one in found.values()})
     norms = {name: lora_norm(one) for name, one in found.items()}
@@ -206,6 +206,17 @@ def _inspect_lora(path: Path, plot: Path | None) -> str:
     if plot is not None:
         _plot_norms(norms, "update", path.stem, plot)
     return "\n".join(lines)
+
+
+def _whose_keys(file: Path, first: str) -> str:
+    """Whose way a LoRA file of others names layers, by its name and the first of them."""
+    if file.suffix == ".gguf":
+        return "llama.cpp's"
+    if file.name == ADAPTERS_NAME:
+        return "mlx-lm's"
+    if first.startswith("lora_"):
+        return "kohya's"
+    return "diffusers'" if "." in first.partition(".")[2] else "a LoRA's"
 
 
 def _norms(adapter: Path, tensors: Any, config: dict[str, Any]) -> tuple[dict[str, float], str]:
@@ -251,7 +262,8 @@ def _exact_formats(config: dict[str, Any]) -> list[str]:
     product = not config.get("transform")
     rotation = config.get("transform") == "rotation" and not config.get("residual")
     held = {"lora": product, "rotation": rotation, "change": True, "weight": True}
-    return [name for name, format in FORMATS.items() if held.get(format.holds, False)]
+    task = config.get("task_type")
+    return [name for name, own in FORMATS.items() if held.get(own.holds, False) and own.task in (None, task)]
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int, world: str = "embedded") -> str:

@@ -12,14 +12,14 @@ import torch
 import smidgen
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder
-from smidgen.adapters.checkpoint.formats import FORMATS
+from smidgen.adapters.checkpoint.formats import FORMATS, Source
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.export import Exported, export, size
 from smidgen.bases.origin import IMAGES, Origin, adapted_tokenizer, load_adapted, read_origin
 from smidgen.bases.transformers import source
-from smidgen.errors import ConfigError
+from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks.control import hint
-from smidgen.tasks.held_out import image_rows, text_rows
+from smidgen.tasks.held_out import image_rows, task_rows
 from smidgen.training.quiet import quiet
 from smidgen.training.truncation import Truncated, inexact, truncate
 
@@ -29,8 +29,8 @@ PLAIN = "none"  # the calibration that weighs nothing
 
 @dataclass(frozen=True)
 class Cut:
-    """How a change that is no LoRA is cut to one; see ``training.truncation``. ``calibration`` is a folder of pictures or a table of
-    labelled texts, "none", or None: what the base draws with the adapter, or the texts that it was trained on."""
+    """How a change that is no LoRA is cut to one; see ``training.truncation``. ``calibration`` is a folder of pictures, or data as the
+    adapter's recipe reads them, "none", or None: what the base draws with the adapter, or the data that it was trained on."""
 
     rank: int | str | None = None
     max_error: float | None = None
@@ -56,7 +56,8 @@ def export_folder(
 ) -> tuple[Exported, str]:
     """Writes the adapter in a folder in the format ``to``; returns what was written, and lines about it. Its base is the one that
     the folder names, unless another place of it is given as ``base``. With a merged model of texts or images goes what reads them.
-    What is no LoRA goes into a file of LoRAs as ``cut`` says, judged on latents that the base draws with the adapter, or on texts.
+    What is no LoRA goes into a file of LoRAs as ``cut`` says, judged on latents that the base draws with the adapter, or on data of
+    its recipe. A trained head or a whole model, which is no adapter, is written as a merged model alone.
 
     Raises:
         SmidgenError: no form of it there, too much lost, another base, or files in the way.
@@ -64,14 +65,18 @@ def export_folder(
     folder = as_folder(adapter)
     check_out(to, out, overwrite)
     origin = read_origin(folder)
-    if not origin.method:
-        raise ConfigError(f"{folder} holds a trained head or a whole model, no adapter that could be exported.")
+    if not origin.method and to != "merged":
+        raise ConfigError(
+            f"{folder} holds a trained head or a whole model, no adapter that could be exported; `smidgen merge` writes it as a model."
+        )
     if hint.read_config(folder) is not None:
         raise ConfigError(
             f"{folder} follows control pictures by a hint encoder, which no file of another program holds."
         )
     loaded: Any = load_adapted(origin, base)
     base = origin.named(base)
+    if not origin.method:
+        return _write_whole(loaded.model.to(getattr(torch, dtype)), origin, base, out)
     pipe = getattr(loaded, "pipe", loaded.model)
     if strength != 1.0:
         smidgen.set_strength(pipe, strength)
@@ -110,17 +115,30 @@ def _truncated(loaded: Any, origin: Origin, base: str, to: str, cut: Cut, allow_
         if component_folders(origin.folder):
             loaded.train_text_encoders()  # prompts are read by the encoders as they are at each pass
         judged, weighing = image_rows(loaded, origin.folder, given, cut.calibration != PLAIN)
-    elif origin.task == "text-classification":
-        judged, weighing = text_rows(model, origin.folder, base, given, cut.calibration != PLAIN)
     else:
-        raise ConfigError(
-            f"A {to} file holds no {origin.method} of {origin.task} without loss, and no rows are known here to judge one by: --to "
-            "full-diff and merged hold it exactly; smidgen.training.truncation.truncate takes rows of your own."
-        )
+        judged, weighing = task_rows(origin.task, model, origin.folder, base, given, cut.calibration != PLAIN)
     options: dict[str, Any] = {"rank": cut.rank, "max_error": cut.max_error, "max_loss": cut.max_loss}
     if weighing is not None:
         options |= {"calibration": weighing.run, "weighted_by": weighing.words}
     return truncate(model, judged.run, judged_on=judged.words, allow_loss=allow_loss, **options)
+
+
+def _write_whole(model: Any, origin: Origin, base: str, out: Path) -> tuple[Exported, str]:
+    """A model that was loaded with its trained head or all its trained numbers, as it is.
+
+    Raises:
+        AdapterFileError: what was written is read back as something else.
+    """
+    with quiet(), new_files(out) as scratch:
+        FORMATS["merged"].write({}, Source(model=model), scratch)
+        there = type(model).from_pretrained(scratch).state_dict()
+        for name, value in model.state_dict().items():
+            if name not in there or not torch.equal(there[name].float(), value.float().cpu()):
+                raise AdapterFileError(f"{out.name}: {name!r} of the model that was written is not the trained one.")
+        _write_reader(origin, base, scratch)
+        files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
+    found = Exported("merged", out, files, 0)
+    return found, f"{out}: {', '.join(files)}, {size(found.bytes)}: a plain model, read back to the bit."
 
 
 def _write_reader(origin: Origin, base: str, folder: Path) -> None:

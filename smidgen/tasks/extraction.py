@@ -21,7 +21,7 @@ from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import public_name
 from smidgen.adapters.example_inputs import examples
 from smidgen.adapters.extract import LEAST, Extraction
-from smidgen.bases.checkpoints import Checkpoint, named_alike, read_checkpoint
+from smidgen.bases.checkpoints import Checkpoint, named_alike, read_checkpoint, read_finetuned
 from smidgen.bases.transformers import load_tokenizer
 from smidgen.errors import ConfigError, DataError, SmidgenError
 from smidgen.tasks import cards
@@ -59,7 +59,8 @@ def extract(
     """Extracts an adapter from two models on disk, component by component, and writes it if it is worth it.
 
     Args:
-        base, finetuned: folders of transformers models or diffusers pipelines, safetensors files, or names of ours.
+        base, finetuned: folders of transformers models or diffusers pipelines, safetensors files, or names of ours; ``finetuned``
+            also a file of whole differences (``smidgen export --to full-diff``).
         out: the adapter's folder; None only looks.
         methods, least, seed, progress: as in :func:`smidgen.adapters.extract.extract`.
         data: a table with a column text, and label for a score.
@@ -72,7 +73,8 @@ def extract(
     Raises:
         SmidgenError: for what cannot be read or compared.
     """
-    here, there = read_checkpoint(base), read_checkpoint(finetuned)
+    here = read_checkpoint(base)
+    there = read_finetuned(finetuned, here)
     if distill is not None and out is None:
         raise ConfigError("--distill trains the adapter that is written; give --out.")
     if here.keys().isdisjoint(there):
@@ -151,7 +153,7 @@ def _component(
     here: Checkpoint, there: Checkpoint, place: Path | None, methods: Sequence[str], least: float, seed: int,
     name: str, progress: Callable[[int, int], None],
 ) -> Extraction:  # fmt: skip
-    model = there.skeleton()
+    model = there.skeleton() or here.skeleton()
     before, after = here.tensors, there.tensors
     if model is not None:
         names = dict(model.named_parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,27 @@ from smidgen.bases.protocol import ImageBase
 from smidgen.errors import ConfigError
 from smidgen.tasks.data.images import read_folder
 from smidgen.tasks.diffusion.task import encode_examples
+from smidgen.tasks.finetune.course import Prepared
+from smidgen.tasks.image_classification import recipe as image_classification
+from smidgen.tasks.image_classification.settings import ImageClassificationConfig
+from smidgen.tasks.instruction import recipe as instruction
+from smidgen.tasks.instruction.settings import InstructionConfig
+from smidgen.tasks.instruction.task import InstructionTask
 from smidgen.tasks.personalize.settings import Data, PersonalizeConfig
-from smidgen.tasks.text_classification.recipe import prepare
+from smidgen.tasks.text_classification import recipe as text_classification
 from smidgen.tasks.text_classification.settings import TextClassificationConfig
+from smidgen.tasks.text_classification.task import Encoded
 from smidgen.training.randomness import derive, stream
 from smidgen.training.settings import load_yaml
 from smidgen.training.truncation import Run
 
 SCENES, ROWS = 8, 64  # prompts that are drawn, and noisy latents of them to judge by
-TEXTS = 256  # rows to judge by, and as many to weigh with
+ROWS_READ = 256  # of data to judge by, and as many to weigh with
+RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared]]] = {
+    "text-classification": (TextClassificationConfig, text_classification.prepare),
+    "image-classification": (ImageClassificationConfig, image_classification.prepare),
+    "instruction": (InstructionConfig, instruction.prepare),
+}
 
 
 @dataclass(frozen=True)
@@ -54,21 +66,23 @@ def image_rows(base: ImageBase, folder: Path, pictures: str | None, weighs: bool
     return judged, replace(weighing, words=f"{len(latents)} noisy latents of the pictures in {Path(pictures).name}")
 
 
-def text_rows(model: Any, folder: Path, base: str, texts: str | None, weighs: bool) -> tuple[HeldOut, HeldOut | None]:
-    """Rows to judge a text classifier by that lies in ``folder``, and others to weigh it with: the validation and the train split of
-    the labelled ``texts``, or of those that it was trained on.
+def task_rows(
+    task: str, model: Any, folder: Path, base: str, given: str | None, weighs: bool
+) -> tuple[HeldOut, HeldOut | None]:
+    """Rows to judge an adapter by that lies in ``folder`` and was trained by the recipe ``task``, and others to weigh it with: the
+    validation and the train split of the data ``given``, or of those that it was trained on.
 
     Raises:
         SmidgenError: there are none.
     """
+    settings, prepare = RECIPES[task]
     told = folder / "config.yaml"
-    config = load_yaml(TextClassificationConfig, told) if told.is_file() else TextClassificationConfig()
-    if texts is None and config.data.path is None:
-        raise ConfigError(f"{folder} does not say which texts it was trained on: name some with --calibration FILE.")
-    config = replace(config, model=base, data=replace(config.data, path=texts or config.data.path))
-    task = prepare(config).task
-    judged = answers(task, model, "validation", TEXTS)
-    return judged, answers(task, model, "train", TEXTS) if weighs else None
+    config = load_yaml(settings, told) if told.is_file() else settings()
+    if given is None and config.data.path is None:
+        raise ConfigError(f"{folder} does not say what it was trained on: name such data with --calibration.")
+    config = replace(config, model=base, data=replace(config.data, path=given or config.data.path))
+    read = prepare(config).task
+    return answers(read, model, "validation", ROWS_READ), answers(read, model, "train", ROWS_READ) if weighs else None
 
 
 def _subject(scenes: Sequence[str], folder: Path) -> list[str]:
@@ -112,8 +126,12 @@ def drawn_latents(base: ImageBase, prompts: Sequence[str], seed: int, copies: in
 
 
 def answers(task: Any, model: Any, split: str, most: int) -> HeldOut:
-    """What a classifier answers to the first ``most`` rows of a split of its task."""
+    """What a model says of the first ``most`` rows of a split of its task: logits of classes, log-likelihoods of an answer's tokens."""
     whole = task.splits[split]
-    rows = replace(whole, rows=whole.rows[:most], labels=whole.labels[:most], names=whole.names[:most])
+    if isinstance(whole, Encoded):
+        rows: Any = replace(whole, rows=whole.rows[:most], labels=whole.labels[:most], names=whole.names[:most])
+    else:
+        rows = whole[:most]
     own = replace(task, splits={split: rows})
-    return HeldOut(lambda: own.predict(model, split), f"{len(rows)} rows of {split}")
+    likelihoods = slice(1) if isinstance(task, InstructionTask) else slice(None)
+    return HeldOut(lambda: own.predict(model, split)[:, likelihoods], f"{len(rows)} rows of {split}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import smidgen
+from smidgen.adapters.checkpoint.formats import Lora
 from smidgen.adapters.tuner.carried import adapted_layers, adapter_parameters
 
 WEIGHT, TOLERANCE = 1e-6, 5e-6  # of a change, and of what it does to the output
@@ -135,3 +136,23 @@ def same_changes(model: nn.Module, theirs: dict[str, nn.Module], adapter_name: s
         wanted = ours[name.removeprefix("base_model.model.")]
         found = layer.get_delta_weight(layer.active_adapters[0])
         assert found.shape == wanted.shape and (found - wanted).norm() <= WEIGHT * wanted.norm(), name
+
+
+def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Asserts that two sets of changes are one."""
+    assert found.keys() == wanted.keys()
+    for name, change in wanted.items():
+        assert (found[name] - change).norm() <= WEIGHT * change.norm(), name
+
+
+def as_ours(base: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:
+    """A model with an adapter of ours that is what was read of a file."""
+    config = smidgen.config(
+        "lora", r=1, rank_pattern={n: one.r for n, one in loras.items()}, target_modules=list(loras)
+    )
+    model = smidgen.adapt(base, config)
+    for name, parameter in model.named_parameters():
+        layer, _, side = name.partition(".smidgen_slots.default.residual_")
+        if side:
+            parameter.data = loras[layer].a if side == "a" else loras[layer].b * loras[layer].scale
+    return model

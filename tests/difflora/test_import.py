@@ -180,6 +180,17 @@ def test_what_is_refused(base, three, tmp_path):
         (root / "ann/last/adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(AdapterFileError, match=match):
             read_lora(root / "ann/last", names)
+    save_file({"lora_unet_x.diff": torch.zeros(2, 2)}, tmp_path / "odd.safetensors")
+    with pytest.raises(
+        AdapterFileError, match=r"whole differences and no LoRA: `smidgen extract BASE \S+ --out ADAPTER`"
+    ):
+        read_lora(tmp_path / "odd.safetensors", names)
+    (tmp_path / "whole" / "ann").mkdir(parents=True)
+    (tmp_path / "whole" / "ann" / "model_index.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"ann is a whole pipeline, no LoRA: `smidgen extract BASE \S+ann --out ADAPTER`"
+    ):
+        find(tmp_path / "whole")
     (tmp_path / "pickles").mkdir()
     (tmp_path / "pickles" / "x.bin").write_bytes(b"")
     with pytest.raises(DataError, match="pickle"):

@@ -38,7 +38,8 @@ def test_what_cannot_be_is_a_sentence(adapter, tmp_path, capsys):
     words = ["export", str(adapter), "--base", "embedded", "--out", str(tmp_path / "out"), "--to"]
     assert main([*words, "peft-oft"]) == 2
     assert "is no rotation alone; --to merged or full-diff" in capsys.readouterr().err
-    assert main([*words, "gguf"]) == 2 and "gguf" in capsys.readouterr().err
+    assert main([*words, "gguf"]) == 2 and "is of no language model" in capsys.readouterr().err
+    assert main([*words, "onnx"]) == 2 and "onnx" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

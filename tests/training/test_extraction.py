@@ -6,13 +6,17 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.export import export
 from smidgen.bases.checkpoints import named_alike, read_checkpoint
+from smidgen.bases.families import load_base
 from smidgen.cli import main
 from smidgen.errors import ConfigError, SmidgenError
 from smidgen.tasks.extraction import extract
+from tests.adapters.exported import changes
 
 TARGETS = ["query", "value"]
 
@@ -91,6 +95,53 @@ def test_a_component_of_a_pipeline_is_compared_by_itself(tmp_path):
     found = extract("embedded", str(tmp_path / "unet"), tmp_path / "out", methods=["lora:1", "svfit:16"])
     assert list(found) == ["unet"] and found["unet"].chosen.label == "lora r=1"
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("to", ["full-diff", "merged"])
+@pytest.mark.parametrize("method", ["svfit", "lora", "loldu", "oft", "tlora", "tlora_star"])
+def test_what_an_export_holds_comes_back_as_an_adapter(to, method, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    base = read_checkpoint("debug-text")[""].path
+    options = {"r": 4} if method in ("svfit", "lora", "loldu") else {}
+    names = ["encoder.layer.0.attention.self.query", "encoder.layer.1.attention.self.value"]
+    model = smidgen.adapt(transformers.AutoModel.from_pretrained(base), method, target_modules=names, **options)
+    out = tmp_path / ("x.safetensors" if to == "full-diff" else "x")
+    export(testing.perturb(model, 1, 0.3), out, to)
+    found = extract("debug-text", str(out), tmp_path / "back", methods=[method])[""]
+    assert found.chosen.recovered and found.layers == names
+    again = smidgen.load(transformers.AutoModel.from_pretrained(base), tmp_path / "back")
+    wanted, there = changes(model), changes(again)
+    assert wanted.keys() == there.keys()
+    for name, change in wanted.items():
+        assert (there[name] - change).norm() <= 1e-5 * change.norm(), name
+
+
+def test_differences_of_a_pipeline_and_of_a_model_with_a_head_find_their_layers(tmp_path):
+    pytest.importorskip("diffusers")
+    import transformers
+
+    pipe, name = load_base("embedded").pipe, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    smidgen.adapt(pipe, "lora", r=1, target_modules=[name])
+    smidgen.adapt(pipe.text_encoder, "lora", r=2, target_modules=["layers.0.self_attn.q_proj"])
+    for part in (pipe.unet, pipe.text_encoder):
+        testing.perturb(part, 1, 0.05)
+    export(pipe, tmp_path / "x.safetensors", "full-diff")
+    found = extract("embedded", str(tmp_path / "x.safetensors"), methods=["lora:1", "lora:2"])
+    assert {part: one.chosen.label for part, one in found.items()} == {"unet": "lora r=1", "text_encoder": "lora r=2"}
+    assert found["unet"].layers == [name]
+
+    base = read_checkpoint("debug-text")[""].path
+    head = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    testing.perturb(smidgen.adapt(head, "lora", r=1, target_modules=["layer.0.attention.self.query"]), 1, 0.3)
+    export(head, tmp_path / "y.safetensors", "full-diff")
+    assert extract("debug-text", str(tmp_path / "y.safetensors"), methods=["lora:1"])[""].chosen.label == "lora r=1"
+    with pytest.raises(SmidgenError, match=r"changes 'lycoris_bert_.*', which the base does not have"):
+        extract("embedded", str(tmp_path / "y.safetensors"))
+    tensors = load_file(tmp_path / "y.safetensors")
+    for change in (lambda t: t[:-1], lambda t: t * float("nan")):
+        save_file({key: change(value).contiguous() for key, value in tensors.items()}, tmp_path / "y.safetensors")
+        with pytest.raises(SmidgenError, match=r"The difference of .* numbers must be finite"):
+            extract("debug-text", str(tmp_path / "y.safetensors"), methods=["lora:1"])
 
 
 def test_what_cannot_be_compared_is_said(tuned, tmp_path):

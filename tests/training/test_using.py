@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -268,9 +269,10 @@ def test_what_cannot_be_classified_is_a_sentence(folder, tmp_path, monkeypatch, 
 def test_controls_and_methods_of_peft(folder, tmp_path, capsys) -> None:
     for method in ("linear_probe", "peft:lora"):
         assert len(Classifier(folder("text", method))(TEXTS)) == 3
-    for words in (["verify"], ["merge", "--out", tmp_path / "model"]):
+    for words in (["verify"], ["export", "--to", "peft", "--out", tmp_path / "model"]):
         status, _, err = call(capsys, words[0], folder("text", "linear_probe"), *words[1:])
         assert status == 2 and "no adapter" in err and not (tmp_path / "model").exists()
+    assert "`smidgen merge` writes it as a model" in err
     status, out, _ = call(capsys, "verify", folder("text", "peft:lora"))
     assert status == 0 and "ON" in out
 
@@ -343,7 +345,7 @@ def test_what_cannot_be_said(folder, capsys) -> None:
 
 
 @pytest.mark.parametrize("kind, method", [
-    ("text", "svfit"), ("image", "svfit"), ("chat", "svfit"),
+    ("text", "svfit"), ("image", "svfit"), ("chat", "svfit"), ("text", "linear_probe"), ("image", "linear_probe"), ("text", "full"),
 ])  # fmt: skip
 def test_a_merged_model_is_plain_and_answers_the_same(folder, tmp_path, capsys, kind, method) -> None:
     adapter = folder(kind, method)
@@ -371,6 +373,17 @@ def test_a_merged_model_is_plain_and_answers_the_same(folder, tmp_path, capsys, 
         torch.testing.assert_close(plain(**inputs).logits, wanted, atol=1e-5, rtol=0)
     status, _, err = call(capsys, "merge", adapter, "--out", tmp_path / "model")
     assert status == 2 and "--overwrite" in err
+
+
+@pytest.mark.parametrize("kind", ["image", "chat"])
+def test_a_transform_of_images_and_conversations_is_cut_and_judged_on_their_data(
+    folder, tmp_path, capsys, kind
+) -> None:
+    words = ["--to", "peft", "--out", tmp_path / "lora", "--rank", "3", "--allow-loss"]
+    status, out, err = call(capsys, "export", folder(kind, "oft"), *words)
+    assert status == 0, err
+    assert "layers cut to rank 3, weighted by" in out and "rows of train" in out
+    assert re.search(r"end to end +\S+ of the adapter's effect, on \d+ rows of validation", out)
 
 
 def test_a_pipeline_is_merged_too(sd, tmp_path, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -41,6 +42,32 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class Changed(Mapping[str, Tensor]):
+    """Another mapping's tensors with differences added to some: ``names`` is name -> its difference's."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], differences: Mapping[str, Tensor], names: Mapping[str, str]
+    ) -> None:
+        self._tensors, self._differences, self._names = tensors, differences, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        before = self._tensors[name]
+        if name not in self._names:
+            return before
+        difference = self._differences[self._names[name]].float()
+        if difference.shape != before.shape or not bool(torch.isfinite(difference).all()):
+            raise AdapterFileError(
+                f"The difference of {name!r} is {tuple(difference.shape)}, the weight {tuple(before.shape)}; numbers must be finite."
+            )
+        return before.float() + difference
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Renamed(Mapping[str, Tensor]):

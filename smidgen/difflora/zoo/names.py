@@ -26,6 +26,11 @@ def find(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of adapters.")
+    if pipelines := sorted(folder.rglob("model_index.json")):
+        raise DataError(
+            f"{pipelines[0].parent} is a whole pipeline, no LoRA: `smidgen extract BASE {pipelines[0].parent} --out ADAPTER` makes an "
+            "adapter of what was merged into it, and a lora one can be imported here by `smidgen export --to diffusers`."
+        )
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.safetensors")):
         owner = path.parent if (path.parent / CONFIG_NAME).exists() or path.name == LORA_NAME else path

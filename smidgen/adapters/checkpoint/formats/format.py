@@ -106,6 +106,7 @@ class Format(ABC):
         summary: what it is and who reads it.
         holds: "lora", "rotation", "change" or "weight".
         heads: whether it holds heads too.
+        task: the task type of the models that it is for (peft's word), None for any.
         file: what the one file is called ("{name}": as its folder), None for a format of several.
     """
 
@@ -113,11 +114,12 @@ class Format(ABC):
     summary: ClassVar[str]
     holds: ClassVar[str]
     heads: ClassVar[bool] = False
+    task: ClassVar[str | None] = None
     file: ClassVar[str | None] = None
 
     def place(self, out: Path) -> Path:
         """Where ``write`` writes when ``out`` is asked for: a folder, or of a format of one file that file too."""
-        if self.file is None or out.suffix == ".safetensors":
+        if self.file is None or out.suffix == Path(self.file).suffix:
             return out
         return out / self.file.format(name=out.resolve().name)
 
@@ -213,6 +215,8 @@ def sides(
 
 
 def _no_lora(key: str, where: Path) -> str:
+    if key.endswith(".diff"):
+        return f"{where} holds whole differences and no LoRA: `smidgen extract BASE {where} --out ADAPTER` makes an adapter of them."
     kinds = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT"}
     named = next((f" It is {kind}." for word, kind in kinds.items() if word in key), "")
     return f"{where} has the key {key!r}, which is no part of a plain LoRA.{named}"
