@@ -228,7 +228,7 @@ class _Pair:
             if name not in self.tuned:
                 continue
             before, after = self.base[name], self.tuned[name]
-            if not before.is_floating_point() or (before.dtype == after.dtype and torch.equal(before, after)):
+            if not before.is_floating_point() or torch.equal(before, after):
                 same += name.rpartition(".")[0] in self.layers and name.endswith(".weight")
                 continue
             if before.shape != after.shape:

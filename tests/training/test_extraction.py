@@ -98,7 +98,10 @@ def test_a_component_of_a_pipeline_is_compared_by_itself(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["full-diff", "merged"])
-@pytest.mark.parametrize("method", ["svfit", "lora", "loldu", "oft", "tlora", "tlora_star"])
+@pytest.mark.parametrize(
+    "method",
+    ["svfit", "lora", "loldu", "oft", *(pytest.param(m, marks=pytest.mark.slow) for m in ("tlora", "tlora_star"))],
+)
 def test_what_an_export_holds_comes_back_as_an_adapter(to, method, tmp_path):
     transformers = pytest.importorskip("transformers")
     base = read_checkpoint("debug-text")[""].path
