@@ -29,20 +29,22 @@ _VALUES: Mapping[str, Callable[[Any], Any]] = {  # where an adapter's config hol
 
 
 def starting(settings: Any, folder: Path) -> Any:
-    """Settings to go on from the adapter in ``folder`` with: its method and its base; a command's flags are read over them."""
+    """Settings to go on from the adapter in ``folder`` with: its method and its base, and what else a kind of settings reads there
+    (``as_in``); a command's flags are read over them."""
     from dataclasses import fields, replace
 
     origin = read_origin(folder)
     base = next(field.name for field in fields(settings) if field.name in ("model", "base"))
     adapter = type(settings.adapter)(**({"method": origin.method} if origin.method else {}))
-    return replace(settings, adapter=adapter, **({base: origin.base} if origin.base else {}))
+    settings = replace(settings, adapter=adapter, **({base: origin.base} if origin.base else {}))
+    return settings.as_in(origin.folder) if hasattr(settings, "as_in") else settings
 
 
 def check_start(
     folder: Path,
     out: Path,
     task: str,
-    wanted: PeftConfig,
+    wanted: Any,
     given: Mapping[str, Any],
     model: nn.Module,
     labels: Sequence[str] = (),
@@ -50,7 +52,7 @@ def check_start(
 ) -> str:
     """Refuse to go on from ``folder`` where it is not what the settings ask for; returns the digest of what it holds.
 
-    ``wanted`` is the config that the settings make, ``given`` what they say by name (None: nothing), ``labels`` are the data's,
+    ``wanted`` is the config that the settings make (peft's, or one of ``engine``'s controls, which is refused), ``given`` what they say by name (None: nothing), ``labels`` are the data's,
     ``beside`` the further components to train.
 
     Raises:
@@ -62,6 +64,10 @@ def check_start(
         raise ConfigError(f"--from-adapter {folder} is --out too; what comes of it needs a folder of its own.")
     if not origin.method:
         raise ConfigError(f"{folder} holds a trained head or a whole model, no adapter to go on from.")
+    if not isinstance(wanted, PeftConfig):
+        raise ConfigError(
+            f"The adapter to go on from decides what is trained; leave out --method {wanted.kind}, or --from-adapter."
+        )
     if origin.task != task:
         raise ConfigError(f"{folder} is an adapter for {origin.task}, and this is {task}.")
     own = PeftConfig.from_pretrained(str(folder))

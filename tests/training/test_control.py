@@ -113,6 +113,48 @@ def test_resume_gives_the_same_file_and_refuses_other_pairs(sd, pairs, tmp_path)
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_going_on_begins_where_adapter_and_hint_encoder_ended(sd, pairs, tmp_path, capsys):
+    start, out = tmp_path / "start", tmp_path / "out"
+    made = config(sd, pairs, start, "lora", target_modules=("to_q", "to_v"))
+    control(replace(made, data=replace(made.data, control="other", folder=controlled(pairs, tmp_path))), progress=False)
+    words = ["train", "control", str(tmp_path / "controlled"), "--preset", "debug", "--from-adapter", str(start)]
+    still = ["--learning-rate", "1e-12", "--transform-learning-rate", "1e-12", "--head-learning-rate", "1e-12"]
+    assert main([*words, *still, "--out", str(out)]) == 0  # method, base, control, layers and width are the adapter's
+    assert "| lora " in capsys.readouterr().out
+    assert (out / "hint_config.json").read_bytes() == (start / "hint_config.json").read_bytes()
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (start, out))
+    assert before.keys() == after.keys() and any("hint" in name for name in before)
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, atol=1e-6, rtol=0)
+    assert main([*words, "--out", str(tmp_path / "moved")]) == 0
+    moved = load_file(tmp_path / "moved" / "adapter_model.safetensors")
+    assert all(not torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
+    capsys.readouterr()
+    for more, message in (
+        (["--hint-width", "12"], "has width 8, and the settings ask for 12: leave --hint-width out"),
+        (["--control", "canny"], "has control other, and the settings ask for canny"),
+        (["--method", "svfit"], "is a lora adapter, and the settings ask for svfit"),
+        (["--method", "linear_probe"], "leave out --method linear_probe"),
+        (["--target-modules", "to_k"], "say otherwise: leave them out"),
+    ):
+        assert main([*words, *more, "--out", str(tmp_path / "refused")]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "refused").exists(), more
+    (start / "hint_config.json").unlink()
+    with pytest.raises(ConfigError, match="was trained without control pictures"):
+        control(replace(made, from_adapter=start, out=tmp_path / "refused"), progress=False)
+    assert not (tmp_path / "refused").exists()
+
+
+def controlled(pairs, tmp_path):
+    """The pairs with a control picture each."""
+    folder = tmp_path / "controlled"
+    shutil.copytree(pairs, folder)
+    (folder / "control").mkdir()
+    for path in pairs.glob("*.png"):
+        Image.open(path).convert("L").convert("RGB").save(folder / "control" / path.name)
+    return folder
+
+
 def test_a_file_without_its_hint_is_refused(sd, pairs, tmp_path):
     out = tmp_path / "out"
     control(config(sd, pairs, out), progress=False)

@@ -18,20 +18,22 @@ from PIL import Image
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.checkpoint.files import public_name
 from smidgen.bases.families import load_base
+from smidgen.bases.origin import IMAGES
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
-from smidgen.errors import AdapterFileError, DataError
+from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import Row, contact_sheet, loss_plot
 from smidgen.tasks.control import hint
 from smidgen.tasks.control.pairs import ControlPairs, as_controls, read_pairs
 from smidgen.tasks.control.report import ControlReport, Line, card
 from smidgen.tasks.control.sampling import Scenes, can_score, scores, wanted
-from smidgen.tasks.control.settings import ControlConfig, rates
+from smidgen.tasks.control.settings import TARGETS, ControlConfig, rates
 from smidgen.tasks.control.task import ControlTask
 from smidgen.tasks.data import images
 from smidgen.tasks.diffusion.task import encode_examples
 from smidgen.tasks.finetune.settings import PROBE, setup
+from smidgen.tasks.going_on import check_start
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.alone import runs_alone
 from smidgen.training.fitting import Fitted, Rates, fit, prove
@@ -61,13 +63,17 @@ def control(config: ControlConfig, progress: bool = True) -> ControlReport | Non
     seen, held_out = pairs.split(data.num_held_out)
     logger.info("Training on %s of %s.", seen, data.folder)
     made, rate = hint.config_for(base, data.control, config.adapter.hint_width), rates(config)
+    chosen = setup(config.adapter, list(config.adapter.target_modules or TARGETS), config.train.seed)
+    identity = _identity(config, base, pairs)
+    if config.from_adapter is not None:
+        identity["from_adapter"] = _check_start(config, base, made, chosen)
 
     with run_folder(config.out, config.resume_from_checkpoint, config.overwrite) as out:
         if is_main():
             replace_file(out / "config.yaml", dump_yaml(config))
             replace_file(out / hint.FILE, hint.dump_config(made))
-        identity, scenes = _identity(config, base, pairs), _scenes(config, base, held_out, resolution)
-        fitted = _fit(config, base, seen, made, rate, (scenes, held_out), identity, progress)
+        scenes = _scenes(config, base, held_out, resolution)
+        fitted = _fit(config, base, seen, made, chosen, rate, (scenes, held_out), identity, progress)
     if not is_main():
         return None
 
@@ -101,29 +107,47 @@ def _fit(
     base: ImageBase,
     seen: ControlPairs,
     made: hint.HintConfig,
+    chosen: Any,
     rate: Rates,
     shown: tuple[Scenes, ControlPairs],
     identity: Mapping[str, Any],
     progress: bool,
 ) -> Fitted:
-    chosen, (scenes, held_out) = config.adapter, shown
+    scenes, held_out = shown
     captions = [picture.caption for picture in seen.pictures]
     encoded = encode_examples(base, seen.pictures, captions, scenes.options["size"])
     options: dict[str, Any] = {"batch_size": config.data.train_batch_size, "seed": config.train.seed}
     if config.data.caption_dropout:
         options |= {"blank": base.encode_prompts([""]), "dropout": config.data.caption_dropout}
     controls = as_controls(seen.controls)
-    task = ControlTask(encoded, base, controls=controls, cubic=chosen.cubic_timesteps, **options)
+    task = ControlTask(encoded, base, controls=controls, cubic=config.adapter.cubic_timesteps, **options)
     task.previewer = lambda _, step, folder: scenes.preview(base, held_out.controls, step, folder)
     base.release_encoders(keep_vae=bool(config.train.preview_steps))
     hint.attach(base.model, made, config.train.seed)
     if config.gradient_checkpointing:
         base.model.enable_gradient_checkpointing()
-    targets = list(chosen.target_modules) if chosen.target_modules is not None else None
-    chosen_setup = setup(chosen, targets, config.train.seed)
-    options = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
-    options |= {"heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
-    return fit(chosen.method, base.model, task, chosen_setup, rate, config.train, config.out, **options)
+    options = {"weight_decay": config.adapter.weight_decay, "identity": identity, "progress": progress}
+    options |= {"start": config.from_adapter, "heads": (hint.NAME,), "resume": config.resume_from_checkpoint}
+    return fit(config.adapter.method, base.model, task, chosen, rate, config.train, config.out, **options)
+
+
+def _check_start(config: ControlConfig, base: ImageBase, made: hint.HintConfig, wanted: Any) -> str:
+    """The digest of the adapter to go on from, which must be what the settings ask for, with the same hint encoder."""
+    assert config.from_adapter is not None
+    given = {name: getattr(config.adapter, name) for name in ("rank", "alpha", "transform_rank", "target_modules")}
+    digest = check_start(config.from_adapter, config.out, IMAGES, wanted, given, base.model)
+    has = hint.read_config(config.from_adapter)
+    if has is None:
+        raise ConfigError(
+            f"{config.from_adapter} was trained without control pictures: it has no hint encoder to go on from."
+        )
+    for name, flag in (("control", "control"), ("width", "hint-width"), ("factor", "base"), ("channels", "base")):
+        own, asked = getattr(has, name), getattr(made, name)
+        if own != asked:
+            raise ConfigError(
+                f"The hint encoder in {config.from_adapter} has {name} {own}, and the settings ask for {asked}: leave --{flag} out."
+            )
+    return digest
 
 
 def _scenes(config: ControlConfig, base: ImageBase, held_out: ControlPairs, resolution: int) -> Scenes:
@@ -172,5 +196,5 @@ def _lines(
 
 def _identity(config: ControlConfig, base: ImageBase, pairs: ControlPairs) -> dict[str, Any]:
     """The settings that decide the trained numbers; where things lie and what is shown does not."""
-    kept = decisive(config, "base", "base_config", "inference_steps", "guidance_scale", "num_columns")
+    kept = decisive(config, "base", "base_config", "from_adapter", "inference_steps", "guidance_scale", "num_columns")
     return kept | {"pairs": pairs.digests(), "base_weights": base.fingerprint()}

@@ -1,10 +1,11 @@
 """The settings of a control training: frozen configs and presets."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.bases.families import EMBEDDED, learning_kind
+from smidgen.tasks.control import hint
 from smidgen.tasks.control.conditions import Control
 from smidgen.tasks.finetune import settings as finetune
 from smidgen.training.loop import LoopConfig
@@ -31,7 +32,7 @@ class Adapter(finetune.Adapter):
     """What is trained; head_learning_rate is the hint encoder's."""
 
     method: str = "tlora*(2,4)"  # one of `smidgen methods`, tlora(2,6) and the like, peft:lora, or linear_probe (hint)
-    target_modules: tuple[str, ...] | None = TARGETS  # endings of the UNet's module names
+    target_modules: tuple[str, ...] | None = None  # endings of the UNet's module names; None: all attentions
     head_learning_rate: float = 5e-3
     hint_width: int = 64  # channels inside the hint encoder
     cubic_timesteps: bool = True  # denser at high noise, where the layout is decided
@@ -58,6 +59,9 @@ class ControlConfig:
         EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, its hub name, or one .safetensors file
     )
     base_config: str | None = None  # of a base in one file: folder or hub name of a pipeline of the same model
+    from_adapter: Path | None = (
+        None  # go on from the adapter in this folder, with its hint encoder: new pairs, more steps, other learning rates
+    )
     out: Path = Path("runs/control")  # where everything goes
     resume_from_checkpoint: str | None = None  # latest, or checkpoint-<step>
     overwrite: bool = False  # start again where an earlier run left checkpoints
@@ -65,6 +69,13 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def as_in(self, folder: Path) -> "ControlConfig":
+        """With the control and the hint encoder's width of the adapter in ``folder``."""
+        if (made := hint.read_config(folder)) is None:
+            return self
+        data, adapter = replace(self.data, control=made.control), replace(self.adapter, hint_width=made.width)
+        return replace(self, data=data, adapter=adapter)
 
 
 PUBLISHED = ("tlora(1,2)", "tlora*(1,1)", "tlora*(2,4)", "tlora(2,6)")
@@ -81,8 +92,8 @@ PRESETS = {
 
 def rates(config: ControlConfig) -> Rates:
     """The learning rates of this run: the flags where given, else the method's own."""
-    chosen, hint = config.adapter, config.adapter.head_learning_rate
+    chosen, head = config.adapter, config.adapter.head_learning_rate
     if chosen.method == finetune.PROBE:
-        return Rates(hint, hint, hint)
+        return Rates(head, head, head)
     usual = learning_rates(chosen.method, learning_kind(config.base, "control"), chosen.transform, chosen.residual)
-    return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate, hint)
+    return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate, head)

@@ -120,9 +120,8 @@ def targets(config: FinetuneConfig, model: Any) -> Any:
 def _settled(config: FinetuneConfig) -> FinetuneConfig:
     """With a budget the config names the method that a budget trains, and nothing else may choose it."""
     chosen = config.adapter
-    if config.from_adapter is not None and (chosen.budget is not None or chosen.method in (PROBE, FULL)):
-        what = "--budget" if chosen.budget is not None else f"--method {chosen.method}"
-        raise ConfigError(f"The adapter to go on from decides what is trained; leave out {what}, or --from-adapter.")
+    if config.from_adapter is not None and chosen.budget is not None:
+        raise ConfigError("The adapter to go on from decides what is trained; leave out --budget, or --from-adapter.")
     if chosen.budget is None:
         return config
     others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
