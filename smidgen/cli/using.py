@@ -1,7 +1,9 @@
 """Commands that use adapters and draw subjects."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from smidgen.errors import SmidgenError
 
@@ -100,7 +102,8 @@ def classify(
     """
     from smidgen.tasks.classifying import classify as run
 
-    print(run(**{name: value for name, value in locals().items() if name != "run"}))
+    for line in run(**{name: value for name, value in locals().items() if name != "run"}):
+        print(line)
 
 
 def chat(
@@ -260,8 +263,9 @@ def extract(
     if out is not None:
         _check_free(out, overwrite)
     chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
-    options = {"data": data, "distill": distill, "distill_steps": distill_steps, "seed": seed}
-    found = run(base, finetuned, out, methods=chosen, least=least_explained, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"data": data, "distill": distill, "distill_steps": distill_steps, "seed": seed}
+    with _bar("extract") as options["progress"]:
+        found = run(base, finetuned, out, methods=chosen, least=least_explained, **options)
     print(told(found, least_explained))
     if out is not None and not any(one.chosen for one in found.values()):
         raise SmidgenError(f"No family holds enough of the change, so nothing was written to {out}.")
@@ -288,6 +292,21 @@ def resize(
 
     _check_free(out, overwrite)
     print(run(adapter, out=out, rank=rank, energy=energy))
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, gone at its end, for a function that is told how many are done of how many; it may count anew."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=what, delay=0.5, leave=False, dynamic_ncols=True) as bar:
+
+        def show(at: int, of: int) -> None:
+            if at <= bar.n or of != bar.total:
+                bar.reset(of)
+            bar.update(at - bar.n)
+
+        yield show
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -9,22 +9,24 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from smidgen.adapters.atomic import replace_file
+from smidgen.adapters.atomic import new_file
 from smidgen.bases.origin import Origin, adapted_tokenizer, load_adapted, read_origin
 from smidgen.bases.transformers import image_statistics
 from smidgen.errors import ConfigError, DataError, did_you_mean
 from smidgen.tasks.data.listing import list_folder
 from smidgen.tasks.data.pictures import LabelledPicture, read_pixels
 from smidgen.tasks.data.pixels import known_endings
-from smidgen.tasks.data.tables import SUFFIXES, column, counted, read_rows
+from smidgen.tasks.data.tables import SUFFIXES, counted, known_column, open_table
 from smidgen.tasks.data.text import Text
 from smidgen.tasks.image_classification.task import ImageClassificationTask, choose_resolution, needs_interpolation
 from smidgen.tasks.text_classification.task import TextClassificationTask, encode_texts
@@ -144,13 +146,16 @@ def classify(
     batch_size: int = 64,
     logits: bool = False,
     overwrite: bool = False,
-) -> str:
-    """Classify what ``given`` names: texts, tables of texts, images, folders of images. Returns the predictions as CSV or JSON
-    lines, or, with ``out``, a sentence that says what was written there.
+) -> Iterator[str]:
+    """Classify what ``given`` names: texts, tables of texts, images, folders of images. Gives the predictions as lines of CSV or
+    JSON as they are made, or, with ``out``, a sentence that says what was written there, at once when it is whole.
 
     Every row of a table comes back with its columns, in its place; where there was nothing to read, without a prediction, and
-    counted in a warning. Raises SmidgenError before anything is written.
+    counted in a warning. Tables are gone through twice, first for their columns, and only some batches of rows are held.
+    Raises SmidgenError before anything is given or written.
     """
+    from tqdm.auto import tqdm
+
     if out is not None and out.suffix.lower() not in FORMATS:
         raise ConfigError(f"--out is a file that ends in {' or '.join(FORMATS)}, not {out.name!r}.")
     if out is not None and out.exists() and not overwrite:
@@ -161,58 +166,95 @@ def classify(
     setting = classifier.origin.settings.get("data.text_pair_column")
     pair = text_pair_column or (setting if isinstance(setting, str) else None)
     name = text_column or classifier.origin.setting("data.text_column", "text")
-    read = _read_images(given) if classifier.reads_images else _read_texts(given, name, pair)
-    rows, asked = [row for row, _ in read], [one for _, one in read]
-    if not rows:
+    parts = _image_parts(given) if classifier.reads_images else _text_parts(given, name, pair)
+    total = sum(part.count for part in parts)
+    if not total:
         raise DataError(f"{' '.join(given)}: nothing to classify there.")
-    present = [one for one in asked if one is not None]
-    found = iter(classifier(present, progress=len(present) > SLICE))
-    _check_free(rows, classifier.labels)
-    answers = [None if one is None else next(found) for one in asked]
+    columns = list(dict.fromkeys(chain.from_iterable(part.columns for part in parts)))
+    _check_free(columns, classifier.labels)
     lines = (
         out.suffix.lower() == ".jsonl"
         if out
         else any(Path(word).suffix.lower() in (".jsonl", ".json") for word in given)
     )
-    text = (_as_json if lines else _as_csv)(rows, answers, classifier.labels, logits)
-    if out is None:
-        return text.rstrip("\n")
-    replace_file(out, text)
-    return f"{out}: {len(present):,} predictions."
+    shown = total > SLICE and (out is not None or not sys.stdout.isatty())
+    with tqdm(total=total, disable=not shown, desc="classify", dynamic_ncols=True) as bar:
+        answered = _answered(classifier, parts, bar.update)
+        written = (_as_json if lines else _as_csv)(columns, answered, classifier.labels, logits)
+        if out is None:
+            yield from written
+        else:
+            with new_file(out) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+                file.writelines(f"{line}\n" for line in written)
+    absent = [where for part in parts for where in part.absent]
+    for part in parts:
+        if part.absent:
+            logger.warning("%s", counted(part.noun, part.absent, part.without))
+    if out is not None:
+        yield f"{out}: {total - len(absent):,} predictions."
 
 
-Read = list[tuple[dict[str, Any], Any]]  # the columns that come back, and what is asked (None: nothing is there)
+@dataclass(frozen=True)
+class _Part:
+    """What one of the things given holds: its columns, how many rows, and the rows: the columns that come back, and what is asked
+    (None: nothing is there, which is kept in ``absent``)."""
+
+    columns: Sequence[str]
+    count: int
+    rows: Callable[[], Iterator[tuple[dict[str, Any], Any]]]
+    absent: list[str] = field(default_factory=list)
+    noun: str = "row"
+    without: str = "without text, which have no prediction"
 
 
-def _read_texts(given: Sequence[str], text: str, pair: str | None) -> Read:
-    found: Read = []
+Answered = Iterable[tuple[dict[str, Any], Prediction | None]]
+
+
+def _answered(classifier: Classifier, parts: Sequence[_Part], done: Callable[[int], object]) -> Answered:
+    """Every row with its prediction, some batches at a time."""
+    rows = chain.from_iterable(part.rows() for part in parts)
+    while some := list(islice(rows, SLICE * classifier.batch_size)):
+        found = iter(classifier([one for _, one in some if one is not None]))
+        for row, one in some:
+            yield row, None if one is None else next(found)
+        done(len(some))
+
+
+def _text_parts(given: Sequence[str], text: str, pair: str | None) -> list[_Part]:
+    found = []
     warnings: list[str] = []
     for word in given:
         path = Path(word)
         if not _is_path(path):
             _check_text(word, pair)
-            found.append(({"text": word}, word))
-            continue
-        if path.suffix.lower() not in SUFFIXES:
+            found.append(_Part(["text"], 1, lambda word=word: iter([({"text": word}, word)])))  # type: ignore[misc]
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(_table_part(path, text, pair, warnings))
+        else:
             raise DataError(f"{path} is no table of texts; known endings are {', '.join(SUFFIXES)}.")
-        rows = read_rows(path, warnings)
-        names = [column(rows, text, "text-column"), *([column(rows, pair, "text-pair-column")] if pair else [])]
-        empty = []
-        for row in rows:
-            values = [row.values.get(name) for name in names]
-            whole = all(isinstance(value, str) and value.strip() for value in values)
-            empty += [] if whole else [row.where]
-            found.append((dict(row.values), (tuple(values) if pair else values[0]) if whole else None))
-        if empty:
-            warnings.append(counted("row", empty, "without text, which have no prediction"))
     for warning in warnings:
         logger.warning("%s", warning)
     return found
 
 
-def _read_images(given: Sequence[str]) -> Read:
-    found: Read = []
-    broken = []
+def _table_part(path: Path, text: str, pair: str | None, warnings: list[str]) -> _Part:
+    table, absent = open_table(path, warnings), list[str]()
+    names = [known_column(table.columns, text, "text-column")]
+    names += [known_column(table.columns, pair, "text-pair-column")] if pair else []
+
+    def rows() -> Iterator[tuple[dict[str, Any], Any]]:
+        for row in table.read():
+            values = [row.values.get(name) for name in names]
+            whole = all(isinstance(value, str) and value.strip() for value in values)
+            if not whole:
+                absent.append(row.where)
+            yield dict(row.values), (tuple(values) if pair else values[0]) if whole else None
+
+    return _Part(table.columns, table.count, rows, absent)
+
+
+def _image_parts(given: Sequence[str]) -> list[_Part]:
+    found = []
     for word in given:
         path = Path(word)
         if not path.exists():
@@ -221,16 +263,24 @@ def _read_images(given: Sequence[str]) -> Read:
         paths = list_folder(path).pictures if path.is_dir() else [path]
         if not paths:
             raise DataError(f"{path} holds no images; known endings are {', '.join(sorted(known_endings()))}.")
+        found.append(_images_part(paths))
+    return found
+
+
+def _images_part(paths: Sequence[Path]) -> _Part:
+    broken: list[str] = []
+
+    def rows() -> Iterator[tuple[dict[str, Any], Any]]:
         for one in paths:
+            readable: Path | None = one
             try:
                 read_pixels(one, 8)
-                found.append(({"file_name": one.as_posix()}, one))
             except DataError as error:
                 broken.append(f"{one} ({error})")
-                found.append(({"file_name": one.as_posix()}, None))
-    if broken:
-        logger.warning("%s", counted("image", broken, "cannot be read and have no prediction"))
-    return found
+                readable = None
+            yield {"file_name": one.as_posix()}, readable
+
+    return _Part(["file_name"], len(paths), rows, broken, "image", "cannot be read and have no prediction")
 
 
 def _is_path(path: Path) -> bool:
@@ -258,44 +308,43 @@ def _columns(labels: Sequence[str], logits: bool) -> Iterator[tuple[str, str, st
         )
 
 
-def _check_free(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> None:
+def _check_free(columns: Sequence[str], labels: Sequence[str]) -> None:
     ours = {"prediction", "probabilities", "logits", *(name for name, *_ in _columns(labels, True))}
-    taken = sorted(ours & {name for row in rows for name in row})
+    taken = sorted(ours & set(columns))
     if taken:
         raise DataError(f"The table has a column {taken[0]!r}, where the prediction would go; rename it.")
 
 
-def _as_csv(
-    rows: Sequence[Mapping[str, Any]], answers: Sequence[Prediction | None], labels: Sequence[str], logits: bool
-) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def _as_csv(columns: Sequence[str], answered: Answered, labels: Sequence[str], logits: bool) -> Iterator[str]:
     more = list(_columns(labels, logits))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*names, "prediction", *(name for name, *_ in more)])
-    for row, answer in zip(rows, answers, strict=True):
-        cells = [row.get(name) for name in names]
+    head: list[Any] | None = [*columns, "prediction", *(name for name, *_ in more)]
+    for row, answer in answered:
+        if head is not None:  # after the first batch, which may be refused
+            yield _line(head)
+            head = None
+        cells = [row.get(name) for name in columns]
         cells = [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list | dict) else cell for cell in cells]
         if answer is None:
-            writer.writerow([*cells, *[""] * (1 + len(more))])
+            yield _line([*cells, *[""] * (1 + len(more))])
             continue
         said = answer.answer
         cells.append(json.dumps(said, ensure_ascii=False) if isinstance(said, tuple) else _short(said))
-        writer.writerow([*cells, *(_short(getattr(answer, kind)[label]) for _, kind, label in more)])
+        yield _line([*cells, *(_short(getattr(answer, kind)[label]) for _, kind, label in more)])
+
+
+def _line(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
     return text.getvalue()
 
 
-def _as_json(
-    rows: Sequence[Mapping[str, Any]], answers: Sequence[Prediction | None], labels: Sequence[str], logits: bool
-) -> str:
-    lines = []
-    for row, answer in zip(rows, answers, strict=True):
+def _as_json(_: Sequence[str], answered: Answered, labels: Sequence[str], logits: bool) -> Iterator[str]:
+    for row, answer in answered:
         told: dict[str, Any] = {"prediction": None if answer is None else _short(answer.answer)}
         if answer is not None and labels:
             for kind in ("probabilities", *(["logits"] if logits else [])):
                 told[kind] = {label: _short(value) for label, value in getattr(answer, kind).items()}
-        lines.append(json.dumps({**row, **told}, ensure_ascii=False, default=str))
-    return "\n".join(lines) + "\n"
+        yield json.dumps({**row, **told}, ensure_ascii=False, default=str)
 
 
 def _short(value: Any) -> Any:

@@ -62,7 +62,8 @@ def extract(
         base, finetuned: folders of transformers models or diffusers pipelines, safetensors files, or names of ours; ``finetuned``
             also a file of whole differences (``smidgen export --to full-diff``).
         out: the adapter's folder; None only looks.
-        methods, least, seed, progress: as in :func:`smidgen.adapters.extract.extract`.
+        methods, least, seed: as in :func:`smidgen.adapters.extract.extract`.
+        progress: called with (layers done, layers), once more for each component; then with (steps done, steps).
         data: a table with a column text, and label for a score.
         distill: a table with a column text, on which the adapter is trained to answer as the fine-tuned model.
         distill_steps: how long.
@@ -93,7 +94,7 @@ def extract(
             if made.layers or made.left:
                 found[part] = made
             if made.folder is not None:
-                _finish(here[part], there[part], made.folder, made, data, distill, distill_steps, seed)
+                _finish(here[part], there[part], made.folder, made, data, distill, distill_steps, seed, progress)
         if not any(one.layers for one in found.values()):
             left = sum(count for one in found.values() for count, _ in one.left.values())
             raise SmidgenError(
@@ -195,7 +196,7 @@ def _part_of(here: Mapping[str, Checkpoint], alone: Checkpoint) -> str:
 
 def _finish(
     here: Checkpoint, there: Checkpoint, folder: Path, found: Extraction, data: Path | None, distill: Path | None,
-    steps: int, seed: int,
+    steps: int, seed: int, progress: Callable[[int, int], None],
 ) -> None:  # fmt: skip
     """Measures what was extracted on inputs, trains it if wished, and measures again."""
     if there.model_class() is None:
@@ -223,7 +224,7 @@ def _finish(
     api.load(model, folder)
     _score(found, model, inputs, tuned, plain, rows, "extracted")
     if taught is not None and wanted is not None:
-        train(model, taught, wanted, steps, seed)
+        train(model, taught, wanted, steps, seed, progress=progress)
         _score(found, model, inputs, tuned, plain, rows, "distilled")
         api.save(model, folder)
 
@@ -314,7 +315,10 @@ def _norm(some: list[Tensor], others: list[Tensor]) -> float:
     return float(sum(float((a - b).double().square().sum()) for a, b in zip(some, others, strict=True)) ** 0.5)
 
 
-def train(model: Any, inputs: Inputs, wanted: list[Tensor], steps: int, seed: int, rate: float = 1e-3) -> None:
+def train(
+    model: Any, inputs: Inputs, wanted: list[Tensor], steps: int, seed: int, rate: float = 1e-3,
+    progress: Callable[[int, int], None] = lambda at, of: None,
+) -> None:  # fmt: skip
     """Trains the active adapter of a model so that it gives ``wanted`` for its inputs, by Adam with a falling rate."""
     trained = [p for n, p in model.named_parameters() if ".smidgen_slots." in n]
     for parameter in model.parameters():
@@ -327,9 +331,10 @@ def train(model: Any, inputs: Inputs, wanted: list[Tensor], steps: int, seed: in
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = torch.randint(len(inputs), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
     scale = sum(float(w.square().mean()) for w in wanted) / len(wanted)
-    for at in order:
+    for step, at in enumerate(order, 1):
         loss = (_first(inputs[at](model)).float() - wanted[at]).square().mean() / scale
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
+        progress(step, steps)

@@ -87,6 +87,24 @@ def test_of_a_fine_tune_the_command_tells_shares_and_scores_or_that_none_fits(tu
     assert main([*command, "--least-explained", "0.01"]) == 2 and "--overwrite" in capsys.readouterr().err
 
 
+def test_the_command_shows_how_far_it_is(tuned, tmp_path, monkeypatch, capsys):
+    import tqdm.auto
+
+    told: list[tuple[int, int]] = []
+
+    class Bar(tqdm.auto.tqdm):
+        def update(self, n=1):
+            super().update(n)
+            told.append((self.n, self.total))
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    rows = str(tuned / "rows.jsonl")
+    words = ["extract", "debug-text", str(tuned / "full"), "--methods", "lora:2", "--least-explained", "0.01"]
+    assert not main([*words, "--out", str(tmp_path / "out"), "--distill", rows, "--distill-steps", "7"])
+    layers = int(re.search(r"(\d+) layers changed", capsys.readouterr().out)[1])
+    assert told == [(n, layers) for n in range(1, layers + 1)] + [(n, 7) for n in range(1, 8)]
+
+
 def test_a_component_of_a_pipeline_is_compared_by_itself(tmp_path):
     pytest.importorskip("diffusers")
     unet = read_checkpoint("embedded")["unet"].load()[0]

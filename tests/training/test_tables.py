@@ -7,13 +7,48 @@ import charset_normalizer
 import pytest
 
 from smidgen.errors import DataError
-from smidgen.tasks.data.tables import read_rows, read_splits, structured
+from smidgen.tasks.data import tables
+from smidgen.tasks.data.tables import open_table, read_rows, read_splits, structured
 
 
 def read(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     warnings: list[str] = []
-    return [row.values for row in read_rows(path, warnings)], warnings
+    streamed: list[str] = []
+    table = open_table(path, streamed)
+    rows = read_rows(path, warnings)
+    assert ([*table.read()], table.count, streamed) == (rows, len(rows), warnings), (
+        "read row by row it is another table"
+    )
+    assert table.columns == list(dict.fromkeys(name for row in rows for name in row.values))
+    return [row.values for row in rows], warnings
+
+
+PLAIN = {
+    "a.csv": 'text,label\n"yes, ""this""\nis one",x\n\nno,y\n,\n',
+    "b.csv": "\ufefftext\r\nhello\r\nthere\r\n",
+    "a.tsv": "text\tlabel\nyes, this\tx\nno\ty\n",
+    "a.jsonl": '{"text": "yes", "id": [1, 2]}\n\n{"text": null, "label": 1}\n',
+    "a.parquet": "",
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_tables_are_read_row_by_row(tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    if name == "a.parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"text": ["yes", "no", "so"], "label": [0, 1, None]}), path, row_group_size=2)
+        assert len([*open_table(path).read()]) == len(read_rows(path)) == 3
+    else:
+        read(path, PLAIN[name])
+    monkeypatch.setattr(tables, "read_rows", None)  # which reads them whole
+    table = open_table(path)
+    rows = table.read()
+    assert next(rows).where == f"{name} row 1" and len([*rows]) == table.count - 1 > 0
+    assert len([*table.read()]) == table.count, "a second pass"
 
 
 @pytest.mark.parametrize("content, said", [

@@ -20,6 +20,7 @@ from smidgen.bases.origin import read_origin
 from smidgen.bases.packaged import debug
 from smidgen.bases.transformers import Head, load_classifier, source
 from smidgen.errors import AdapterFileError, ConfigError, DataError
+from smidgen.tasks import classifying
 from smidgen.tasks.chatting import Chat, talk
 from smidgen.tasks.classifying import Classifier
 from smidgen.tasks.data.tables import read_rows
@@ -204,6 +205,38 @@ def test_texts_tables_and_their_columns(folder, tmp_path, capsys, caplog) -> Non
     assert second["prediction"] is None
     status, _, err = call(capsys, "classify", folder("text"), table, "--out", tmp_path / "out.jsonl")
     assert status == 2 and "--overwrite" in err
+
+
+def test_a_table_is_streamed_and_written_whole_or_not_at_all(folder, tmp_path, monkeypatch) -> None:
+    texts, out = [text for text, _ in debug.sentences()][:9], tmp_path / "out.csv"
+    (tmp_path / "in.csv").write_text("text,id\n" + "".join(f'"{text}",{n}\n' for n, text in enumerate(texts)))
+    wanted = Classifier(folder("text"))(texts)
+    asked: list[int] = []
+    plain = Classifier.__call__
+
+    def one_batch(self, given, progress=False):
+        asked.append(len(given))
+        if len(asked) == 4:
+            raise DataError("the fourth batch")
+        return plain(self, given, progress)
+
+    monkeypatch.setattr(classifying, "SLICE", 1)
+    monkeypatch.setattr(Classifier, "__call__", one_batch)
+    lines = classifying.classify(folder("text"), [str(tmp_path / "in.csv")], batch_size=2)
+    head, first = next(lines), next(lines)
+    assert asked == [2], "more than a batch was read for the first line"
+    assert head.startswith("text,id,prediction,") and f",0,{wanted[0].answer}," in first
+    lines.close()
+    asked.clear()
+    out.write_text("as it was")
+    with pytest.raises(DataError, match="fourth batch"):
+        list(classifying.classify(folder("text"), [str(tmp_path / "in.csv")], out, batch_size=2, overwrite=True))
+    assert asked == [2] * 4 and out.read_text() == "as it was" and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(Classifier, "__call__", plain)
+    list(classifying.classify(folder("text"), [str(tmp_path / "in.csv")], out, batch_size=2, overwrite=True))
+    rows = list(csv.DictReader(out.open()))
+    assert [row["id"] for row in rows] == [str(n) for n in range(9)]
+    assert [row["prediction"] for row in rows] == [one.answer for one in wanted]
 
 
 def test_batches_do_not_matter(folder) -> None:

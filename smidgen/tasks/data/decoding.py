@@ -40,6 +40,10 @@ REPLACEMENT = "\ufffd"
 _DAMAGE = re.compile("[\ud800-\udfff\0]")
 
 
+class Unusual(Exception):
+    """A file that has to be guessed at or mended, which a reader of plain ones leaves to those that read it whole."""
+
+
 def read_text(path: Path, warnings: list[str]) -> str:
     """The text of a file. Raises DataError for what is no text, and OSError as ``open`` does."""
     raw = path.read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError
-from smidgen.tasks.data.decoding import read_text
+from smidgen.tasks.data.decoding import Unusual, read_text
 from smidgen.tasks.data.separated import check_once
 
 WRAPPERS = ("data", "rows", "examples", "records", "items", "instances", "train")  # what holds the rows of a dump
@@ -34,6 +34,17 @@ def read_objects(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
                 f"{path} {what} {number} must be an object with named values, not {json.dumps(value)[:60]}."
             )
     return values
+
+
+def plain_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file that holds one a line, read line by line. Raises Unusual for any other."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                value = _loads(line, number)
+                if not isinstance(value, dict):
+                    raise Unusual
+                yield value
 
 
 class _Damaged(ValueError):

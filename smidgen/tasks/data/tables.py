@@ -9,16 +9,16 @@ import io
 import json
 import re
 import tokenize
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from smidgen.errors import DataError, MissingExtraError, did_you_mean
-from smidgen.tasks.data.decoding import mended, read_text
-from smidgen.tasks.data.objects import read_objects
-from smidgen.tasks.data.separated import check_once, read_separated
+from smidgen.tasks.data.decoding import Unusual, mended, read_text
+from smidgen.tasks.data.objects import plain_objects, read_objects
+from smidgen.tasks.data.separated import check_once, plain_records, read_separated
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
@@ -32,6 +32,15 @@ class Row:
 
     values: dict[str, Any]
     where: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's columns, how many rows it has, and a way to read them, which may be gone more than once."""
+
+    columns: list[str]
+    count: int
+    read: Callable[[], Iterator[Row]]
 
 
 def read_splits(path: Path, warnings: list[str] | None = None) -> dict[str, list[Row]]:
@@ -114,9 +123,51 @@ def read_rows(path: Path, warnings: list[str] | None = None) -> list[Row]:
     return rows
 
 
+def open_table(path: Path, warnings: list[str] | None = None) -> Table:
+    """A table that is read row by row at each pass, in little memory. One that has to be guessed at or mended, or is no table
+    of rows one after the other, is read whole by :func:`read_rows`, which see.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.jsonl"
+        >>> path.write_text('{"text": "good"}\\n{"text": "bad", "id": 3}\\n')
+        43
+        >>> table = open_table(path)
+        >>> table.columns, table.count, [row.where for row in table.read()]
+        (['text', 'id'], 2, ['a.jsonl row 1', 'a.jsonl row 2'])
+    """
+    readers = {".csv": plain_records, ".tsv": plain_records, ".jsonl": plain_objects, ".json": plain_objects}
+    readers[".parquet"] = _parquet_rows
+    reader = readers.get(path.suffix.lower())
+    if reader is not None:
+        columns: dict[str, None] = {}
+        count = 0
+        try:
+            for values in reader(path):
+                if mended(values)[1]:
+                    raise Unusual
+                columns.update(dict.fromkeys(values))
+                count += 1
+        except (Unusual, OSError, ValueError):  # read_rows knows what to say
+            count = 0
+        if count > 1:  # a lone object may stand for many rows
+
+            def read() -> Iterator[Row]:
+                for number, values in enumerate(reader(path), 1):
+                    yield Row(values, f"{path.name} row {number}")
+
+            return Table(list(columns), count, read)
+    rows = read_rows(path, warnings)
+    return Table(list(dict.fromkeys(key for row in rows for key in row.values)), len(rows), lambda: iter(rows))
+
+
 def column(rows: Sequence[Row], name: str, flag: str) -> str:
     """``name`` if the rows have such a column; DataError lists those they have. ``flag`` is the setting to change."""
-    known = list(dict.fromkeys(key for row in rows for key in row.values))
+    return known_column(list(dict.fromkeys(key for row in rows for key in row.values)), name, flag)
+
+
+def known_column(known: Sequence[str], name: str, flag: str) -> str:
+    """``name`` if it is one of the ``known`` columns; else as :func:`column`."""
     if name not in known:
         raise DataError(
             f"The data has no column {name!r}.{did_you_mean(name, known)} Its columns are {', '.join(known)}; name "
@@ -167,6 +218,10 @@ def _separated(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
 
 
 def _parquet(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    return list(_parquet_rows(path))
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -175,7 +230,8 @@ def _parquet(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             check_once(file.schema_arrow.names, f"{path} has")
-            return file.read().to_pylist()
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a Parquet file: {error}") from error
 
