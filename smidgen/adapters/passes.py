@@ -261,6 +261,12 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
 
 def gap(a: list[Tensor], b: list[Tensor]) -> float:
     """|a - b| over all tensors; infinite where they are of other shapes."""
+    return float(row_gaps(a, b).sum()) ** 0.5
+
+
+def row_gaps(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    """|a - b|^2 [rows] of each row along the first axis of each tensor in turn; infinite where they are of other shapes."""
     if [t.shape for t in a] != [t.shape for t in b]:
-        return float("inf")
-    return sum(float((x - y).abs().square().sum()) for x, y in zip(a, b, strict=True)) ** 0.5
+        return torch.tensor([float("inf")])
+    pairs = zip(a, b, strict=True)
+    return torch.cat([(x - y).abs().square().reshape(len(x) if x.dim() else 1, -1).sum(1) for x, y in pairs])

@@ -28,21 +28,23 @@ from smidgen.training.randomness import derive, stream
 from smidgen.training.settings import load_yaml
 from smidgen.training.truncation import Run
 
-SCENES, ROWS = 8, 64  # prompts that are drawn, and noisy latents of them to judge by
-ROWS_READ = 256  # of data to judge by, and as many to weigh with
-RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared]]] = {
-    "text-classification": (TextClassificationConfig, text_classification.prepare),
-    "image-classification": (ImageClassificationConfig, image_classification.prepare),
-    "instruction": (InstructionConfig, instruction.prepare),
+SCENES, ROWS = 32, 256  # prompts that are drawn to judge by, and noisy latents of them
+FEW_SCENES, FEW = 8, 64  # the same to weigh with; so many rows of those to judge by are searched by
+FEW_READ = 256  # rows of data to weigh with, and of those to judge by to search by
+RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared], int]] = {  # and rows to judge by, as many as take seconds
+    "text-classification": (TextClassificationConfig, text_classification.prepare, 1024),
+    "image-classification": (ImageClassificationConfig, image_classification.prepare, 256),
+    "instruction": (InstructionConfig, instruction.prepare, 256),
 }
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Passes over rows, and words for them."""
+    """Passes over rows, words for them, and passes over some of the rows, to search by."""
 
     run: Run
     words: str
+    few: Run
 
 
 def image_rows(base: ImageBase, folder: Path, pictures: str | None, weighs: bool) -> tuple[HeldOut, HeldOut | None]:
@@ -52,16 +54,17 @@ def image_rows(base: ImageBase, folder: Path, pictures: str | None, weighs: bool
     Raises:
         DataError: no usable pictures.
     """
-    scenes = _subject(base.scenes(2 * SCENES, 0), folder)
-    judging, others = scenes[::2], scenes[1::2]
+    scenes = _subject(base.scenes(SCENES + FEW_SCENES, 0), folder)
+    others = scenes[1 :: max(2, len(scenes) // FEW_SCENES)]
+    judging = [scene for scene in scenes if scene not in others]
     judged = noisy_latents(base, judging, drawn_latents(base, judging, 0, -(-ROWS // len(judging))), 0)
     if not weighs:
         return judged, None
     if pictures is None:
-        return judged, noisy_latents(base, others, drawn_latents(base, others, 1, -(-ROWS // len(others))), 1)
+        return judged, noisy_latents(base, others, drawn_latents(base, others, 1, -(-FEW // len(others))), 1)
     found = read_folder(pictures, instance_prompt=others[0])
     encoded = encode_examples(base, found.pictures, found.captions, base.resolution)
-    latents = torch.cat([encoded.mean] * -(-ROWS // len(encoded)))
+    latents = torch.cat([encoded.mean] * -(-FEW // len(encoded)))
     weighing = noisy_latents(base, found.captions, latents, 1)
     return judged, replace(weighing, words=f"{len(latents)} noisy latents of the pictures in {Path(pictures).name}")
 
@@ -75,14 +78,14 @@ def task_rows(
     Raises:
         SmidgenError: there are none.
     """
-    settings, prepare = RECIPES[task]
+    settings, prepare, rows = RECIPES[task]
     told = folder / "config.yaml"
     config = load_yaml(settings, told) if told.is_file() else settings()
     if given is None and config.data.path is None:
         raise ConfigError(f"{folder} does not say what it was trained on: name such data with --calibration.")
     config = replace(config, model=base, data=replace(config.data, path=given or config.data.path))
     read = prepare(config).task
-    return answers(read, model, "validation", ROWS_READ), answers(read, model, "train", ROWS_READ) if weighs else None
+    return answers(read, model, "validation", rows), answers(read, model, "train", FEW_READ) if weighs else None
 
 
 def _subject(scenes: Sequence[str], folder: Path) -> list[str]:
@@ -106,15 +109,15 @@ def noisy_latents(base: ImageBase, prompts: Sequence[str], latents: Tensor, seed
     times = base.schedule.timesteps(base.schedule.levels(quantiles))
     noisy, _ = base.schedule.add_noise(latents, torch.randn(latents.shape, generator=stream(seed, "noise")), times)
 
-    def run() -> list[Tensor]:
+    def run(most: int = count) -> list[Tensor]:
         found = []
-        for at in range(0, count, batch):
+        for at in range(0, min(most, count), batch):
             rows = slice(at, at + batch)
             given = noisy[rows].to(base.device), times[rows].to(base.device), encoded[picks[rows]].to(base.device)
             found.append(base.predict(base.model, *given).float().cpu())
         return found
 
-    return HeldOut(run, f"{count} noisy latents of {len(prompts)} prompts")
+    return HeldOut(run, f"{count} noisy latents of {len(prompts)} prompts", lambda: run(FEW))
 
 
 def drawn_latents(base: ImageBase, prompts: Sequence[str], seed: int, copies: int) -> Tensor:
@@ -128,10 +131,16 @@ def drawn_latents(base: ImageBase, prompts: Sequence[str], seed: int, copies: in
 def answers(task: Any, model: Any, split: str, most: int) -> HeldOut:
     """What a model says of the first ``most`` rows of a split of its task: logits of classes, log-likelihoods of an answer's tokens."""
     whole = task.splits[split]
-    if isinstance(whole, Encoded):
-        rows: Any = replace(whole, rows=whole.rows[:most], labels=whole.labels[:most], names=whole.names[:most])
-    else:
-        rows = whole[:most]
-    own = replace(task, splits={split: rows})
+
+    def first(most: int) -> Any:
+        if isinstance(whole, Encoded):
+            return replace(whole, rows=whole.rows[:most], labels=whole.labels[:most], names=whole.names[:most])
+        return whole[:most]
+
+    own = replace(task, splits={"all": first(most), "few": first(min(most, FEW_READ))})
     likelihoods = slice(1) if isinstance(task, InstructionTask) else slice(None)
-    return HeldOut(lambda: own.predict(model, split)[:, likelihoods], f"{len(rows)} rows of {split}")
+
+    def run(part: str = "all") -> Tensor:
+        return own.predict(model, part)[:, likelihoods]
+
+    return HeldOut(run, f"{len(own.splits['all'])} rows of {split}", lambda: run("few"))

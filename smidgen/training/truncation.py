@@ -10,6 +10,7 @@ model on inputs that nothing was fitted to: |f_cut - f_adapted| / |f_adapted - f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -120,12 +121,14 @@ class Loss:
     Attributes:
         layers: by target name.
         end_to_end: |f_export - f_adapted| / |f_adapted - f_base| over ``judged_on``; f_base keeps a trained head.
+        interval: where it lies on other inputs of the kind, as far as these tell, at 95 %.
         judged_on: words for the held-out inputs.
         weighted_by: words for the calibration rows, "" where none were used.
     """
 
     layers: Mapping[str, LayerLoss]
     end_to_end: float
+    interval: tuple[float, float]
     judged_on: str
     weighted_by: str = ""
 
@@ -146,6 +149,7 @@ class Loss:
     def facts(self) -> dict[str, Any]:
         """What a file is to say of it: ``about`` of :func:`smidgen.adapters.export.export`."""
         told: dict[str, Any] = {"end_to_end": self.end_to_end, "judged_on": self.judged_on}
+        told |= {"interval": list(self.interval)} if math.isfinite(self.interval[1]) else {}
         told |= {"weighted_by": self.weighted_by} if self.weighted_by else {}
         for kind, (worst, middle, name) in self._figures().items():
             told[f"{kind}_error"] = {"worst": worst, "worst_layer": name, "median": middle}
@@ -159,7 +163,9 @@ class Loss:
         lines = [f"{len(self.layers)} layers cut to rank {rank}{weighted}"]
         for kind, (worst, middle, name) in self._figures().items():
             lines.append(f"  {kind} error".ljust(20) + f"median {middle:.3f}, worst {worst:.3f} ({name})")
-        lines.append("  end to end".ljust(20) + f"{self.end_to_end:.3f} of the adapter's effect, on {self.judged_on}")
+        low, high = self.interval
+        told = f"{self.end_to_end:.3f} of the adapter's effect ({low:.3f} to {high:.3f}), on {self.judged_on}"
+        lines.append("  end to end".ljust(20) + told)
         return "\n".join(lines)
 
 
@@ -184,6 +190,7 @@ def truncate(
     max_error: float | None = None,
     max_loss: float | None = None,
     calibration: Run | None = None,
+    search: Run | None = None,
     allow_loss: bool = False,
     judged_on: str = "held-out inputs",
     weighted_by: str = "calibration rows",
@@ -199,6 +206,7 @@ def truncate(
         max_error: instead of a rank, each layer's relative error of the weight, of the activations where there is a calibration.
         max_loss: of "auto", 0.05 unless given.
         calibration: runs the model on other rows, whose activations weigh what is kept.
+        search: runs it on a few such rows, by which "auto" looks for the rank that ``held_out`` then judges; all by default.
         allow_loss: make it whatever it loses.
         judged_on, weighted_by: words for the two kinds of rows.
 
@@ -220,6 +228,7 @@ def truncate(
     options: dict[str, Any] = {
         "most": most,
         "calibration": calibration,
+        "search": search,
         "judged_on": judged_on,
         "weighted_by": weighted_by,
     }
@@ -251,18 +260,18 @@ class Truncation:
         *,
         most: int = MOST_RANK,
         calibration: Run | None = None,
+        search: Run | None = None,
         judged_on: str = "held-out inputs",
         weighted_by: str = "calibration rows",
     ) -> None:
-        self.held_out, self.judged_on, self.weighted_by = held_out, judged_on, weighted_by if calibration else ""
+        self.judged_on, self.weighted_by = judged_on, weighted_by if calibration else ""
         self.layers, self._modules = _layers(model, adapter_name), list(parts(model).values())
         with passes.at_rest(self._modules):
             inputs = {} if calibration is None else layer_inputs(self.layers, calibration)
-            self._adapted = passes.numbers(held_out())
-            with passes.silent(self.layers.values(), adapter_name):
-                self._effect = passes.gap(self._adapted, passes.numbers(held_out()))
-            self._rows = layer_inputs(self.layers, held_out)
-        if not self._effect > 0:
+            self._judge = _Judge(held_out, self.layers, adapter_name)
+            self._few = self._judge if search is None else _Judge(search, self.layers, adapter_name)
+            self._rows = layer_inputs(self.layers, self._few.run)
+        if not min(float(judge.effects.sum()) for judge in (self._judge, self._few)) > 0:
             raise SmidgenError("The adapter changes nothing of what the model answers: there is nothing to export.")
         self.cuts: dict[str, Cut] = {}
         for name, layer in self.layers.items():
@@ -273,33 +282,76 @@ class Truncation:
         """Factors of these ranks; a layer gives at most as many as it has."""
         return {name: own.factors(ranks[name]) for name, own in self.cuts.items()}
 
-    def end_to_end(self, factors: Mapping[str, Factors]) -> float:
-        """|f_cut - f_adapted| / |f_adapted - f_base|"""
-        with passes.at_rest(self._modules), standing_in(self.layers, factors):
-            return passes.gap(passes.numbers(self.held_out()), self._adapted) / self._effect
+    def _loss(self, judge: _Judge, ranks: Mapping[str, int]) -> tuple[float, tuple[float, float]]:
+        """|f_cut - f_adapted| / |f_adapted - f_base| and its interval."""
+        chosen = tuple(ranks[name] for name in self.cuts)
+        if chosen not in judge.known:
+            with passes.at_rest(self._modules), standing_in(self.layers, self.factors(ranks)):
+                judge.known[chosen] = ratio(passes.row_gaps(passes.numbers(judge.run()), judge.adapted), judge.effects)
+        return judge.known[chosen]
 
     def at(self, ranks: Mapping[str, int]) -> Truncated:
         """The factors of these ranks, and what they lose."""
         found = self.factors(ranks)
         layers = {n: layer_loss(self.cuts[n].change, own, self._rows.get(n)) for n, own in found.items()}
-        return Truncated(found, Loss(layers, self.end_to_end(found), self.judged_on, self.weighted_by), self.layers)
+        return Truncated(
+            found, Loss(layers, *self._loss(self._judge, ranks), self.judged_on, self.weighted_by), self.layers
+        )
 
     def least_rank(self, bound: float) -> int:
-        """The least rank of all layers whose end-to-end loss is at most ``bound``, by bisection."""
+        """The least rank of all layers whose end-to-end loss is at most ``bound``: by bisection on the rows to search by, then
+        as much higher as the held-out rows want it."""
 
-        def at(rank: int) -> float:
-            return self.end_to_end(self.factors(dict.fromkeys(self.cuts, rank)))
+        def at(rank: int, judge: _Judge) -> float:
+            return self._loss(judge, dict.fromkeys(self.cuts, rank))[0]
 
-        low, high = 0, max(len(own.down) for own in self.cuts.values())
-        if (best := at(high)) > bound:
-            raise SmidgenError(
-                f"No rank up to {high} keeps the end-to-end loss at {bound:g} (there it is {best:.3f}): allow a larger "
+        def refuse(best: float) -> SmidgenError:
+            return SmidgenError(
+                f"No rank up to {most} keeps the end-to-end loss at {bound:g} (there it is {best:.3f}): allow a larger "
                 "max_loss, or export as merged or full-diff, which lose nothing."
             )
+
+        most = max(len(own.down) for own in self.cuts.values())
+        low, high = 0, most
+        if (best := at(most, self._few)) > bound:
+            raise refuse(best)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if at(middle) <= bound else (middle, high)
+            low, high = (low, middle) if at(middle, self._few) <= bound else (middle, high)
+        while (best := at(high, self._judge)) > bound:
+            if high == most:
+                raise refuse(best)
+            high = min(most, high + max(1, high // 16))
         return high
+
+
+class _Judge:
+    """Rows to judge by: the adapted model's answers to them, and the squared effect [rows] of the adapter on each."""
+
+    def __init__(self, run: Run, layers: Layers, adapter_name: str) -> None:
+        self.run, self.adapted = run, passes.numbers(run())
+        self.known: dict[tuple[int, ...], tuple[float, tuple[float, float]]] = {}  # losses by the layers' ranks
+        with passes.silent(layers.values(), adapter_name):
+            self.effects = passes.row_gaps(self.adapted, passes.numbers(run()))
+
+
+def ratio(errors: Tensor, effects: Tensor) -> tuple[float, tuple[float, float]]:
+    """|error| / |effect| over all rows, of their squared lengths [rows] in each, and where it lies on other rows of the kind, at
+    95 %: the ratio of two sums (Cochran, Sampling Techniques, 1977, 6.4), with its error on the scale of its logarithm.
+
+    Example:
+        >>> ratio(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([4.0, 4.0, 4.0]))
+        (0.5, (0.5, 0.5))
+    """
+    total, rows = float(errors.sum()), len(errors)
+    if total == 0:
+        return 0.0, (0.0, 0.0)
+    share = total / float(effects.sum())
+    if rows < 2 or not math.isfinite(total):
+        return share**0.5, (0.0, math.inf)
+    spread = float((errors - share * effects).square().sum()) * rows / (rows - 1)
+    off = math.exp(1.96 * 0.5 * spread**0.5 / total)  # half the relative error of the square
+    return share**0.5, (share**0.5 / off, share**0.5 * off)
 
 
 def _check(rank: int | str | None, max_error: float | None, max_loss: float | None) -> None:

@@ -56,11 +56,15 @@ def loss_in(path: Path) -> dict:
 @pytest.mark.parametrize("text", [False, True])
 def test_what_it_prints_is_what_diffusers_does_on_other_inputs(base, text, tmp_path, monkeypatch):
     monkeypatch.setattr(held_out, "SCENES", 2)
+    monkeypatch.setattr(held_out, "FEW_SCENES", 2)
     monkeypatch.setattr(StableDiffusion, "sampling", Sampling(3, 2.0))
     folder = adapter(base, tmp_path / "own", text=text)
     found, told = export_folder(folder, "diffusers", tmp_path / "lora", base, cut=Cut(rank="auto", max_loss=0.1))
     said = loss_in(tmp_path / "lora")
     assert 0.03 < said["end_to_end"] <= 0.1 and f"{said['end_to_end']:.3f} of the adapter's effect" in told
+    low, high = said["interval"]
+    assert low < said["end_to_end"] < high < 1.2 * said["end_to_end"], "rows that tell less than they should"
+    assert f"({low:.3f} to {high:.3f}), on 256 noisy latents of" in told
     assert said["weighted_by"] and said["judged_on"] and said["weight_error"]["worst_layer"] in told
     assert f"{found.layers} of {found.layers} layers" in told
 

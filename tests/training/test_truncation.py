@@ -136,6 +136,38 @@ def test_auto_is_the_least_rank_below_the_bound() -> None:
     assert truncate(model, runs(model, 2), calibration=runs(model, 3)).loss.end_to_end <= truncation.AUTO_LOSS
 
 
+def test_a_few_rows_search_and_all_rows_judge() -> None:
+    model = adapted("oft")
+    counts = {"few": 0, "all": 0}
+
+    def run(name: str, count: int):
+        def passes():
+            counts[name] += 1
+            return model(rows(2, count))
+
+        return passes
+
+    options = {"calibration": runs(model, 3), "max_loss": 0.1}
+    found = truncate(model, run("all", 96), search=run("few", 2), **options)
+    assert counts["few"] > 5 and found.loss.end_to_end <= 0.1, "the rank was not looked for by few rows and held to all"
+    judged, counts["few"], counts["all"] = counts["all"], 0, 0
+    truncate(model, run("all", 96), **options)
+    assert counts["few"] == 0 and counts["all"] > judged >= 3
+
+
+def test_the_interval_holds_what_more_rows_say() -> None:
+    """Rows of very unequal size, whose errors are no share of their effects: 95 of 100 intervals hold the truth."""
+    generator = torch.Generator().manual_seed(0)
+    effects = torch.randn(400, 200, generator=generator).exp().double()
+    errors = 0.01 * torch.randn(400, 200, generator=generator).square().double() * effects.sqrt()
+    truth, _ = truncation.ratio(errors.flatten(), effects.flatten())
+    intervals = [truncation.ratio(e, d)[1] for e, d in zip(errors, effects, strict=True)]
+    held = sum(low <= truth <= high for low, high in intervals) / len(intervals)
+    assert 0.91 < held < 0.98
+    assert truncation.ratio(torch.zeros(3), torch.ones(3)) == (0.0, (0.0, 0.0))
+    assert truncation.ratio(torch.ones(1), torch.ones(1)) == (1.0, (0.0, float("inf")))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_max_error_gives_each_layer_its_rank(weighted: bool) -> None:
     model = adapted("oft")
@@ -162,6 +194,7 @@ def test_what_it_says_is_what_the_factors_do() -> None:
     again = float((plain(rows(2)) - on).norm() / (on - off).norm())
     assert found.loss.end_to_end == pytest.approx(again, rel=1e-4)
     told = json.loads(json.dumps(found.loss.facts()))["loss"]
+    assert told["interval"][0] < told["end_to_end"] < told["interval"][1]
     assert told["end_to_end"] == found.loss.end_to_end and told["judged_on"] == "24 rows" and told["rank"] == 4
     worst = told["weight_error"]["worst_layer"]
     assert told["weight_error"]["worst"] == max(loss.weight for loss in found.loss.layers.values())

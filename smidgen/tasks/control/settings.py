@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.bases.families import EMBEDDED, learning_kind
@@ -74,7 +75,8 @@ class ControlConfig:
         """With the control and the hint encoder's width of the adapter in ``folder``."""
         if (made := hint.read_config(folder)) is None:
             return self
-        data, adapter = replace(self.data, control=made.control), replace(self.adapter, hint_width=made.width)
+        data = replace(self.data, control=cast(Control, made.control))
+        adapter = replace(self.adapter, hint_width=made.width)
         return replace(self, data=data, adapter=adapter)
 
 
