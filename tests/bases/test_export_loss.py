@@ -35,6 +35,8 @@ def undrawn(monkeypatch):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     monkeypatch.setattr(held_out, "drawn_latents", latents)
+    monkeypatch.setattr(held_out, "ROWS", 32)
+    monkeypatch.setattr(held_out, "FEW", 16)
 
 
 def adapter(base: str, folder: Path, method: str = "oft", text: bool = False) -> Path:
