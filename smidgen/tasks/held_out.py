@@ -31,7 +31,8 @@ from smidgen.training.truncation import Run
 SCENES, ROWS = 32, 256  # prompts that are drawn to judge by, and noisy latents of them
 FEW_SCENES, FEW = 8, 64  # the same to weigh with; so many rows of those to judge by are searched by
 FEW_READ = 256  # rows of data to weigh with, and of those to judge by to search by
-RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared], int]] = {  # and rows to judge by, as many as take seconds
+# settings, what prepares them, and rows to judge by: as many as take seconds
+RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared], int]] = {
     "text-classification": (TextClassificationConfig, text_classification.prepare, 1024),
     "image-classification": (ImageClassificationConfig, image_classification.prepare, 256),
     "instruction": (InstructionConfig, instruction.prepare, 256),
