@@ -416,7 +416,7 @@ def test_a_transform_of_images_and_conversations_is_cut_and_judged_on_their_data
     status, out, err = call(capsys, "export", folder(kind, "oft"), *words)
     assert status == 0, err
     assert "layers cut to rank 3, weighted by" in out and "rows of train" in out
-    assert re.search(r"end to end +\S+ of the adapter's effect, on \d+ rows of validation", out)
+    assert re.search(r"end to end +\S+ of the adapter's effect \(\S+ to \S+\), on \d+ rows of validation", out)
 
 
 def test_a_pipeline_is_merged_too(sd, tmp_path, capsys) -> None:
