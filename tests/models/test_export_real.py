@@ -148,14 +148,14 @@ def ways(method: str) -> list[str]:
     ]
 
 
-def held(name: str, methods: dict[str, list[str]], out: Path, fetch: bool) -> None:
+def held(name: str, methods: dict[str, list[str]], out: Path, fetch: bool, most: float = TOLERANCE) -> None:
     real, errors = Real(name, folder(name, fetch)), {}
     for method, formats in methods.items():
         model, wanted = real.adapted(method)
         for to in formats:
             errors[f"{method} -> {to}"] = WAYS[to](real, model, wanted, out / f"{method}-{to}")
     print(name, json.dumps({route: f"{error:.1e}" for route, error in errors.items()}))
-    assert not {route: error for route, error in errors.items() if not error <= TOLERANCE}
+    assert not {route: error for route, error in errors.items() if not error <= most}
 
 
 @pytest.mark.parametrize("name", ["minilm", "vit-s14"])
@@ -176,7 +176,7 @@ def test_exact_routes_of_a_real_language_model(tmp_path):
         "oft": ["peft-oft"],
         "tlora": ["full-diff", "merged"],
     }
-    held("smollm2", every, tmp_path, fetch=True)
+    held("smollm2", every, tmp_path, fetch=True, most=1e-5)  # fp32 of 30 layers: see docs/export.md
 
 
 @pytest.mark.parametrize(

@@ -408,6 +408,14 @@ def test_a_merged_model_is_plain_and_answers_the_same(folder, tmp_path, capsys, 
     assert status == 2 and "--overwrite" in err
 
 
+@pytest.mark.parametrize("to, file", [("gguf", "lora.gguf"), ("mlx", "adapters.safetensors")])
+def test_a_language_models_adapter_goes_to_llama_cpp_and_mlx(folder, tmp_path, capsys, to, file) -> None:
+    status, out, err = call(capsys, "export", folder("chat"), "--to", to, "--out", tmp_path / "lora")
+    assert status == 0, err
+    assert file in out and "times as much" in out and (tmp_path / "lora" / file).is_file()
+    assert "gguf, mlx" in call(capsys, "inspect", folder("chat"))[1]
+
+
 @pytest.mark.parametrize("kind", ["image", "chat"])
 def test_a_transform_of_images_and_conversations_is_cut_and_judged_on_their_data(
     folder, tmp_path, capsys, kind
