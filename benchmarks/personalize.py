@@ -2,6 +2,8 @@
 
     python -m benchmarks.personalize --stage tune   (learning rates: the same small grid for every method, other people)
     python -m benchmarks.personalize                (8 people x 3 seeds x methods; resumable, a file a cell in work/)
+    python -m benchmarks.personalize --rates package   (no tuning: the package's own learning rates)
+    python -m benchmarks.personalize --stage report    (of the people and seeds that all methods have done so far)
     python -m benchmarks.personalize_flow           (the same on the embedded flow base)
 
 Every method sees the same pictures, noise, timesteps and number of steps, and draws the same scenes from the same
@@ -49,6 +51,7 @@ GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 t
     "peft LoRA": (3e-3, 1e-2, 3e-2),
     "peft OFT": (3e-3, 1e-2, 3e-2),
 }
+RATES = ("tuned", "package")
 
 
 class Bench:
@@ -120,14 +123,20 @@ def config_of(method: str, seed: int, targets: list[str]) -> Any:
     return smidgen.config(name, target_modules=targets, seed=seed, **options)
 
 
-def plan(base: str, stage: str) -> list[tuple[str, float, int, int]]:
-    """All cells of a stage as (method, rate, person, seed), people outermost: early results cover all methods."""
+def methods_on(base: str) -> list[str]:
+    """Those that are run: peft's LoRA ends where ours does on the UNet, and is left out elsewhere."""
+    return [method for method in METHODS if base == "embedded" or method != "peft LoRA"]
+
+
+def plan(base: str, stage: str, rates: str = "tuned") -> list[tuple[str, float, int, int]]:
+    """All cells of a stage as (method, rate, person, seed), seeds outermost, then people: early results cover all methods."""
+    methods = methods_on(base)
     if stage == "tune":
         people = range(100, 100 + TUNING)
-        return [(m, rate, person, 0) for person in people for m in METHODS for rate in GRIDS[m]]
-    rates = chosen_rates(base)
+        return [(m, rate, person, 0) for person in people for m in methods for rate in GRIDS[m]]
+    found = chosen_rates(base, rates)
     pairs = [(person, seed) for seed in range(SEEDS) for person in range(SUBJECTS)]
-    return [(m, rates.get(m, 0.0), person, seed) for person, seed in pairs for m in ("base", *METHODS)]
+    return [(m, found.get(m, 0.0), person, seed) for person, seed in pairs for m in ("base", *methods)]
 
 
 def path_of(base: str, stage: str, cell: tuple[str, float, int, int]) -> Path:
@@ -137,9 +146,9 @@ def path_of(base: str, stage: str, cell: tuple[str, float, int, int]) -> Path:
     )
 
 
-def work(base: str, stage: str, worker: int, workers: int) -> None:
+def work(base: str, stage: str, rates: str, worker: int, workers: int) -> None:
     """Do this worker's share of the cells that are not done."""
-    mine = plan(base, stage)[worker::workers]
+    mine = plan(base, stage, rates)[worker::workers]
     bench = None
     for cell in mine:
         path = path_of(base, stage, cell)
@@ -152,20 +161,13 @@ def work(base: str, stage: str, worker: int, workers: int) -> None:
         print(f"{cell}: identity {figures['identity']:.3f} captions {figures['caption']:.3f}", flush=True)
 
 
-def run_workers(base: str, stage: str, workers: int) -> None:
+def run_workers(base: str, stage: str, rates: str, workers: int) -> None:
     """One process a core."""
+    if workers == 1:
+        return work(base, stage, rates, 0, 1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.personalize",
-        "--base",
-        base,
-        "--stage",
-        stage,
-        "--workers",
-        str(workers),
-    ]
+    options = {"--base": base, "--stage": stage, "--rates": rates, "--workers": str(workers)}
+    command = [sys.executable, "-m", "benchmarks.personalize", *(word for pair in options.items() for word in pair)]
     running = [
         subprocess.Popen([*command, "--worker", str(number)], env=environment, cwd=ROOT) for number in range(workers)
     ]
@@ -173,8 +175,15 @@ def run_workers(base: str, stage: str, workers: int) -> None:
         raise SystemExit("a worker failed; run the same command again to go on")
 
 
-def chosen_rates(base: str) -> dict[str, float]:
-    """For each method the rate of its grid with the best mean of identity and caption score on the tuning people."""
+def chosen_rates(base: str, rates: str = "tuned") -> dict[str, float]:
+    """For each method the rate of its grid with the best mean of identity and caption score on the tuning people, or the one that
+    the package trains it with."""
+    if rates == "package":
+        from smidgen.adapters.methods import learning_rates
+        from smidgen.bases.families import learning_kind
+
+        ours = {m: METHODS[m][0].removeprefix("peft.").removesuffix("Config").lower() for m in methods_on(base)}
+        return {method: learning_rates(name, learning_kind(base)).residual for method, name in ours.items()}
     scores: dict[tuple[str, float], list[float]] = {}
     for cell in plan(base, "tune"):
         path = path_of(base, "tune", cell)
@@ -184,21 +193,21 @@ def chosen_rates(base: str) -> dict[str, float]:
             )
         found = json.loads(path.read_text())
         scores.setdefault(cell[:2], []).append((found["identity"] + found["caption"]) / 2)
-    return {m: max(GRIDS[m], key=lambda rate: np.mean(scores[m, rate])) for m in METHODS}
+    return {m: max(GRIDS[m], key=lambda rate: np.mean(scores[m, rate])) for m in methods_on(base)}
 
 
-def finished_seeds(base: str) -> list[int]:
-    """Seeds of which every cell is done; a report may be made before the last one is."""
-    cells = plan(base, "run")
-    return [seed for seed in range(SEEDS) if all(path_of(base, "run", c).exists() for c in cells if c[3] == seed)]
+def finished(base: str, rates: str) -> list[tuple[int, int]]:
+    """(person, seed) of which every method is done; a report may be made before the last one is."""
+    missing = {cell[2:] for cell in plan(base, "run", rates) if not path_of(base, "run", cell).exists()}
+    return [(person, seed) for seed in range(SEEDS) for person in range(SUBJECTS) if (person, seed) not in missing]
 
 
-def table(base: str) -> dict[str, dict[str, np.ndarray]]:
-    """method -> figure -> [person], averaged over the finished seeds."""
+def table(base: str, rates: str) -> dict[str, dict[str, np.ndarray]]:
+    """method -> figure -> [person], averaged over each person's finished seeds."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
-    seeds = finished_seeds(base)
-    for method, rate, person, seed in plan(base, "run"):
-        if seed in seeds:
+    done = finished(base, rates)
+    for method, rate, person, seed in plan(base, "run", rates):
+        if (person, seed) in done:
             figures = json.loads(path_of(base, "run", (method, rate, person, seed)).read_text())
             for name, value in figures.items():
                 found.setdefault(method, {}).setdefault(name, {}).setdefault(person, []).append(value)
@@ -214,12 +223,20 @@ def interval(values: np.ndarray, draws: int = 10_000) -> list[float]:
     return [float(q) for q in np.quantile(values[picks].mean(axis=1), (0.025, 0.975))]
 
 
-def report(base: str) -> None:
+def report(base: str, chosen: str) -> None:
     """Results, page and plot of a base."""
     from benchmarks._harness import write_result
 
-    found, rates, name = table(base), chosen_rates(base), RESULTS[base]
-    figures: dict[str, Any] = {"people": SUBJECTS, "seeds": len(finished_seeds(base)), "steps": STEPS, "batch": BATCH}
+    done = finished(base, chosen)
+    if not done:
+        raise SystemExit("no person is done with every method yet; run the same command again to go on")
+    found, rates, name = table(base, chosen), chosen_rates(base, chosen), RESULTS[base]
+    figures: dict[str, Any] = {
+        "people": len({person for person, _ in done}),
+        "runs": len(done),
+        "steps": STEPS,
+        "batch": BATCH,
+    }
     for method, values in found.items():
         key = method.replace(" ", "_").lower()
         for score in ("identity", "caption", "traits"):
@@ -228,14 +245,14 @@ def report(base: str) -> None:
         if method in rates:
             figures |= {f"{key}_{name}": float(values[name].mean()) for name in ("numbers", "bytes", "cpu_seconds")}
             figures[f"{key}_learning_rate"] = rates[method]
-    write_result(name, figures, f"python -m benchmarks.{name}")
+    write_result(name, figures, f"python -m benchmarks.{name}" + ("" if chosen == "tuned" else f" --rates {chosen}"))
     folder = ROOT / "docs" / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(_page(base, figures, list(found)))
+    (folder / f"{name}.md").write_text(_page(base, figures, list(found), chosen))
     _plot(figures, list(rates), folder / f"{name}.png")
 
 
-def _page(base: str, figures: dict[str, Any], methods: list[str]) -> str:
+def _page(base: str, figures: dict[str, Any], methods: list[str], chosen: str) -> str:
     from smidgen.tasks import cards
 
     def score(key: str, name: str) -> str:
@@ -252,35 +269,65 @@ def _page(base: str, figures: dict[str, Any], methods: list[str]) -> str:
         rate = f"{figures[f'{key}_learning_rate']:g}" if f"{key}_learning_rate" in figures else "-"
         rows.append([method, *sizes, *scores, rate])
     head = ["method", "trained numbers", "bytes on disk", "identity", "traits", "captions", "learning rate"]
+    tuned = f"rates were chosen from three values each on {TUNING} other people"
+    rates = tuned if chosen == "tuned" else "rates are the package's own for its embedded bases, not tuned on this one"
     return f"""# Personalisation on the base `{base}`, by method and bytes
 
-{SUBJECTS} people the base has never seen, {figures["seeds"]} seeds each; {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
-Every method saw the same pictures, noise and steps; rates were chosen from three values each on {TUNING} other people.
+{figures["people"]} people the base has never seen, {figures["runs"]} runs of each method (people x seeds); {PICTURES} pictures a person, {STEPS} steps of {BATCH}.
+Every method saw the same pictures, noise and steps; {rates}.
 Scores by the embedded base's judge (identity: 1 is the same person in another scene, 0 a stranger; traits: share of
 hair, hair colour, skin and facial hair read right; captions: share of scene attributes read right). Brackets: 95 %
 bootstrap intervals over people. `make bench NAME={RESULTS[base]}` redoes it.
 
 {cards.table(head, rows)}
 
-{_reading(figures)}
+{_reading(figures, "peft_lora" if "peft LoRA" in methods else "lora")}
 
-![identity and captions by bytes]({RESULTS[base]}.png)
+{_beside(base, figures, methods)}![identity and captions by bytes]({RESULTS[base]}.png)
 """
 
 
-def _reading(figures: dict[str, Any]) -> str:
-    """The table against peft's LoRA in sentences."""
-    lines = []
+def _reading(figures: dict[str, Any], other: str) -> str:
+    """The table against LoRA in sentences."""
+    lines, name = [], other.replace("_", " ").replace("peft lora", "peft's LoRA").replace("lora", "LoRA")
     for key in ("svfit", "loldu", "tlora"):
-        share = figures[f"{key}_bytes"] / figures["peft_lora_bytes"]
-        behind = figures["peft_lora_identity"] - figures[f"{key}_identity"]
+        share = figures[f"{key}_bytes"] / figures[f"{other}_bytes"]
+        behind = figures[f"{other}_identity"] - figures[f"{key}_identity"]
         verdict = f"{behind:.2f} less identity than" if behind > 0 else f"{-behind:.2f} more identity than"
-        drift = figures[f"{key}_caption"] - figures["peft_lora_caption"]
-        lines.append(f"- {key}: {verdict} peft's LoRA with {share:.0%} of its bytes; captions {drift:+.3f}.")
+        drift = figures[f"{key}_caption"] - figures[f"{other}_caption"]
+        lines.append(f"- {key}: {verdict} {name} with {share:.0%} of its bytes; captions {drift:+.3f}.")
     return (
         "\n".join(lines)
         + "\n\nBytes count both files; the config with its base lock is about 1 kB of each (bytes were counted again after the config became smaller)."
     )
+
+
+def _beside(base: str, figures: dict[str, Any], methods: list[str]) -> str:
+    """What the same methods reached on the UNet base, where its results are."""
+    from benchmarks._harness import RESULTS as folder
+    from smidgen.tasks import cards
+
+    path = folder / f"{RESULTS['embedded']}.json"
+    if base == "embedded" or not path.exists():
+        return ""
+    other, rows = json.loads(path.read_text())["figures"], []
+    for method in methods:
+        key = method.replace(" ", "_").lower()
+        cells = [
+            f"{own[f'{key}_{name}']:.2f}" if f"{key}_{name}" in own else "-"
+            for name in ("identity", "caption", "cpu_seconds")
+            for own in (figures, other)
+        ]
+        rows.append([method, *cells])
+    head = [
+        "method",
+        *(f"{what}, {on}" for what in ("identity", "captions", "processor seconds") for on in ("flow", "UNet")),
+    ]
+    return f"""Beside the UNet base ({other["people"]} people, its own tuned rates, `make bench NAME=personalize`):
+
+{cards.table(head, rows)}
+
+"""
 
 
 def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
@@ -310,18 +357,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", choices=("tune", "run", "report"), default="run")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rates", choices=RATES, default="tuned")
     options = parser.parse_args(arguments)
-    base, stage = options.base, options.stage
+    base, stage, rates = options.base, options.stage, options.rates
     if options.worker is not None:
-        work(base, stage, options.worker, options.workers)
+        work(base, stage, rates, options.worker, options.workers)
         return 0
-    if stage == "run" and not all(path_of(base, "tune", cell).exists() for cell in plan(base, "tune")):
-        run_workers(base, "tune", options.workers)
+    tuned = rates == "package" or all(path_of(base, "tune", cell).exists() for cell in plan(base, "tune"))
+    if stage == "run" and not tuned:
+        run_workers(base, "tune", rates, options.workers)
     if stage != "report":
-        run_workers(base, stage, options.workers)
+        run_workers(base, stage, rates, options.workers)
     if stage != "tune":
-        report(base)
-    print(chosen_rates(base))
+        report(base, rates)
+    print(chosen_rates(base, rates))
     return 0
 
 

@@ -213,8 +213,10 @@ class PipelineBase:
         )
 
     def latent_masks(self, masks: Tensor) -> Tensor:
-        height, width = (side // self.factor for side in masks.shape[-2:])
-        return nn.functional.interpolate(masks, (height, width), mode="area")
+        size = [side // self.factor for side in masks.shape[-2:]]
+        least = -nn.functional.adaptive_max_pool2d(-masks, size)
+        anything = least.amax(dim=(1, 2, 3), keepdim=True) > 0
+        return torch.where(anything, least, nn.functional.interpolate(masks, size, mode="area"))
 
     def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: Size) -> Prompts:
         return prompts

@@ -164,7 +164,8 @@ class ImageBase(Protocol):
         their names in the pipeline. Raises ConfigError for a family whose text encoders are too large."""
 
     def latent_masks(self, masks: Tensor) -> Tensor:
-        """Masks of pixels [n, 1, height, width] -> of latents [n, ...], to be multiplied with them: the mean over each one's pixels."""
+        """Masks of pixels [n, 1, height, width] -> of latents [n, ...], to be multiplied with them: each as its pixel that
+        counts least, since a latent across the outline also holds what is masked out; by the mean where a mask is narrower than that."""
 
     def sized(self, prompts: Prompts, sizes: Sequence[tuple[int, int]], target: Size) -> Prompts:
         """Prompts that also tell the (width, height) that each image had before it was brought to ``target``, for families that

@@ -68,6 +68,8 @@ def test_a_pipelines_folder_is_planned_from_its_configs_alone(family, tmp_path):
     plan = make_plan(replace(SMALL, base=str(folder), data=Data(train_batch_size=2, resolution=64)), measured=False)
     assert plan.shapes.family == family and plan.trained > 0 and not plan.card
     assert all(stack.touched for stack in plan.covered.stacks if "block" in stack.name)
+    model = plan.shapes.base().model  # SD3's grid of positions is no parameter
+    assert plan.training["denoiser"] == sum(4 * t.numel() for t in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.slow
@@ -127,6 +129,15 @@ def test_trained_text_encoders_are_counted(tmp_path):
     assert both.step.training > plain.step.training and both.step.bytes > plain.step.bytes
     with pytest.raises(ConfigError, match="whose text encoders are encoded with once"):
         make_plan(replace(FLUX, adapter=live.adapter), measured=False)
+
+
+def test_kept_answers_are_rows_too():
+    plain, kept = (
+        make_plan(replace(SMALL, data=Data(train_batch_size=2, preservation=way)), measured=False)
+        for way in (None, "blank")
+    )
+    assert kept.step.forward == 3 * plain.step.forward and kept.step.training == 2 * plain.step.training
+    assert 1.5 < kept.step.bytes / plain.step.bytes <= 2
 
 
 def test_epochs_are_steps_as_the_run_counts_them(tmp_path):

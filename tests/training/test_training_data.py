@@ -211,6 +211,14 @@ def test_the_loss_of_a_masked_picture_keeps_its_scale(sd, tmp_path):
     assert weights(torch.rand(3, 1, 4, 4), 0.2).mean((1, 2, 3)).sub(1).abs().max() < 1e-6
 
 
+def test_a_latent_across_the_outline_is_not_learnt(sd):
+    base = families.load_base(str(sd))
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[0, ..., :5], masks[1, ..., 4] = 1, 1  # the second is narrower than a latent, of two pixels
+    wide, narrow = base.latent_masks(masks)[:, 0, 0]
+    assert wide.tolist() == [1.0] * 2 + [0.0] * 6 and narrow.tolist() == [0.0] * 2 + [0.5] + [0.0] * 5
+
+
 def test_a_mask_is_cropped_as_its_picture_is(tmp_path):
     left = half(tmp_path / "m.png", (40, 20))
     assert fitted_mask(left, False, (40, 20), 8)[0, 0].tolist() == [1.0] * 4 + [0.0] * 4

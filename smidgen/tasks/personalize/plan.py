@@ -141,7 +141,7 @@ def make_plan(config: PersonalizeConfig, card: bool | None = None, measured: boo
     here = bool(shapes.folder)
     steps, pictures = _amount(config, shapes)
     card = (not here or default_device().type != "cpu") if card is None else card
-    counted = _counted(shapes, _decisive(config))
+    counted = _counted(shapes, config)
     small = here and counted.parameters < SMALL and measured and not card
     return replace(
         _plan(config, shapes, counted, pictures, steps), card=card,
@@ -159,6 +159,7 @@ class _Counted:
     trained: int
     parameters: int
     linear: int  # parameters of layers that are quantised
+    buffers: int  # bytes of what the denoiser holds besides parameters (SD3: its grid of positions)
     frozen: int  # bytes that an adapter keeps besides what it trains
     covered: Coverage
     step: Cost
@@ -169,12 +170,9 @@ class _Counted:
 
 
 def _decisive(config: PersonalizeConfig) -> PersonalizeConfig:
-    """``config`` without what no count depends on, so that a count is made once."""
+    """``config`` without what no count of given rows depends on, so that a count is made once."""
     train = replace(type(config.train)(), mixed_precision=config.train.mixed_precision)
-    data = type(config.data)(
-        resolution=config.data.largest, train_batch_size=config.data.train_batch_size,
-        with_prior_preservation=config.data.with_prior_preservation,
-    )  # fmt: skip
+    data = type(config.data)(resolution=config.data.largest)
     return type(config)(
         data,
         config.adapter,
@@ -211,7 +209,8 @@ def _counted_rows(model: nn.Module, rows: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _count(config: PersonalizeConfig) -> _Counted:
+def _count(config: PersonalizeConfig, rows: int) -> _Counted:
+    """The count of ``rows`` images."""
     shapes, precision = shapes_of(config.base, config.base_config), DTYPES[config.train.mixed_precision]
     base = shapes.base()
     size = config.data.largest or shapes.pixels or base.resolution
@@ -219,8 +218,8 @@ def _count(config: PersonalizeConfig) -> _Counted:
     nn.Module.to(model, precision).train()  # diffusers would speak of layers kept in fp32
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     parameters = _numbers(model)
-    rows = _rows(config)
     before = _bytes(model)
+    buffers = before - sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing(checkpointed(precision))
     targets = list(config.adapter.target_modules or base.targets)
@@ -241,7 +240,7 @@ def _count(config: PersonalizeConfig) -> _Counted:
         more, beside, texts = _text_adapters(config, shapes, base, rows)
         trained, frozen = trained + more, frozen + beside
     return _Counted(
-        size, trained, parameters, linear, frozen, coverage(model, engine.NAME), step, texts,
+        size, trained, parameters, linear, buffers, frozen, coverage(model, engine.NAME), step, texts,
         batch["latents"][0].numel(), prompt, getattr(base, "waits", False),
     )  # fmt: skip
 
@@ -275,17 +274,20 @@ def _text_adapters(config: PersonalizeConfig, shapes: Shapes, base: ImageBase, r
 
 
 def _counted(shapes: Shapes, config: PersonalizeConfig) -> _Counted:
-    """The count; of a published base that of one image, which serves for batches of all sizes."""
-    if shapes.folder:
-        return _count(config)
-    found = _count(replace(config, data=replace(config.data, train_batch_size=1, with_prior_preservation=False)))
+    """The count of a run's rows; of a published base that of one image, which serves for batches of all sizes."""
     rows = _rows(config)
-    return replace(found, step=_times(found.step, rows, 1), texts=_times(found.texts, rows, 1))
+    counted = rows if shapes.folder else 1
+    found = _count(_decisive(config), counted)
+    step, texts = _times(found.step, rows, counted), _times(found.texts, rows, counted)
+    if config.data.preservation:  # these rows are also answered by the base, without gradients
+        step = replace(step, forward=step.forward + step.forward * config.data.train_batch_size // rows)
+    return replace(found, step=step, texts=texts)
 
 
 def _rows(config: PersonalizeConfig) -> int:
+    """Images of a batch, those of the class and the subject's once more, whose answers are kept, with them."""
     rows = config.data.train_batch_size
-    return rows + max(1, rows // 2) * config.data.with_prior_preservation
+    return rows * (1 + bool(config.data.preservation)) + max(1, rows // 2) * config.data.with_prior_preservation
 
 
 def _times(step: Cost, rows: int, counted: int) -> Cost:
@@ -348,7 +350,7 @@ def _plan(config: PersonalizeConfig, shapes: Shapes, found: _Counted, pictures: 
     shown = found.resolution if asked is None else parse_shape(asked, _grid(config.base, config.base_config)[1])
     width, ends = precision.itemsize, _ends(config.base, config.base_config, found.resolution, shown, precision)
     bits = BITS.get(config.quantize or "", 8 * width)
-    denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width}
+    denoiser = {"denoiser": found.linear * bits / 8 + (found.parameters - found.linear) * width + found.buffers}
     vae, texts = {"VAE": 4.0 * ends.vae}, {"text encoders": width * float(sum(shapes.texts.values()))}
     caches = {"latents and prompts": pictures * (8.0 * found.latent + width * found.prompt)}
     adapter = {"adapter's frozen factors": float(found.frozen), "adapter and optimizer": 12.0 * found.trained}
@@ -450,8 +452,9 @@ def seconds(config: PersonalizeConfig) -> float:
     encoded = Encoded(latents, torch.zeros_like(latents), prompts, ("one", "two"))
     prior = encoded if config.data.with_prior_preservation else None
     task = _Timed(
-        encoded, base, rows, prior=prior, prior_batch_size=max(1, rows // 2), snr_gamma=config.adapter.snr_gamma
-    )
+        encoded, base, rows, prior=prior, prior_batch_size=max(1, rows // 2), snr_gamma=config.adapter.snr_gamma,
+        preserved=prompts if config.data.preservation else None,
+    )  # fmt: skip
     if config.gradient_checkpointing:
         base.model.enable_gradient_checkpointing()
     targets = list(config.adapter.target_modules or base.targets)
