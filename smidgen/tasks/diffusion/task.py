@@ -104,7 +104,7 @@ def encode_examples(
     pictures: Sequence[Picture],
     captions: Sequence[str],
     target: Size,
-    least: float = 0.1,
+    least: float = 0.0,
 ) -> Encoded:
     """Encode pictures and their captions with the base's VAE and text encoders, at ``target``. What their masks leave out counts ``least``."""
     parts = [  # decoded a few at a time: a thousand large pictures would not fit in memory as numbers
@@ -119,7 +119,7 @@ def encode_examples(
 
 def encode_shapes(
     base: ImageBase, pictures: Sequence[Picture], captions: Sequence[str], shapes: Mapping[tuple[int, int], Sequence[int]],
-    least: float = 0.1,
+    least: float = 0.0,
 ) -> Encoded | Buckets:  # fmt: skip
     """Encode each picture at the ``shapes``, (width, height), that hold its number; several shapes become buckets."""
     times = iter(in_proportion([pictures[number].repeats for own in shapes.values() for number in own]))

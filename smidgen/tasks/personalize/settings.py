@@ -36,7 +36,7 @@ class Data:
     masked_loss: bool = False  # learn what masks leave: masks/portrait.png or portrait_mask.png for portrait.png
     mask_folder: Path | None = None  # where the masks are, if not beside the pictures
     alpha_mask: bool = False  # learn what is opaque
-    mask_min_weight: float = 0.1  # what the rest counts beside it, 0 to 1
+    mask_min_weight: float = 0.0  # what the rest counts beside it, 0 to 1; a tenth teaches it nearly as fast
     num_train_epochs: int | None = None  # passes over the pictures, in place of max_train_steps
     subject: tuple[str, ...] = ()  # folders and their words, such as ann=sks "rex=ohwx dog"; in place of a folder
     subjects: Path | None = None  # YAML list of folders, each with its own words and more; in place of a folder
