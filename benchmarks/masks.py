@@ -133,7 +133,7 @@ def sheet() -> None:
     rows = [Row(way.replace("_", " "), unstrip(CELLS / f"{way}-0.png")) for way in WAYS]
     half = SCENES // 2
     columns = ["no background asked"] * half + ["another asked"] * half
-    contact_sheet("One person, photographed before one wall", [Row("", []), *rows], columns).save(SHEET, optimize=True)
+    contact_sheet("One person, photographed before one wall", rows, columns).save(SHEET, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -173,7 +173,7 @@ def sheet(words: Sequence[str], ways: Sequence[str]) -> None:
     rows = [Row(way, unstrip(CELLS / f"{word}-{way}-0.png"), word) for word in words for way in ways]
     half, title = SCENES // 2, "One person, taught under a word, and the class"
     columns = ["the class"] * half + ["the subject"] * half
-    contact_sheet(title, [Row("", []), *rows], columns).save(SHEET, optimize=True)
+    contact_sheet(title, rows, columns).save(SHEET, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
