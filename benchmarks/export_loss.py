@@ -236,7 +236,8 @@ def _cut(kind: str, method: str, seed: int, way: str) -> Any:
     own = _opened(kind, method, seed)
     if way not in _open:
         calibration = own.weighing.run if way == "weighted" else None
-        _open[way] = Truncation(own.model, own.judged.run, calibration=calibration, search=own.judged.few)
+        options: dict[str, Any] = {"search": own.judged.few, "groups": own.judged.groups}
+        _open[way] = Truncation(own.model, own.judged.run, calibration=calibration, **options)
     return _open[way]
 
 

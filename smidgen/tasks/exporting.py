@@ -120,7 +120,7 @@ def _truncated(loaded: Any, origin: Origin, base: str, to: str, cut: Cut, allow_
     options: dict[str, Any] = {"rank": cut.rank, "max_error": cut.max_error, "max_loss": cut.max_loss}
     if weighing is not None:
         options |= {"calibration": weighing.run, "weighted_by": weighing.words}
-    options |= {"search": judged.few, "judged_on": judged.words}
+    options |= {"search": judged.few, "groups": judged.groups, "judged_on": judged.words}
     return truncate(model, judged.run, allow_loss=allow_loss, **options)
 
 

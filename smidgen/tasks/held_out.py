@@ -28,7 +28,7 @@ from smidgen.training.randomness import derive, stream
 from smidgen.training.settings import load_yaml
 from smidgen.training.truncation import Run
 
-SCENES, ROWS = 32, 256  # prompts that are drawn to judge by, and noisy latents of them
+SCENES, ROWS = 64, 256  # prompts that are drawn to judge by, and noisy latents of them
 FEW_SCENES, FEW = 8, 64  # the same to weigh with; so many rows of those to judge by are searched by
 FEW_READ = 256  # rows of data to weigh with, and of those to judge by to search by
 # settings, what prepares them, and rows to judge by: as many as take seconds
@@ -41,11 +41,12 @@ RECIPES: dict[str, tuple[type[Any], Callable[[Any], Prepared], int]] = {
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Passes over rows, words for them, and passes over some of the rows, to search by."""
+    """Passes over rows, words for them, passes over some of the rows, to search by, and how many sources take turns in them."""
 
     run: Run
     words: str
     few: Run
+    groups: int | None = None
 
 
 def image_rows(base: ImageBase, folder: Path, pictures: str | None, weighs: bool) -> tuple[HeldOut, HeldOut | None]:
@@ -118,7 +119,7 @@ def noisy_latents(base: ImageBase, prompts: Sequence[str], latents: Tensor, seed
             found.append(base.predict(base.model, *given).float().cpu())
         return found
 
-    return HeldOut(run, f"{count} noisy latents of {len(prompts)} prompts", lambda: run(FEW))
+    return HeldOut(run, f"{count} noisy latents of {len(prompts)} prompts", lambda: run(FEW), len(prompts))
 
 
 def drawn_latents(base: ImageBase, prompts: Sequence[str], seed: int, copies: int) -> Tensor:

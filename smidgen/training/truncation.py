@@ -191,6 +191,7 @@ def truncate(
     max_loss: float | None = None,
     calibration: Run | None = None,
     search: Run | None = None,
+    groups: int | None = None,
     allow_loss: bool = False,
     judged_on: str = "held-out inputs",
     weighted_by: str = "calibration rows",
@@ -207,6 +208,7 @@ def truncate(
         max_loss: of "auto", 0.05 unless given.
         calibration: runs the model on other rows, whose activations weigh what is kept.
         search: runs it on a few such rows, by which "auto" looks for the rank that ``held_out`` then judges; all by default.
+        groups: so many sources (prompts) take turns in the rows of ``held_out``; the interval counts each once. Every row by default.
         allow_loss: make it whatever it loses.
         judged_on, weighted_by: words for the two kinds of rows.
 
@@ -229,6 +231,7 @@ def truncate(
         "most": most,
         "calibration": calibration,
         "search": search,
+        "groups": groups,
         "judged_on": judged_on,
         "weighted_by": weighted_by,
     }
@@ -261,6 +264,7 @@ class Truncation:
         most: int = MOST_RANK,
         calibration: Run | None = None,
         search: Run | None = None,
+        groups: int | None = None,
         judged_on: str = "held-out inputs",
         weighted_by: str = "calibration rows",
     ) -> None:
@@ -268,7 +272,7 @@ class Truncation:
         self.layers, self._modules = _layers(model, adapter_name), list(parts(model).values())
         with passes.at_rest(self._modules):
             inputs = {} if calibration is None else layer_inputs(self.layers, calibration)
-            self._judge = _Judge(held_out, self.layers, adapter_name)
+            self._judge = _Judge(held_out, self.layers, adapter_name, groups)
             self._few = self._judge if search is None else _Judge(search, self.layers, adapter_name)
             self._rows = layer_inputs(self.layers, self._few.run)
         if not min(float(judge.effects.sum()) for judge in (self._judge, self._few)) > 0:
@@ -287,7 +291,7 @@ class Truncation:
         chosen = tuple(ranks[name] for name in self.cuts)
         if chosen not in judge.known:
             with passes.at_rest(self._modules), standing_in(self.layers, self.factors(ranks)):
-                judge.known[chosen] = ratio(passes.row_gaps(passes.numbers(judge.run()), judge.adapted), judge.effects)
+                judge.known[chosen] = ratio(judge.gaps(passes.numbers(judge.run())), judge.effects)
         return judge.known[chosen]
 
     def at(self, ranks: Mapping[str, int]) -> Truncated:
@@ -326,13 +330,18 @@ class Truncation:
 
 
 class _Judge:
-    """Rows to judge by: the adapted model's answers to them, and the squared effect [rows] of the adapter on each."""
+    """Rows to judge by: the adapted model's answers to them, and the squared effect of the adapter on each row or group."""
 
-    def __init__(self, run: Run, layers: Layers, adapter_name: str) -> None:
-        self.run, self.adapted = run, passes.numbers(run())
+    def __init__(self, run: Run, layers: Layers, adapter_name: str, groups: int | None = None) -> None:
+        self.run, self.adapted, self.groups = run, passes.numbers(run()), groups
         self.known: dict[tuple[int, ...], tuple[float, tuple[float, float]]] = {}  # losses by the layers' ranks
         with passes.silent(layers.values(), adapter_name):
-            self.effects = passes.row_gaps(self.adapted, passes.numbers(run()))
+            self.effects = self.gaps(passes.numbers(run()))
+
+    def gaps(self, answers: list[Tensor]) -> Tensor:
+        """Squared differences from the adapted model's answers [rows, or groups]."""
+        rows = passes.row_gaps(answers, self.adapted)
+        return rows if self.groups is None or len(rows) % self.groups else rows.reshape(-1, self.groups).sum(0)
 
 
 def ratio(errors: Tensor, effects: Tensor) -> tuple[float, tuple[float, float]]:

@@ -168,6 +168,20 @@ def test_the_interval_holds_what_more_rows_say() -> None:
     assert truncation.ratio(torch.ones(1), torch.ones(1)) == (1.0, (0.0, float("inf")))
 
 
+def test_rows_of_one_source_count_once() -> None:
+    """The same rows thrice tell no more than once; taken for rows of their own they would seem to."""
+    model = adapted("tlora")
+
+    def told(copies: int, groups: int | None):
+        inputs = torch.cat([rows(2, 20)] * copies)
+        return truncate(model, lambda: model(inputs), rank=4, allow_loss=True, groups=groups).loss
+
+    once, thrice, counted = told(1, None), told(3, 20), told(3, None)
+    assert thrice.end_to_end == pytest.approx(once.end_to_end, rel=1e-4)
+    assert thrice.interval == pytest.approx(once.interval, rel=1e-3)
+    assert counted.interval[1] < 0.98 * once.interval[1]
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_max_error_gives_each_layer_its_rank(weighted: bool) -> None:
     model = adapted("oft")
