@@ -57,15 +57,24 @@ MEASURES = ("identity", "caption", "rank-1", "hard set", "hair Lab", "skin Lab")
 def config_of(kind: str, given: argparse.Namespace, rounds: int) -> GeneratorConfig:
     """The preset two-stage with the benchmark's sizes."""
     preset = PRESETS["two-stage"]
-    stage = preset.shared_basis
+    stage, diffusion = preset.shared_basis, preset.two_stage.train
     assert stage is not None
+    diffusion = replace(diffusion, max_train_steps=_of(kind, given, "diffusion_steps") or diffusion.max_train_steps)
     stage = replace(
-        stage, basis=kind, rounds=rounds, people=replace(stage.people, people=given.people),
+        stage, basis=kind, rounds=rounds, people=replace(stage.people, people=_of(kind, given, "people")),
         train=replace(stage.train, max_train_steps=given.steps or stage.train.max_train_steps),
         zoo=replace(stage.zoo, max_train_steps=given.zoo_steps or stage.zoo.max_train_steps),
         round=replace(stage.round, max_train_steps=given.round_steps or stage.round.max_train_steps),
     )  # fmt: skip
-    return replace(preset, shared_basis=stage, out=given.work / kind)
+    return replace(
+        preset, shared_basis=stage, two_stage=replace(preset.two_stage, train=diffusion), out=given.work / kind
+    )
+
+
+def _of(kind: str, given: argparse.Namespace, name: str) -> Any:
+    """A flag that has one value for both kinds, or one for each."""
+    values = getattr(given, name)
+    return values and values[min(given.only.index(kind), len(values) - 1)]
 
 
 class Seconds:
@@ -86,13 +95,14 @@ class Seconds:
 
 
 def trained(given: argparse.Namespace, seconds: Seconds) -> None:
-    """Trains what is missing of both generators; they share the people."""
+    """Trains what is missing of both generators; kinds with equally many people share them."""
     for kind in given.only:
         out = given.work / kind
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "people").exists():
-            (given.work / "people").mkdir(exist_ok=True)
-            os.symlink((given.work / "people").resolve(), out / "people")
+            everybody = given.work / f"people_{_of(kind, given, 'people')}"
+            everybody.mkdir(exist_ok=True)
+            os.symlink(everybody.resolve(), out / "people")
         for number in range(1, given.rounds + 1):
             if not (out / f"round_{number}" / "zoo.safetensors").exists():
                 with seconds.of(f"{kind}, {'basis or zoo, and ' if number == 1 else ''}round {number}"):
@@ -146,7 +156,7 @@ class Alone(nn.Module):
 def own(held: Held, pipeline: AdaptedPipeline, codec: Basis | None, given: argparse.Namespace, folder: Path) -> Tensor:
     """Adapters of the held-out people, each trained alone on all their pictures for the zoo's steps: a latent of ``codec``, or a
     whole LoRA."""
-    stage = config_of("shipped", given, 1).shared_basis
+    stage = config_of(given.only[-1], given, 1).shared_basis
     assert stage is not None
     flat = [picture for pictures in held.pictures for picture in pictures]
     captions = [caption for person in held.subjects for caption in person.captions]
@@ -231,7 +241,7 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
                     held.people
                 )
             else:
-                pictures = drawn_by.draw(rows, held.scenes, batch=16)
+                pictures = drawn_by.draw(rows, held.scenes, batch=16) * (len(held.people) // len(rows))  # one for all
                 sheet(given.work / "scores" / f"{name}.png", held, pictures)
             replace_file(path, json.dumps(held.scores(pictures)))
         found[name] = json.loads(path.read_text())
@@ -258,11 +268,13 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
         assert isinstance(generator.codec, Basis)
         numbers, stage = generator.codec.numbers, config_of(kind, given, 1).shared_basis
         assert stage is not None
-        photos, _ = people_of(given.work / "people", stage.people, pipeline.base, generator.face, generator.image)
+        photos, _ = people_of(
+            given.work / kind / "people", stage.people, pipeline.base, generator.face, generator.image
+        )
         near, fitted = nearest_and_ridge(generator, folder, photos, held)
         with torch.no_grad():
             rows = {"nearest training person": numbers(near), "ridge": numbers(fitted)}
-            rows["mean"] = numbers(read_latents(folder)[1].mean(0, keepdim=True)).repeat(len(held.people), 1)
+            rows["mean"] = numbers(read_latents(folder)[1].mean(0, keepdim=True))
         for name, value in rows.items():
             score(f"{kind}, {name}", lambda value=value: value)
         score(
@@ -303,17 +315,48 @@ def table(found: dict[str, dict[str, list[float]]], seconds: dict[str, float], g
             bracket = f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if measure == "identity" else ""
             cells.append(f"{interval.mean:.{digits}f}{bracket}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    people = ", ".join(f"{kind} {_of(kind, given, 'people')}" for kind in given.only)
     told = "; ".join(f"{stage} {round(value)}" for stage, value in seconds.items())
     return "\n".join(lines) + (
-        f"\n\n{given.held_out} held-out people, one photo each, three scenes of 10 steps at guidance 3; {given.people} training people. "
+        f"\n\n{given.held_out} held-out people, one photo each, three scenes of 10 steps at guidance 3; training people: "
+        f"{people}. "
         f"Brackets: 95 % bootstrap over people. Processor seconds: {told}."
     )
+
+
+def write(
+    given: argparse.Namespace, found: dict[str, dict[str, list[float]]], noise: dict[str, list[float]], held: Held,
+    seconds: Seconds,
+) -> None:  # fmt: skip
+    """The figures, and the page's tables."""
+    figures: dict[str, Any] = {"held_out": given.held_out}
+    figures |= {f"{kind}: people": _of(kind, given, "people") for kind in given.only}
+    for name, scores in found.items():
+        for measure, values in scores.items():
+            interval = bootstrap([value for value in values if value == value])
+            figures[f"{name}: {measure}"] = round(interval.mean, 4)
+            if interval.low is not None and interval.high is not None:
+                figures[f"{name}: {measure} interval"] = [round(interval.low, 4), round(interval.high, 4)]
+    for name, values in noise.items():
+        figures |= {f"loss at quantile {q:g}: {name}": round(v, 4) for q, v in zip(QUANTILES, values, strict=True)}
+    for kind in given.only:
+        for name, value in spread(load_generator(given.work / kind / f"round_{given.rounds}"), held).items():
+            figures[f"{kind}: spread of {name}"] = value
+    figures |= {f"seconds: {stage}": round(value, 1) for stage, value in seconds.known.items()}
+    write_result("two_stage", figures, "python -m benchmarks.two_stage " + " ".join(sys.argv[1:]))
+    head = "| quantile | " + " | ".join(f"{q:g}" for q in QUANTILES) + " |\n" + "|---" * (1 + len(QUANTILES)) + "|\n"
+    lines = ["| " + " | ".join([name, *(f"{v:.3f}" for v in values)]) + " |" for name, values in noise.items()]
+    between(PAGE, "two_stage_noise", head + "\n".join(lines))
+    between(PAGE, "two_stage", table(found, seconds.known, given))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("work/two_stage"))
-    parser.add_argument("--people", type=int, default=1000)
+    parser.add_argument(
+        "--people", type=int, nargs="+", default=[1000], help="to train on; of each of --only, or of all"
+    )
+    parser.add_argument("--diffusion-steps", type=int, nargs="+", help="of a diffusion; of each of --only, or of all")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of the learnt basis; the preset's when left out")
@@ -333,26 +376,8 @@ def main() -> None:
     held = Held(given.work / "held_out", given.held_out, pipeline.base)
     noise = losses_by_noise(held, pipeline, load_generator())
     found = scored(given, pipeline, held)
-    if given.no_write:
-        return
-    figures: dict[str, Any] = {"held_out": given.held_out, "people": given.people}
-    for name, scores in found.items():
-        for measure, values in scores.items():
-            interval = bootstrap([value for value in values if value == value])
-            figures[f"{name}: {measure}"] = round(interval.mean, 4)
-            if interval.low is not None and interval.high is not None:
-                figures[f"{name}: {measure} interval"] = [round(interval.low, 4), round(interval.high, 4)]
-    for name, values in noise.items():
-        figures |= {f"loss at quantile {q:g}: {name}": round(v, 4) for q, v in zip(QUANTILES, values, strict=True)}
-    for kind in given.only:
-        for name, value in spread(load_generator(given.work / kind / f"round_{given.rounds}"), held).items():
-            figures[f"{kind}: spread of {name}"] = value
-    figures |= {f"seconds: {stage}": round(value, 1) for stage, value in seconds.known.items()}
-    write_result("two_stage", figures, "python -m benchmarks.two_stage " + " ".join(sys.argv[1:]))
-    head = "| quantile | " + " | ".join(f"{q:g}" for q in QUANTILES) + " |\n" + "|---" * (1 + len(QUANTILES)) + "|\n"
-    lines = ["| " + " | ".join([name, *(f"{v:.3f}" for v in values)]) + " |" for name, values in noise.items()]
-    between(PAGE, "two_stage_noise", head + "\n".join(lines))
-    between(PAGE, "two_stage", table(found, seconds.known, given))
+    if not given.no_write:
+        write(given, found, noise, held, seconds)
 
 
 if __name__ == "__main__":

@@ -90,13 +90,13 @@ class SharedBasis:
     zoo_pictures: int = 1  # of each person in a step of a zoo
     zoo_learning_rate: float = 0.35  # of latents, in their deviations
     zoo: LoopConfig = field(
-        default_factory=lambda: LoopConfig(max_train_steps=16, lr_warmup_steps=0, checkpointing_steps=1)
+        default_factory=lambda: LoopConfig(max_train_steps=48, lr_warmup_steps=0, checkpointing_steps=1)
     )  # in a given basis; one that is learnt brings its zoo
     rounds: int = 3  # zoos, each with its diffusion; all but the first start at what was predicted
     round_learning_rate: float = 0.13
     round_pull: float = 0.006  # weight of the mean squared distance from what was predicted
     round: LoopConfig = field(
-        default_factory=lambda: LoopConfig(max_train_steps=12, lr_warmup_steps=0, checkpointing_steps=1)
+        default_factory=lambda: LoopConfig(max_train_steps=24, lr_warmup_steps=0, checkpointing_steps=1)
     )
     snr_gamma: float | None = None  # min-SNR weighting of the base's loss; None: off
     gradient_checkpointing: bool = False  # less memory, slower steps

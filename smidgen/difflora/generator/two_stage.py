@@ -44,6 +44,7 @@ from smidgen.training.settings import to_dict
 
 Seen = tuple[PictureEncoder, PictureEncoder]  # face, image
 ROWS = 64  # adapters in memory at a time
+SAMPLES = 64  # whose mean is nobody in particular
 FIRST = 3  # pictures of each person that first tell who is who
 
 
@@ -134,7 +135,8 @@ def in_a_basis(
 
 
 def given_basis(name: str, layout: Layout) -> Basis:
-    """The basis of a generator, the shipped one or one in a folder; a latent is counted in lengths of its basis vector.
+    """The basis of a generator, the shipped one or one in a folder. Latents are counted from the mean of what it samples without a
+    photo, in lengths of their basis vectors.
 
     Raises:
         DataError, BaseLockError: it makes other adapters, or not by one matrix.
@@ -145,6 +147,7 @@ def given_basis(name: str, layout: Layout) -> Basis:
         raise DataError(f"The generator {name!r} decodes by {generator.codec.name!r}; a basis to share is one matrix.")
     codec = Basis.of(generator.codec)
     codec.numbers.requires_grad_(False)
+    codec.latent_mean = generator.latents(None, range(SAMPLES)).mean(0)
     codec.latent_width = 1 / codec.numbers.basis.norm(dim=1).clamp(min=1e-6)
     return codec
 
