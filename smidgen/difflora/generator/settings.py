@@ -78,9 +78,7 @@ class SharedBasis:
     )
     batch_size: int = 32  # people in a batch
     pictures: int = 1  # of each in a batch, while the basis is learnt
-    noise_power: float = (
-        3.0  # strong noise is shown more often, where a picture is laid out; 1: as to the base
-    )
+    noise_power: float = 3.0  # strong noise is shown more often, where a picture is laid out; 1: as to the base
     learning_rate: float = 1e-3  # of mean and basis
     latent_learning_rate: float = 5e-3  # of everybody's latents beside them
     first_spread: float = 0.3  # deviation of the latents that they start from
