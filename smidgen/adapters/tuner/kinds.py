@@ -26,7 +26,21 @@ Layer = Any  # an nn.Module, whose every attribute torch types as Tensor | Modul
 
 def laid_like(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory order of x: a base layer rounds differently for another order, and T = I must change no bit."""
-    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+    if y.stride() == x.stride():
+        return y
+    if _apart(x):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(y)
+    return torch.empty_like(x).copy_(y)
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether no two numbers of x share a place, gaps between them or not: what ``empty_like`` would close the gaps of."""
+    reach = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 class LinearKind:
