@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from smidgen.bases.embedded import wide, wide_judge
@@ -19,6 +21,23 @@ def test_what_ships_is_small_and_holds_no_pickle():
     files = [path for path in wide_judge.FOLDER.rglob("*") if path.is_file()]
     assert files and sum(path.stat().st_size for path in files) <= 2_500_000
     assert {path.suffix for path in files} == {".safetensors"}
+
+
+def test_the_autoencoder_that_ships_keeps_free_colors_of_people(tmp_path):
+    pytest.importorskip("diffusers")
+    from smidgen.lab.embedded_base import autoencoder
+    from smidgen.lab.embedded_base.config import preset
+
+    vae = autoencoder.of_world(preset("full", world="wide"), tmp_path)
+    judge, drawn = wide_judge.load_wide_judge(), _drawn(40)
+    pictures = autoencoder.to_tensor(np.stack([np.asarray(wide.render(*pair)) for pair in drawn]))
+    with torch.no_grad():
+        again = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
+    colors, k = judge.colors((again + 1) / 2)[0], wide.COLORS.index("skin")
+    wanted = [wide.colors.lab(wide.color_of(person, "skin")) for person, _ in drawn]
+    seen = [i for i, (person, scene) in enumerate(drawn) if wide.seen(person, scene)["skin"]]
+    assert np.median([np.linalg.norm(colors[i, k].numpy() - wanted[i]) for i in seen]) < 8
+    assert (-10 * ((again - pictures) / 2).square().mean((1, 2, 3)).log10()).mean() > 26
 
 
 def test_its_judge_reads_colors_of_people_and_knows_them_again():

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 from smidgen.bases.embedded import PIPELINE, embedded_base, wide, world
 from smidgen.bases.embedded.base import EmbeddedFlow, EmbeddedWide
-from smidgen.bases.embedded.layers import lay
+from smidgen.bases.embedded.layers import lay, tensors_of
 from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, flow, text
 from smidgen.lab.embedded_base.config import Budget, preset
-from smidgen.lab.embedded_base.run import Run, learning_rate
+from smidgen.lab.embedded_base.run import Muon, Run, learning_rate
 
 pytest.importorskip("dicebear")
 diffusers = pytest.importorskip("diffusers")
@@ -105,6 +105,21 @@ def test_the_learning_rate_ends_annealed_by_steps_or_by_the_clock():
     assert learning_rate(0) < learning_rate(0.03) == 1 and learning_rate(1) == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("shape", [(24, 80), (80, 24)])
+def test_muon_is_that_of_torch_in_fp32(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    for step in range(3):
+        ours.grad = theirs.grad = torch.randn(shape)
+        if not step:
+            mine = Muon([ours], lr=0.01)
+            torchs = torch.optim.Muon([theirs], lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        mine.step()
+        torchs.step()
+    assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()  # bf16's part of it
+
+
 def test_the_flow_stage_gives_a_klein_pipeline_on_the_shipped_parts(made):
     cli.run("flow", preset("debug"), *made)
     folder = made[0] / "flow"
@@ -151,5 +166,14 @@ def test_the_flow_stage_of_the_wide_world_learns_its_words_and_starts_from_what_
     assert pipe(prompt=caption, num_inference_steps=2, **EmbeddedWide.drawing).images[0].size == (64, 64)
     assert [w for w in wide.vocabulary() if len(pipe.tokenizer.tokenize(w)) != 1] == []
     assert pipe.text_encoder.dtype == torch.float32
+    drawings = autoencoder.to_tensor(draw.load(work, "test")[0][:8])
+    old, new = (vae.encode(drawings).latent_dist.mode() for vae in (base.pipe.vae, pipe.vae))
+    assert 0 < (new - old).square().mean() < 0.05 * old.var()  # latents that the transformer knows
+    written = tensors_of(out / autoencoder.WIDE.parent.name / autoencoder.WIDE.name)
+    for name, tensor in autoencoder.of_world(config, work).state_dict().items():
+        most = tensor.abs().amax(tuple(range(1, tensor.ndim)), keepdim=True) if tensor.ndim > 1 else tensor.abs() / 5
+        assert ((written[name].float() - tensor).abs() <= most / 200 + 1e-6).all(), (
+            name
+        )  # int8 by rows, vectors in fp16
     after = {name: tensor.half() for name, tensor in start.text_encoder.state_dict().items()}
     assert any(not torch.equal(after[name], tensor.half()) for name, tensor in pipe.text_encoder.state_dict().items())

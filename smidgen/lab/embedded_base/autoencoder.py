@@ -1,5 +1,7 @@
 """Stages `autoencoder`, `latents` and `decoder`: pictures <-> an 8x8 grid of latents.
 
+In the wide world the shipped autoencoder is trained on, its latents held near those of before, so that a denoiser of them can learn on.
+
 The loss is L1 on pixels plus L1 on their differences to the right and downwards (edges stay crisp), counted more where
 eyes and mouth are drawn, plus a small KL term. After the encoder is frozen the decoder trains on alone.
 """
@@ -12,19 +14,23 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from smidgen.adapters.atomic import new_file
+from smidgen.adapters.atomic import new_file, replace_file
+from smidgen.bases import embedded
 from smidgen.bases.embedded import embedded_base
+from smidgen.bases.embedded.layers import in_int8, tensors_of
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.config import Config
-from smidgen.lab.embedded_base.run import PARTS, Run
+from smidgen.lab.embedded_base.run import PARTS, Run, mixed
 
 log = logging.getLogger(__name__)
 KL_WEIGHT = 3e-4
 EDGE_WEIGHT = 1.0
 LATENT_NOISE = 0.1
+HOLD = 0.05
+WIDE = Path(embedded.__file__).parent / "wide_vae" / "autoencoder.safetensors"
 WHITENING = 0.33
 FACE = (slice(20, 46), slice(20, 44))
 FACE_WEIGHT = 1.5
@@ -47,9 +53,27 @@ def build(config: Config) -> AutoencoderKL:
     )
 
 
+def untrained(config: Config) -> AutoencoderKL:
+    """What training starts from: nothing, or in the wide world the shipped one."""
+    return shipped() if config.world == "wide" else build(config)
+
+
 def shipped() -> AutoencoderKL:
     """The autoencoder of the shipped base."""
     return AutoencoderKL.from_pretrained(embedded_base() / "vae")
+
+
+def of_world(config: Config, folder: Path) -> AutoencoderKL:
+    """What flow bases draw by: the shipped one; in the wide world that of `folder` where stage `autoencoder` has run there, else that
+    world's."""
+    checkpoint = folder / "autoencoder.safetensors"
+    if config.world != "wide":
+        return shipped()
+    if checkpoint.exists():
+        return averaged(config, checkpoint)
+    model = shipped()
+    model.load_state_dict(tensors_of(WIDE))
+    return model.eval()
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
@@ -66,19 +90,20 @@ def picture_loss(drawn: Tensor, target: Tensor) -> Tensor:
     return error.abs().mean() + EDGE_WEIGHT * 0.5 * (right.abs().mean() + down.abs().mean())
 
 
-def autoencode(config: Config, folder: Path) -> None:
-    """Train encoder and decoder together, in the wide world from the shipped ones on; the averaged weights end in
-    ``autoencoder.safetensors``."""
+def autoencode(config: Config, folder: Path, out: Path | None = None) -> None:
+    """Train encoder and decoder together; the averaged weights end in ``autoencoder.safetensors``, those of the wide world in int8
+    in ``out`` too."""
     torch.manual_seed(config.seed)
     pictures, _ = draw.load(folder, "train")
-    model, budget = build(config), config.autoencoder
-    if config.world == "wide":
-        model, budget = shipped(), config.wide_autoencoder
+    model, budget = untrained(config), config.autoencoder_budget
     run = Run(folder / "autoencoder.safetensors", model, budget)
+    held = shipped() if config.world == "wide" else None
 
     def loss(generator: torch.Generator) -> Tensor:
         target = _batch(pictures, budget.batch // PARTS, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        if held:
+            return _held_loss(model, held, target, generator)
+        with mixed():
             posterior = model.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             drawn = model.decode(posterior.mean + posterior.std * noise).sample
@@ -88,6 +113,22 @@ def autoencode(config: Config, folder: Path) -> None:
 
     run.train(loss, config.seed + 1, lambda: f"{psnr(run.average, folder, 128):.2f} dB on held-out pictures")
     log.info("autoencoder: %.2f dB on held-out pictures", psnr(run.average, folder))
+    if held and out:
+        replace_file(
+            out / WIDE.parent.name / WIDE.name,
+            save(in_int8({n: t.half() for n, t in run.average.state_dict().items()}), {"format": "pt"}),
+        )
+
+
+def _held_loss(model: AutoencoderKL, held: AutoencoderKL, target: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures from noisy latents, and how far these are from what ``held`` makes of the same pictures."""
+    with mixed():
+        latent = model.encode(target).latent_dist.mean
+        with torch.no_grad():
+            before = held.encode(target).latent_dist.mean
+        level = LATENT_NOISE * torch.rand(len(target), 1, 1, 1, generator=generator)
+        drawn = model.decode(latent + level * torch.randn(latent.shape, generator=generator)).sample
+    return picture_loss(drawn.float(), target) + HOLD * (latent.float() - before.float()).square().mean()
 
 
 def _batch(pictures: np.ndarray, n: int, generator: torch.Generator) -> Tensor:
@@ -124,7 +165,7 @@ def encode(model: AutoencoderKL, pictures: np.ndarray) -> Tensor:
     """Posterior means [n, latent_channels, 8, 8]."""
 
     def part(start: int) -> Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed():
             return model.encode(to_tensor(pictures[start : start + 32])).latent_dist.mode().float()
 
     with ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -133,7 +174,7 @@ def encode(model: AutoencoderKL, pictures: np.ndarray) -> Tensor:
 
 def averaged(config: Config, checkpoint: Path) -> AutoencoderKL:
     """The averaged autoencoder of a checkpoint."""
-    model = shipped() if config.world == "wide" else build(config)
+    model = untrained(config)
     tensors = load_file(checkpoint)
     model.load_state_dict({n.removeprefix("average."): t for n, t in tensors.items() if n.startswith("average.")})
     return model.eval()
@@ -172,7 +213,7 @@ def fine_tune_decoder(config: Config, folder: Path) -> None:
         latent = torch.from_numpy(np.array(latents[index])).float()
         level = LATENT_NOISE * torch.rand(len(index), 1, 1, 1, generator=generator)
         latent = latent + level * torch.randn(latent.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             drawn = model.decode(latent).sample
         return picture_loss(drawn.float(), to_tensor(pictures[index]))
 

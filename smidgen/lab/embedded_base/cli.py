@@ -34,7 +34,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
         "render": lambda: draw.render(config, folder),
         "judge": lambda: judge_of(config, folder, out),
         "encoders": lambda: encoders.train(config, folder, out / "encoder_weights"),
-        "autoencoder": lambda: autoencoder.autoencode(config, folder),
+        "autoencoder": lambda: autoencoder.autoencode(config, folder, out),
         "latents": lambda: autoencoder.freeze(config, folder),
         "diffusion": lambda: diffusion.train(config, folder),
         "decoder": lambda: autoencoder.fine_tune_decoder(config, folder),

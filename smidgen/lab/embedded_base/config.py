@@ -39,11 +39,11 @@ class Config:
     wide_likeness: Budget = Budget(steps=1500, batch=64, lr=2e-3)
     encoders: Budget = Budget(steps=1800, batch=64, lr=2e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
-    wide_autoencoder: Budget = Budget(minutes=45, batch=16, lr=1e-3)
+    wide_autoencoder: Budget = Budget(minutes=80, batch=16, lr=1e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
     flow: Budget = Budget(minutes=50, batch=48, lr=3e-3)
-    wide_flow: Budget = Budget(minutes=58, batch=48, lr=2e-3)
+    wide_flow: Budget = Budget(minutes=115, batch=48, lr=2e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)
@@ -51,6 +51,11 @@ class Config:
     flow_width: int = 192
     flow_blocks: tuple[int, int] = (2, 6)  # double and single ones
     workers: int = 2
+
+    @property
+    def autoencoder_budget(self) -> Budget:
+        """That of stage `autoencoder` in the world that is drawn."""
+        return self.wide_autoencoder if self.world == "wide" else self.autoencoder
 
     @property
     def flow_budget(self) -> Budget:
