@@ -89,7 +89,8 @@ def trained(method: str, head: bool, seed: int, **options: Any) -> nn.Module:
 
 def saved_adapters(root: Path, methods: Sequence[str] = METHODS) -> Iterator[tuple[Path, Path]]:
     """Folders of one config and two seeds each."""
-    variants: list[dict[str, Any]] = [{"store_dtype": "float32"}, {"store_dtype": "float16"}, {"store_factors": True}]
+    variants: list[dict[str, Any]] = [{"store_dtype": name} for name in ("float32", "float16", "int4")]
+    variants.append({"store_factors": True})
     for method in methods:
         for head in (False, True):
             for number, options in enumerate(variants):

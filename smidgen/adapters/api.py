@@ -349,7 +349,8 @@ def _fit(
         packing.check_tensor(name, tensors[name], tuple(wanted.shape), wanted.dtype, where)
     packed = {k: v for k, v in tensors.items() if k not in heads}
     unpacked = packing.unpack(packed, layout, where)
-    return {name: unpacked[called.get(name, name)] for name in chosen}, {k: tensors[k] for k in heads}
+    held = {name: tensors[name].to(wanted.dtype) for name, wanted in heads.items()}  # beside codes they are halves
+    return {name: unpacked[called.get(name, name)] for name in chosen}, held
 
 
 # ---- what a model carries --------------------------------------------------------------------------------------------

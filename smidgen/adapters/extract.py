@@ -295,7 +295,7 @@ class _Pair:
         own.canary = {"sketch": base_lock.encode(base_lock.pool(torch.stack(sketches)), "<f4")}
         if heads:
             own.canary["heads"] = base_lock.encode(base_lock.pool(head_sketches(heads)), "<f4")
-        tensors = packing.cast(packing.pack(stored), own.store_dtype)
+        tensors = packing.encode(packing.pack(stored), own.store_dtype)
         with new_files(folder) as scratch:
             api._write(own.mark_current(), tensors | heads, None, scratch)
 
@@ -369,8 +369,8 @@ def _fit_all(
 def _bytes(members: Members, own: SmidgenConfig) -> int:
     """What a file holds of members at a layer."""
     pins = members.residual.pins().values() if members.residual is not None else ()
-    width = packing.STORED[own.store_dtype].itemsize
-    return members.trained() * width + sum(prod(shape) * dtype.itemsize for shape, dtype in pins)
+    numbers = packing.size(members.trained(), own.store_dtype)
+    return numbers + sum(prod(shape) * dtype.itemsize for shape, dtype in pins)
 
 
 def _rank(adapted: Any, spare: float) -> int:

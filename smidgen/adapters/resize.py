@@ -24,6 +24,7 @@ from smidgen.adapters.member import stable_noise
 from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 from smidgen.adapters.residuals.low_rank import LowRank
 from smidgen.adapters.residuals.spectral import Spectral
+from smidgen.adapters.tuner.numbers import Numbers, rounded
 from smidgen.errors import ConfigError, SmidgenError
 
 _Layer = dict[str, Tensor]
@@ -170,13 +171,14 @@ def _write(
     most = max(after.values())
     pattern = {name: r for name, r in after.items() if r != most}
     canary = own.canary
+    stored = {name: {f"residual_{n}": v for n, v in own_.items()} for name, own_ in found.items()}
+    kept = rounded(Numbers(stored, source.heads), own.store_dtype, str(folder))
     if lora:
-        deltas = [base_lock.sketch(found[n]["b"] @ found[n]["a"]) for n in sorted(found)]
+        deltas = [base_lock.sketch(own_["residual_b"] @ own_["residual_a"]) for _, own_ in sorted(kept.stored.items())]
         canary = {**(own.canary or {}), "sketch": base_lock.encode(base_lock.pool(torch.stack(deltas)), "<f4")}
-    elif changed:
+    elif changed or own.store_dtype in packing.CODES:  # other neighbours are rounded together
         canary = None  # of what the base alone could tell
     own = replace(own, r=most, rank_pattern=pattern, residual_options=options, checksum=None, canary=canary)
-    stored = {name: {f"residual_{n}": v for n, v in own_.items()} for name, own_ in found.items()}
-    tensors = packing.cast(packing.pack(stored), own.store_dtype)
+    tensors = packing.encode(packing.pack(kept.stored), own.store_dtype)
     with new_files(folder) as scratch:
-        api._write(own.mark_current(), tensors | source.heads, None, scratch)
+        api._write(own.mark_current(), tensors | kept.heads, None, scratch)

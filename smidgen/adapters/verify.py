@@ -40,6 +40,7 @@ from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.heads import head_tensors, saved_modules, say_unsaved, unsaved
 from smidgen.adapters.tuner.injection import peft_tensors, remove
 from smidgen.adapters.tuner.kinds import Conv2dKind, LinearKind
+from smidgen.adapters.tuner.numbers import Numbers
 from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError
 
@@ -316,7 +317,7 @@ def _verify_carried(
         report.fail(f"Adapters are switched off at {len(disabled)} of {len(layers)} layers.")
     if silent:
         report.fail(f"Adapter {same[0]!r} has strength 0 at {len(silent)} of {len(layers)} layers.")
-    _verify_layers(model, same[0], own, report, called)
+    _verify_layers(model, same[0], own, report, called, tensors)
 
 
 def _holds(
@@ -327,11 +328,15 @@ def _holds(
         held = packing.pack(renames.in_file(called, stored)) | head_tensors(model, name)
     else:
         held = peft_tensors(model, name)
-    return held.keys() == tensors.keys() and all(_same_numbers(held[k].cpu(), tensors[k]) for k in held)
+    codes = own.store_dtype if own is not None and own.store_dtype in packing.CODES else None
+    return held.keys() == tensors.keys() and all(
+        _same_numbers(held[k].cpu(), tensors[k], codes if packing.is_packed(k) else None) for k in held
+    )
 
 
-def _same_numbers(held: Tensor, file: Tensor) -> bool:
-    """Equality up to the coarser of two number formats: a model may have been cast after the file was written."""
+def _same_numbers(held: Tensor, file: Tensor, codes: str | None = None) -> bool:
+    """Equality up to the coarser of two number formats, and to half a step of what was decoded from ``codes``: a model may
+    have been cast after the file was written."""
     if held.shape != file.shape or held.is_floating_point() != file.is_floating_point():
         return False
     if not held.is_floating_point():
@@ -340,13 +345,20 @@ def _same_numbers(held: Tensor, file: Tensor) -> bool:
     eps, tiny = max(f.eps for f in formats), max(f.tiny * f.eps for f in formats)
     if held.dtype == file.dtype:
         eps, tiny = 0.0, 0.0
-    return bool(((held.double() - file.double()).abs() <= eps * file.double().abs() + tiny).all())
+    allowed = eps * file.double().abs() + tiny + (packing.half_step(file, codes) if codes else 0.0)
+    return bool(((held.double() - file.double()).abs() <= allowed).all())
 
 
 @torch.no_grad()
 def _verify_layers(
-    model: nn.Module, name: str, own: SmidgenConfig | None, report: VerifyReport, called: Mapping[str, str]
+    model: nn.Module,
+    name: str,
+    own: SmidgenConfig | None,
+    report: VerifyReport,
+    called: Mapping[str, str],
+    tensors: dict[str, Tensor] | None = None,
 ) -> None:
+    """``tensors`` are the file's, where the model's own numbers may be what they were before the file rounded them."""
     report.layers = report.targets = len(tuner_layers(model, name))
     if own is None:  # the pass alone proves peft's
         return
@@ -365,7 +377,9 @@ def _verify_layers(
         else:
             for problem in lock.problems:
                 report.fail(problem)
-    sketches = delta_sketches(renames.in_file(called, layers), name)
+    named = renames.in_file(called, layers)
+    rounded = tensors is not None and own.store_dtype != "float32"
+    sketches = delta_sketches(named, name, _in_file(named, name, own, tensors or {}) if rounded else None)
     for target, row in zip(sorted(layers, key=lambda n: called.get(n, n)), sketches, strict=True):
         report.norms[target] = float(row[0] / matrices[target].float().norm().clamp(min=1e-30))
     if not bool(torch.isfinite(sketches).all()):
@@ -388,6 +402,16 @@ def _verify_layers(
         report.output_error = max(report.output_error, error)
         if not error <= most:
             report.fail(f"Layer {target!r} does not apply its delta: output shift is off by {error:.1%}.")
+
+
+def _in_file(layers: Mapping[str, AdaptedLayer], name: str, own: SmidgenConfig, tensors: dict[str, Tensor]) -> Numbers:
+    """The numbers of a file by the targets' names in it."""
+    layout = {
+        n: {tensor: (tuple(v.shape), v.dtype) for tensor, v in stored_tensors(layer, name, own.store_factors).items()}
+        for n, layer in layers.items()
+    }
+    found = packing.unpack({key: value for key, value in tensors.items() if packing.is_packed(key)}, layout)
+    return Numbers({n: {k: v.float() if v.is_floating_point() else v for k, v in t.items()} for n, t in found.items()})
 
 
 def _verify_heads(model: nn.Module, name: str, own: SmidgenConfig, report: VerifyReport) -> None:

@@ -148,6 +148,7 @@ def inspect(adapter: Path, plot: Path | None = None) -> str:
         told = [f"  {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         return "\n".join([f"{adapter}: a picture of Smidgen's", *told])
     config, tensors = own_options(adapter) or read_config(adapter), read_tensors(adapter)
+    coded = {name for name, tensor in tensors.items() if str(tensor.dtype) == "torch.uint8"}
     if is_ours(adapter):
         tensors = read_adapter(adapter)[1]  # which holds them against the checksum
     sizes = {file: (adapter / file).stat().st_size for file in engine.FILES}
@@ -164,9 +165,8 @@ def inspect(adapter: Path, plot: Path | None = None) -> str:
     for name, tensor in sorted(tensors.items()):
         value = tensor.float()
         shape = "x".join(map(str, tensor.shape))
-        rows.append(
-            [name, shape, str(tensor.dtype).removeprefix("torch."), f"{value.norm():.4g}", f"{value.abs().max():.4g}"]
-        )
+        kind = config.get("store_dtype") if name in coded else str(tensor.dtype).removeprefix("torch.")
+        rows.append([name, shape, str(kind), f"{value.norm():.4g}", f"{value.abs().max():.4g}"])
     lines += _recipe(adapter / "config.yaml")
     if lock:
         lines += ["", *_covered(lock)]

@@ -25,6 +25,7 @@ _VALUES: Mapping[str, Callable[[Any], Any]] = {  # where an adapter's config hol
     "residual_rank": lambda config: config.r,
     "alpha": lambda config: config.residual_options.get("alpha"),
     "transform_rank": lambda config: config.transform_options.get("rank"),
+    "store_dtype": lambda config: config.store_dtype,
 }
 
 

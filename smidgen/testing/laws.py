@@ -310,7 +310,7 @@ def law_bank_rows(config: SmidgenConfig, kind: str) -> None:
 
 def law_file(config: SmidgenConfig, kind: str) -> None:
     """Saved under one name, loaded under any other: same output, beside other adapters and through peft too."""
-    stored = packing.STORED[config.store_dtype]
+    stored = config.store_dtype
     with tempfile.TemporaryDirectory() as folder:
         model, x = adapted(config, kind, name="first")
         wanted = model(x).detach()
@@ -324,6 +324,27 @@ def law_file(config: SmidgenConfig, kind: str) -> None:
             close(fresh(x), wanted, "output of the loaded adapter", stored)
         through_peft = PeftModel.from_pretrained(base(kind)[0], folder, adapter_name="third")
         close(through_peft(x), wanted, "output of the adapter loaded through peft", stored)
+        close(through_peft(x), fresh(x), "output of the adapter loaded through peft and through smidgen")
+
+
+def law_file_again(config: SmidgenConfig, kind: str) -> None:
+    """A live adapter is ON by its own file, whatever that rounds; loaded and saved again it is the same file; saved before it was
+    trained it comes back at its start, the base model bit for bit."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, x = adapted(config, kind)
+        written = (smidgen.save(model, folder) / WEIGHTS).read_bytes()
+        again = smidgen.load(base(kind)[0], folder)
+        for found in (model, again):
+            report = smidgen.verify(found, folder, inputs=(x,))
+            assert report.ok, f"an adapter against its file: {report.reasons}"
+        assert (smidgen.save(again, Path(folder) / "again") / WEIGHTS).read_bytes() == written, (
+            "saved again: other bytes"
+        )
+        plain, _ = base(kind)
+        plain.requires_grad_(False)  # torch takes other paths for a layer that trains
+        wanted = plain(x)
+        smidgen.save(smidgen.adapt(base(kind)[0], targeted(config)), Path(folder) / "start")
+        same(smidgen.load(plain, Path(folder) / "start")(x), wanted, "output of an adapter loaded at its start")
 
 
 def law_recast(config: SmidgenConfig, kind: str) -> None:
@@ -333,12 +354,11 @@ def law_recast(config: SmidgenConfig, kind: str) -> None:
         with torch.no_grad():  # two rows that tie for the first pivot once they are rounded
             matrix = adapted_layer(target_of(model)).base_matrix()
             matrix[..., 0, 0], matrix[..., -1, 0] = 1.0, 1.0003
-        recast = copy.deepcopy(model)
+        again, recast = copy.deepcopy(model), copy.deepcopy(model)
         weight = target_of(recast).weight
         weight.data = weight.detach().bfloat16().float()
         smidgen.save(perturb(smidgen.adapt(model, targeted(config))), folder)
-        smidgen.load(recast, folder)
-        deltas = [_layer(m).delta_weight("default").detach() for m in (model, recast)]
+        deltas = [_layer(smidgen.load(m, folder)).delta_weight("default").detach() for m in (again, recast)]
         off = float((deltas[1] - deltas[0]).norm() / deltas[0].norm())
         assert off < RECAST, f"the update differs by {off:.0%} on the base rounded to bfloat16, {RECAST:.0%} allowed"
 
@@ -363,7 +383,9 @@ def law_file_damage(config: SmidgenConfig, kind: str) -> None:
                 raise AssertionError(f"{what}: was loaded without an error")
             unchanged(before, fresh, what)
 
-        name, value = max(good.items(), key=lambda item: item[1].is_floating_point())
+        coded = config.store_dtype in packing.CODES
+        numbers = torch.uint8 if coded else packing.FLOATS[config.store_dtype]
+        name, value = max(good.items(), key=lambda item: item[1].dtype == numbers)
         rest = {k: v for k, v in good.items() if k != name}
         refuses("a missing tensor", rest)
         refuses("an extra tensor", good | {"residual_extra": torch.ones(3)})
@@ -373,8 +395,15 @@ def law_file_damage(config: SmidgenConfig, kind: str) -> None:
         refuses("a tensor that is too long", rest | {name: torch.cat([value, value[:1]])})
         refuses("a tensor of another shape", rest | {name: value[None]})
         for bad in (float("nan"), float("inf")):
-            refuses(f"a tensor with {bad}", rest | {name: value.index_fill(0, torch.tensor([0]), bad)})
+            if coded:  # the last group's scale
+                scale = torch.tensor([bad], dtype=torch.bfloat16).view(torch.uint8)
+                refuses(f"a scale of {bad}", rest | {name: torch.cat([value[:-2], scale])})
+            else:
+                refuses(f"a tensor with {bad}", rest | {name: value.index_fill(0, torch.tensor([0]), bad)})
         refuses("a tensor of whole numbers", rest | {name: value.to(torch.int32)})
+        if coded:
+            refuses("bytes with a sign", rest | {name: value.view(torch.int8)})
+            refuses("a code that is none", rest | {name: value.index_fill(0, torch.tensor([0]), 128)})
         with torch.no_grad():
             weight = target_of(fresh).weight
             weight.copy_(weight.flip(0) * 1.1)
@@ -416,7 +445,7 @@ def law_count(config: SmidgenConfig, kind: str) -> None:
     assert smidgen.trained_numbers(model) == wanted, f"{smidgen.trained_numbers(model)} trained, {wanted} by the shapes"
     assert all("Count:" in (__import__(type(m).__module__, fromlist=["x"]).__doc__ or "") for m in members), "no Count:"
     with tempfile.TemporaryDirectory() as folder:
-        held = load_file(smidgen.save(model, folder) / WEIGHTS)
+        held = packing.decode(load_file(smidgen.save(model, folder) / WEIGHTS), config.store_dtype, folder)
     pinned = {f"residual_{n}" for n in slot._pinned()}
     numbers = sum(v.numel() for k, v in held.items() if k not in pinned)
     assert numbers == wanted, f"the file holds {numbers} trained numbers, {wanted} are trained"
@@ -456,7 +485,7 @@ def law_meta(config: SmidgenConfig, kind: str) -> None:
         model, x = adapted(config, kind)
         smidgen.save(model, folder)
         lean = PeftModel.from_pretrained(base(kind)[0], folder, low_cpu_mem_usage=True)
-        close(lean(x), model(x), "adapter loaded with low_cpu_mem_usage", packing.STORED[config.store_dtype])
+        close(lean(x), model(x), "adapter loaded with low_cpu_mem_usage", config.store_dtype)
 
 
 def law_compile(config: SmidgenConfig, kind: str) -> None:
@@ -501,6 +530,7 @@ LAWS: dict[str, Law] = {
     "bank": law_bank,
     "bank rows": law_bank_rows,
     "file": law_file,
+    "file again": law_file_again,
     "recast": law_recast,
     "file damage": law_file_damage,
     "unload": law_unload,

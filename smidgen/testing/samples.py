@@ -19,8 +19,11 @@ from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import ExpertStack
 from smidgen.errors import ConfigError
 
-# Largest difference allowed, relative to the largest number of the reference, by dtype of the computation.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+# Largest difference allowed, relative to the largest number of the reference, by dtype of the computation or of the file.
+TOLERANCES: dict[torch.dtype | str, float] = {
+    torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3,
+    "float32": 2e-5, "float16": 6e-3, "int8": 2e-2, "int4": 0.3,
+}  # fmt: skip
 
 
 class LinearSubclass(nn.Linear):
@@ -101,6 +104,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "energy svfit": {"method": "svfit", "r": "energy:0.9"},
     "svfit with factors": {"method": "svfit", "r": 3, "store_factors": True},
     "svfit in halves": {"method": "svfit", "r": 3, "store_dtype": "float16"},
+    "svfit in int8": {"method": "svfit", "r": 3, "store_dtype": "int8"},
+    "svfit in int4": {"method": "svfit", "r": 3, "store_dtype": "int4"},
+    "svfit with factors in int4": {"method": "svfit", "r": 3, "store_factors": True, "store_dtype": "int4"},
+    "loldu in int4": {"method": "loldu", "r": 3, "store_dtype": "int4"},
+    "lora in int4": {"method": "lora", "r": 3, "store_dtype": "int4"},
+    "oft in int4": {"method": "oft", "block_size": 4, "store_dtype": "int4"},
+    "tlora in int8": {"method": "tlora(2,1)", "store_dtype": "int8"},
     "raw loldu": {"method": "loldu", "r": 3, "atoms": "raw"},
     "full loldu": {"method": "loldu", "r": "full"},
     "loldu with factors": {"method": "loldu", "r": 3, "store_factors": True},
@@ -180,8 +190,10 @@ def _without_energy(config: SmidgenConfig) -> SmidgenConfig:
     return targeted(config, r="full") if energy else config
 
 
-def close(found: Tensor, wanted: Tensor, what: str, dtype: torch.dtype | None = None, factor: float = 1.0) -> None:
-    """Equality within the table of tolerances.
+def close(
+    found: Tensor, wanted: Tensor, what: str, dtype: torch.dtype | str | None = None, factor: float = 1.0
+) -> None:
+    """Equality within the table of tolerances; ``dtype`` is a number format of the computation, or of a file (``store_dtype``).
 
     Raises:
         AssertionError: with the relative difference found and allowed.

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from smidgen.adapters import api
 from smidgen.adapters import verify as proof
 from smidgen.adapters.atomic import new_files
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
-from smidgen.adapters.checkpoint.packing import check_names
 from smidgen.adapters.tuner.carried import adapter_parameters
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.heads import saved_modules
+from smidgen.adapters.tuner.stored import round_live
 from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -132,6 +133,14 @@ def groups(
     return [group for group in found if group["params"]]
 
 
+def as_in_file(model: Any) -> None:
+    """Round an adapter that is stored in codes, so that what is measured from here on is what its file does."""
+    for part in api.parts(model).values():
+        config = (getattr(part, "peft_config", None) or {}).get(NAME)
+        if isinstance(config, SmidgenConfig) and config.store_dtype in packing.CODES:
+            round_live(part, config, NAME)
+
+
 def save(model: Any, config: Config, folder: Path, heads: Sequence[str] = ()) -> int:
     """Write what was trained, all or nothing; returns the bytes of the files."""
     if isinstance(config, Control):
@@ -193,7 +202,7 @@ def _load_control(model: nn.Module, folder: Path) -> None:
         raise AdapterFileError(f"{folder / CONTROL} is damaged: {error}") from error
     full = isinstance(config, FullFineTuning)
     tensors = _read_model(model, folder) if full else read_safetensors(folder / config.file)
-    check_names(tensors, [n for n in model.state_dict() if full or n.startswith(heads)], str(folder))
+    packing.check_names(tensors, [n for n in model.state_dict() if full or n.startswith(heads)], str(folder))
     try:
         model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

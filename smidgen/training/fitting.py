@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.components import Components
 from smidgen.adapters.methods import Rates
 from smidgen.adapters.tuner.coverage import Coverage, coverage
@@ -113,6 +114,8 @@ def fit(
         groups += [{**group, "name": f"{name} {group['name']}"} for group in own]
     with during or nullcontext():
         result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)
+    engine.as_in_file(model)
+    made = (getattr(denoiser, "peft_config", None) or {}).get(engine.NAME)
     covers = coverage(denoiser, engine.NAME) if isinstance(peft_config, PeftConfig) else None
     size = engine.save(model, peft_config, folder, heads) if is_main() else 0
     return Fitted(
@@ -126,7 +129,7 @@ def fit(
         result.best_step,
         head_numbers,
         coverage=covers,
-        head_bytes=sum(parameter.numel() * parameter.element_size() for parameter in head),
+        head_bytes=head_numbers * (2 if getattr(made, "store_dtype", None) in packing.CODES else 4),
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.methods import METHODS
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import BaseLockError, SmidgenError, TargetError
@@ -66,7 +65,7 @@ def test_unet_add_weigh_disable_delete(method: str, tmp_path: Path) -> None:
     testing.same(predict(model), full, "after deleting the second")
     model.delete_adapters("a")
     testing.same(predict(model), base, "after deleting both")
-    stored = packing.STORED[smidgen.config(method).store_dtype]
+    stored = smidgen.config(method).store_dtype
     testing.close(predict(smidgen.load(unet(), tmp_path)), full, "loaded into another unet", stored)
 
 

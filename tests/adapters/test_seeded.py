@@ -81,8 +81,8 @@ def test_a_number_that_halves_cannot_hold(tmp_path: Path) -> None:
     with pytest.raises(smidgen.AdapterFileError, match=r"more than float16 can.*float32"):
         smidgen.save(net, tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(smidgen.ConfigError, match="store_dtype must be one of float32, float16"):
-        smidgen.config("seeded", store_dtype="int8")
+    with pytest.raises(smidgen.ConfigError, match="store_dtype must be one of float32, float16, int8, int4"):
+        smidgen.config("seeded", store_dtype="int2")
 
 
 @pytest.mark.parametrize("r", [0, -1, 1.5, "all"])

@@ -6,6 +6,7 @@ import pytest
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.errors import ConfigError
@@ -15,8 +16,11 @@ CONFIGS = dict(testing.configs())
 ONLY_ON = {
     "gradient": ("linear", "conv1d", "conv2d_groups", "experts"),
     "compile": ("linear", "conv2d", "experts"),
+    "file again": ("linear", "conv1d", "conv2d_groups"),
     "file damage": ("linear", "rough", "conv1d", "conv2d_groups", "depthwise", "experts_transposed"),
 }
+# Files in codes are other files, and nothing else: their other laws on one kind.
+OF_FILES = ("file", "file again", "file damage", "recast", "count")
 ONLY_FOR = {
     "inputs": [*TRANSFORMS, *RESIDUALS, "tensor_ring+low_rank", "nonneg svfit", "full loldu"],
     "compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"],
@@ -37,6 +41,7 @@ RUN = [(label, kind) for label, kind in CELLS if label in ON.get(kind, CONFIGS)]
         for law in testing.LAWS
         for label, kind in RUN
         if kind in ONLY_ON.get(law, testing.LAYER_KINDS) and label in ONLY_FOR.get(law, CONFIGS)
+        if law in OF_FILES or kind == "linear" or CONFIGS[label].store_dtype not in packing.CODES
         if kind not in testing.NOT_ON.get(law, ())
     ],
 )

@@ -163,6 +163,30 @@ def test_a_budget_decides_ranks_and_targets(tmp_path):
         run("text", replace(made, adapter=Adapter("tlora", budget="1500")))
 
 
+def test_few_bits_are_scored_as_their_file_has_them(tmp_path):
+    first = config("text", tmp_path / "first")
+    first = replace(first, adapter=replace(first.adapter, store_dtype="int4"))
+    report = run("text", first)
+    stored = load_file(first.out / "adapter_model.safetensors")
+    assert stored["residual_delta"].dtype == torch.uint8
+    heads = [value for name, value in stored.items() if name != "residual_delta"]
+    assert report.head_bytes == sum(value.numel() * 2 for value in heads) and heads[0].dtype == torch.float16
+    assert any("differ from the trained model's by" in note and "0.0e+00" in note for note in report.notes), (
+        report.notes
+    )
+    then = run("text", config("text", tmp_path / "then", from_adapter=first.out))
+    assert then.head_bytes == report.head_bytes
+    assert json.loads((tmp_path / "then" / "adapter_config.json").read_text())["store_dtype"] == "int4"
+    for method in ("linear_probe", "peft:lora"):
+        made = config("text", tmp_path / "not", method)
+        with pytest.raises(ConfigError, match="store_dtype is for smidgen's own methods"):
+            run("text", replace(made, adapter=replace(made.adapter, store_dtype="int8")))
+    budgeted = config("text", tmp_path / "budget")
+    adapter = replace(Adapter(), budget="3kB", store_dtype="int8")
+    run("text", replace(budgeted, adapter=adapter))
+    assert load_file(budgeted.out / "adapter_model.safetensors")["residual_delta"].dtype == torch.uint8
+
+
 def test_numbers_are_predicted(tmp_path):
     rows = "".join(f"the {thing} was {n},{n / 4}\n" for n, thing in enumerate(debug.THINGS * 2))
     (tmp_path / "data.csv").write_text("sentence1,label\n" + rows)

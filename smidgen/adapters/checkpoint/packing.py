@@ -3,6 +3,12 @@
 A safetensors header spends about 160 bytes on each tensor; an adapter of 128 layers with 32 numbers each would be more
 header than numbers. All tensors that share a name ("residual_delta") are therefore flattened and laid end to end in
 the order of the sorted target names, which the config lists. Nothing else is in the file but modules_to_save.
+
+In int8 and int4 a packed tensor is one tensor of bytes: the codes, in int4 two to a byte, the first in the lower half, then a
+bfloat16 scale for each ``GROUP`` of consecutive numbers (the last group may be shorter). number = code x scale, codes run from -127
+to 127 or from -7 to 7; -8 fills the last half byte of an odd count and is nothing else. A group's largest number always has the
+largest code, so that what was rounded once stays as it is, and bfloat16 has the range of float32, so that no number is too
+large or too small. Scales in a tensor of their own would cost 75 bytes of header a name.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import base64
 import zlib
 from collections.abc import Collection, Mapping
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +26,22 @@ from torch import Tensor
 from smidgen.errors import AdapterFileError, did_you_mean
 
 Layout = Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]]  # target -> tensor name -> (shape, dtype)
-STORED = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Code(NamedTuple):
+    """A number format of whole numbers: codes to a byte, and the largest code."""
+
+    per_byte: int
+    most: int
+
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16}
+CODES = {"int8": Code(1, 127), "int4": Code(2, 7)}
+STORED = (*FLOATS, *CODES)  # what store_dtype may be
+GROUP = 64  # of half as many each rounding is 9 % less, but their scales take what a longer code would make 16 %
+HALVES = "float16"  # of what is stored beside codes and is no packed number: heads, factors
+_SCALE = torch.bfloat16
+_PAD = -8
 _FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 _WHOLE = frozenset(
     (
@@ -63,20 +85,114 @@ def pack(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def cast(packed: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Packed tensors in the number format of the file; whole numbers (pins) stay.
+def encode(packed: Mapping[str, Tensor], dtype: str, frozen: Collection[str] = ()) -> dict[str, Tensor]:
+    """Packed tensors in the number format of the file; whole numbers (pins) stay, and factors, which are ``frozen``, are halves
+    beside codes.
 
     Raises:
         AdapterFileError: a number that fp16 cannot hold.
+
+    Example:
+        >>> encode({"residual_delta": torch.tensor([7.0, -1.2, 0.0])}, "int4")["residual_delta"].tolist()[:2]
+        [247, 128]
+        >>> decode(encode({"residual_delta": torch.tensor([7.0, -1.2, 0.0])}, "int4"), "int4", "here")
+        {'residual_delta': tensor([ 7., -1.,  0.])}
     """
-    out = {k: v.to(STORED[dtype]) if v.is_floating_point() else v for k, v in packed.items()}
-    for name, value in out.items():
-        if value.is_floating_point() and bool(torch.isinf(value).any()) and bool(torch.isfinite(packed[name]).all()):
-            raise AdapterFileError(
-                f"{name} holds {float(packed[name].abs().max()):.3g}, more than float16 can ({torch.finfo(value.dtype).max:,.0f}); "
-                "set store_dtype to 'float32'."
-            )
+    out = {}
+    for name, value in packed.items():
+        if not value.is_floating_point():
+            out[name] = value
+        elif dtype in CODES and name not in frozen:
+            out[name] = _coded(value.float(), CODES[dtype])
+        else:
+            out[name] = _cast(name, value, FLOATS.get(dtype, FLOATS[HALVES]))
     return out
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    out = value.to(dtype)
+    if bool(torch.isinf(out).any()) and bool(torch.isfinite(value).all()):
+        raise AdapterFileError(
+            f"{name} holds {float(value.abs().max()):.3g}, more than float16 can ({torch.finfo(dtype).max:,.0f}); "
+            "set store_dtype to 'float32'."
+        )
+    return out
+
+
+def decode(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str, Tensor]:
+    """Inverse of :func:`encode` for the tensors of a file, heads among them: codes become fp32 numbers, all else stays.
+
+    Raises:
+        AdapterFileError: bytes that are no codes with their scales, naming the tensor and what is wrong.
+    """
+    if dtype not in CODES:
+        return dict(tensors)
+    return {
+        name: _decoded(name, value, dtype, where) if is_packed(name) and value.dtype in (torch.uint8, torch.int8) else value
+        for name, value in tensors.items()
+    }  # fmt: skip
+
+
+def _coded(values: Tensor, code: Code) -> Tensor:
+    """Numbers [n] as bytes: their codes, then their scales."""
+    groups = _groups(values)
+    scales = (groups.abs().amax(1) / code.most).to(_SCALE)
+    scales[scales < torch.finfo(_SCALE).tiny] = 0  # below, bfloat16 has few digits, then none
+    codes = (groups / torch.where(scales == 0, torch.inf, scales.float())[:, None]).round().clamp(-code.most, code.most)
+    codes = codes.to(torch.int8).flatten()[: len(values)]
+    if code.per_byte == 2:
+        codes = torch.cat([codes, codes.new_full((len(codes) % 2,), _PAD)]).view(torch.uint8)
+        codes = (codes[::2] & 15) | (codes[1::2] & 15) << 4
+    return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)])
+
+
+def _decoded(name: str, raw: Tensor, dtype: str, where: str) -> Tensor:
+    """Numbers [n] from bytes."""
+
+    def damaged(what: str) -> AdapterFileError:
+        return AdapterFileError(
+            f"{where}: tensor {name!r} {what}, which {dtype} numbers do not have; the file was damaged or changed."
+        )
+
+    code = CODES[dtype]
+    if raw.dim() != 1 or raw.dtype != torch.uint8:
+        raise damaged(f"is {str(raw.dtype).removeprefix('torch.')} of shape {tuple(raw.shape)}")
+    whole = GROUP // code.per_byte + _SCALE.itemsize  # bytes of a group
+    count = -(-len(raw) // whole)
+    if 0 < len(raw) % whole <= _SCALE.itemsize:
+        raise damaged(f"has {len(raw)} bytes")
+    at = len(raw) - count * _SCALE.itemsize
+    codes, scales = raw[:at].clone(), raw[at:].clone().view(_SCALE).float()
+    if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
+        raise damaged("holds scales that are negative, NaN or infinite")
+    if code.per_byte == 2:
+        halves = torch.stack([codes & 15, codes >> 4], 1).flatten().to(torch.int8)
+        codes = torch.where(halves > code.most, halves - 16, halves)
+        codes = codes[:-1] if len(codes) and int(codes[-1]) == _PAD else codes
+    values = codes.view(torch.int8).float()
+    if bool((values < -code.most).any()):
+        raise damaged(f"holds the code {int(values.min())} in place of a number")
+    return (_groups(values) * scales[:, None]).flatten()[: len(values)]
+
+
+def _groups(values: Tensor) -> Tensor:
+    """[groups, GROUP] of numbers [n], zeros after the last."""
+    count = -(-len(values) // GROUP)
+    return torch.nn.functional.pad(values, (0, count * GROUP - len(values))).view(count, GROUP)
+
+
+def half_step(values: Tensor, dtype: str) -> Tensor:
+    """How far the numbers that were written as codes may lie from those that come back, ``values`` [n], in fp64."""
+    steps = _groups(values.double()).abs().amax(1, keepdim=True) / CODES[dtype].most
+    vanished = 1.01 * CODES[dtype].most * torch.finfo(_SCALE).tiny
+    return (0.501 * steps + vanished).expand(-1, GROUP).flatten()[: len(values)]
+
+
+def size(count: int, dtype: str) -> int:
+    """Bytes of ``count`` packed numbers in a file."""
+    if dtype in FLOATS:
+        return count * FLOATS[dtype].itemsize
+    return -(-count // CODES[dtype].per_byte) + -(-count // GROUP) * _SCALE.itemsize
 
 
 def encode_ties(ties: Tensor) -> str:

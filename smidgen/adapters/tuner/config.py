@@ -42,7 +42,8 @@ class SmidgenConfig(PeftConfig):
         target_modules: names or ends of names, one regular expression, or "all-linear".
         exclude_modules, modules_to_save, layers_to_transform, layers_pattern: as in peft's LoRA.
         store_factors: keep the frozen factors in the file, which then needs no matching base weights to rebuild them.
-        store_dtype: number format of the numbers in the file, "float32" or "float16" (half the bytes; trained in fp32).
+        store_dtype: number format of the numbers in the file, "float32", "float16" (half the bytes), "int8" or "int4" (a quarter
+            and an eighth, heads and stored factors in halves); trained in fp32 whatever it is.
         labels, problem_type: of a classifier's head in modules_to_save: the classes' names in order, and what kind of answer
             it gives in transformers' terms, so that a fresh base can be given the head that the adapter trained.
         ties: by target, what its base weight does not determine of the factors (equal or zero singular values), written at
@@ -192,7 +193,7 @@ class SmidgenConfig(PeftConfig):
         if os.path.lexists(folder / CONFIG_NAME):
             own = read_smidgen_config(folder)
             if os.path.lexists(folder / WEIGHTS_NAME):
-                check_tensors(own, packing.plain_keys(read_tensors(folder)), folder)
+                checked(own, packing.plain_keys(read_tensors(folder)), folder)
         return super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
 
     def label(self) -> str:
@@ -212,8 +213,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str,
     own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
     if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
         tensors = own_tensors(tensors, Path(path))
-    check_tensors(own, tensors, path)
-    return own, tensors
+    return own, checked(own, tensors, path)
 
 
 def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
@@ -252,15 +252,17 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     return read_config(path).get("peft_type") == PEFT_TYPE_NAME or own_options(Path(path)) is not None
 
 
-def check_tensors(own: SmidgenConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Holds the tensors of a file against the checksum and the ranks of its config.
+def checked(own: SmidgenConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The numbers in the tensors of a file, which are held against the checksum and the ranks of its config.
 
     Raises:
-        AdapterFileError: they were not saved together.
+        AdapterFileError: they were not saved together, or are no numbers of its format.
     """
     if own.checksum:
         checksums.check_tensors(own.checksum["tensors"], tensors, str(path))
-    check_ranks({"r": own.r, "rank_pattern": own.rank_pattern, **own.transform_options}, tensors, path)
+    numbers = packing.decode(tensors, own.store_dtype, str(path))
+    check_ranks({"r": own.r, "rank_pattern": own.rank_pattern, **own.transform_options}, numbers, path)
+    return numbers
 
 
 _RANKS_OF = ("r", "rank", "rank_pattern", "init_r", "target_r", "n_frequency", "num_virtual_tokens")

@@ -6,8 +6,9 @@ the numbers written. Names are the model's own, however it was wrapped when the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.tuner.shards import in_pieces, whole, why_partial
 from smidgen.errors import SmidgenError
+
+logger = logging.getLogger("smidgen")
 
 _WRAPPERS = ("module.", "base_model.model.")  # of DistributedDataParallel and averaged models; of peft
 _INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -30,12 +33,14 @@ class Numbers:
         heads: tensors of the heads in modules_to_save, named as in the file.
         weights: target -> base weight as its layer holds it, where the live model has only a piece of it.
         base: all tensors of the given state dict by their names in the base model, None where none was given.
+        frozen: full names of the factors among the stored tensors.
     """
 
     stored: dict[str, dict[str, Tensor]]
     heads: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     base: dict[str, Tensor] | None = None
+    frozen: frozenset[str] = frozenset()
 
     def held(self, name: str, live: Tensor, piece: bool = False) -> Tensor:
         """A tensor of the base model, whole: the live one, or the given one where the live one is (known as) a piece.
@@ -82,8 +87,9 @@ def collect(
     live: Mapping[str, Mapping[str, Tensor]],
     heads: Mapping[str, tuple[str, Tensor]],
     given: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> Numbers:
-    """The numbers of an adapter as they are to be written.
+    """The numbers of an adapter as they are to be written, before they are rounded.
 
     Args:
         layers: adapted layers by target.
@@ -92,6 +98,7 @@ def collect(
         heads: name in the file -> (name in the model's state dict, tensor) of the heads it trained.
         given: a state dict of the model, wrapped or not, or the adapter's own (``get_peft_model_state_dict``). Frozen
             tensors that it leaves out are the live model's.
+        dtype: number format of an adapter's own state dict, as in its config.
 
     Raises:
         SmidgenError: it lacks trained numbers, has others' shapes or pins, or what is to be written is not finite or not
@@ -102,7 +109,8 @@ def collect(
     packed = {k: v for k, v in (named or {}).items() if packing.is_packed(k)}
     found = Numbers({}, base=None if named is None else {base_name(k): v for k, v in named.items()})
     if packed:
-        unpacked = packing.unpack(packed, {t: slot.layout() for t, slot in slots.items()}, "the given state dict")
+        where, layout = "the given state dict", {t: slot.layout() for t, slot in slots.items()}
+        unpacked = packing.unpack(packing.decode(packed, dtype, where), layout, where)
     for target, slot in slots.items():
         found.stored[target] = own = {}
         for name, mine in live[target].items():
@@ -110,7 +118,7 @@ def collect(
             value = mine if named is None else unpacked[target].get(name) if packed else named.get(key)
             if value is None and name in slot.trained():
                 raise SmidgenError(_missing(key, adapter_name))
-            shape, dtype = slot.layout(store_factors=True)[name]
+            shape, kind = slot.layout(store_factors=True)[name]
             own[name] = _checked(key, mine if value is None else value, shape)
             if name in slot.pins:
                 if not torch.equal(own[name].cpu().long(), mine.cpu().long()):
@@ -118,7 +126,7 @@ def collect(
                         f"{key} of the given state dict is not the model's: its numbers go with other factors, of another "
                         "base. Load that adapter, or give a state dict of this model."
                     )
-                own[name] = own[name].to(dtype)
+                own[name] = own[name].to(kind)
         if why_partial(base := layers[target].get_base_layer()):
             found.weights[target] = found.held(f"{target}.weight", base.weight, piece=True)
     for name, (key, mine) in heads.items():
@@ -128,7 +136,51 @@ def collect(
             raise SmidgenError(_missing(key, adapter_name))
         found.heads[name] = _checked(key, value, tuple(getattr(mine, "ds_shape", mine.shape)))
     _check_finite(found, adapter_name)
+    residuals = [slot.residual for slot in slots.values() if slot.residual is not None]
+    found.frozen = frozenset(f"residual_{name}" for residual in residuals for name in residual.factor_shapes())
     return found
+
+
+@torch.no_grad()
+def rounded(found: Numbers, dtype: str, adapter_name: str) -> Numbers:
+    """Numbers as they come back from a file of a number format: what is in it is what lock and canary are of.
+
+    Raises:
+        AdapterFileError: a number that the format cannot hold.
+    """
+    if dtype == "float32":
+        return found
+    packed = packing.pack(found.stored)
+    kept = packing.decode(packing.encode(packed, dtype, found.frozen), dtype, "this adapter")
+    layout = {t: {n: (tuple(v.shape), v.dtype) for n, v in own.items()} for t, own in found.stored.items()}
+    back = packing.unpack(kept, layout)
+    stored = {
+        target: {n: back[target][n].to(v.device, torch.float32) if v.is_floating_point() else v for n, v in own.items()}
+        for target, own in found.stored.items()
+    }
+    heads = packing.encode(found.heads, packing.HALVES) if dtype in packing.CODES else found.heads
+    _say_lost(packed, kept, dtype, found.frozen, adapter_name)
+    return replace(found, stored=stored, heads=heads)
+
+
+MOST_ROUNDED = 0.2  # |rounded - number| / |number|, above which a save says so
+
+
+def _say_lost(
+    packed: Mapping[str, Tensor], kept: Mapping[str, Tensor], dtype: str, frozen: Collection[str], adapter_name: str
+) -> None:
+    trained = [name for name, value in packed.items() if value.is_floating_point() and name not in frozen]
+    whole = sum(float(packed[name].double().square().sum()) for name in trained)
+    lost = sum(float((packed[name].double() - kept[name].double()).square().sum()) for name in trained)
+    if lost > MOST_ROUNDED**2 * whole:
+        logger.warning(
+            "Rounded to %s for its file, the numbers of adapter %r change by %.0f%% of their size. Score it as it comes back from the "
+            "file, or save it with store_dtype=%r.",
+            dtype,
+            adapter_name,
+            100 * (lost / whole) ** 0.5,
+            "int8" if dtype == "int4" else "float16" if dtype == "int8" else "float32",
+        )
 
 
 def _missing(key: str, adapter_name: str) -> str:

@@ -202,7 +202,7 @@ class SmidgenModel(BaseTuner):
             packing.check_names(rest.keys() - own.keys(), (), "the adapter file")
             for name, wanted in own.items():
                 packing.check_tensor(name, rest[name], tuple(wanted.shape), wanted.dtype, "the adapter file")
-            unpacked = packing.unpack(packed, layout)
+            unpacked = packing.unpack(packing.decode(packed, config.store_dtype, "the adapter file"), layout)
             if config.checksum:
                 checksum.check_tensors(
                     config.checksum["tensors"], as_in_file(model, adapter_name, state_dict), "the adapter file"
@@ -211,7 +211,7 @@ class SmidgenModel(BaseTuner):
         except AdapterFileError:
             remove(model, adapter_name)
             raise
-        out = dict(rest)
+        out = {name: value.to(own[name].dtype) for name, value in rest.items()}  # heads beside codes are halves
         for name, key in model_keys(model, adapter_name).items():
             out |= {f"{key}.smidgen_slots.{adapter_name}.{tensor}": value for tensor, value in unpacked[name].items()}
         return out

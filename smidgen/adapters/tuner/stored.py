@@ -17,7 +17,7 @@ from smidgen.adapters.tuner.canary import make_canary
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.heads import named_heads
-from smidgen.adapters.tuner.numbers import Numbers, collect
+from smidgen.adapters.tuner.numbers import Numbers, collect, rounded
 from smidgen.adapters.tuner.shards import why_partial
 from smidgen.adapters.tuner.slot import Slot
 
@@ -39,16 +39,30 @@ def stored_tensors(layer: AdaptedLayer, adapter_name: str, store_factors: bool |
 def numbers(
     model: nn.Module, config: SmidgenConfig, adapter_name: str, given: Mapping[str, Any] | None = None
 ) -> Numbers:
-    """What a save by this config writes of an adapter, from the live model or from a state dict; see
+    """What a save by this config writes of an adapter, from the live model or from a state dict, rounded as the file has it; see
     ``tuner/numbers.py``."""
     layers = adapted_layers(model, adapter_name)
     live = {target: stored_tensors(layer, adapter_name, config.store_factors) for target, layer in layers.items()}
-    return collect(layers, adapter_name, live, named_heads(model, adapter_name), given)
+    found = collect(layers, adapter_name, live, named_heads(model, adapter_name), given, config.store_dtype)
+    return rounded(found, config.store_dtype, adapter_name)
 
 
 def file_tensors(config: SmidgenConfig, found: Numbers) -> dict[str, Tensor]:
     """What an adapter's file holds, heads not included: packed, in the config's number format."""
-    return packing.cast(packing.pack(found.stored), config.store_dtype)
+    return packing.encode(packing.pack(found.stored), config.store_dtype, found.frozen)
+
+
+@torch.no_grad()
+def round_live(model: nn.Module, config: SmidgenConfig, adapter_name: str) -> None:
+    """Gives an adapter in a model the numbers that its file will have."""
+    found = numbers(model, config, adapter_name)
+    for target, layer in adapted_layers(model, adapter_name).items():
+        slot = layer.smidgen_slots[adapter_name]
+        assert isinstance(slot, Slot)
+        for name, value in slot.trained().items():
+            value.copy_(found.stored[target][name])
+    for name, (_, value) in named_heads(model, adapter_name).items():
+        value.copy_(found.heads[name])
 
 
 def settle(config: SmidgenConfig, layers: dict[str, AdaptedLayer], adapter_name: str) -> None:

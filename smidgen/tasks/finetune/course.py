@@ -144,7 +144,9 @@ def _in_steps(config: FinetuneConfig, prepared: Prepared) -> FinetuneConfig:
 def _check_start(kind: str, config: FinetuneConfig, prepared: Prepared, wanted: Any) -> str:
     """The digest of the adapter to go on from, which must be what the settings ask for."""
     chosen = config.adapter
-    given = {name: getattr(chosen, name) for name in ("rank", "alpha", "transform_rank", "target_modules")}
+    given = {
+        name: getattr(chosen, name) for name in ("rank", "alpha", "transform_rank", "target_modules", "store_dtype")
+    }
     assert config.from_adapter is not None
     return check_start(config.from_adapter, config.out, kind, wanted, given, prepared.model, prepared.labels)
 
@@ -158,6 +160,7 @@ def _setup(kind: str, config: FinetuneConfig, prepared: Prepared) -> Any:
     if chosen.budget is not None:
         where = "all-linear" if chosen.target_modules is None else targets(config, prepared.model)
         origin |= {"seed": seed, "target_modules": where}
+        origin |= {"store_dtype": chosen.store_dtype} if chosen.store_dtype else {}
         return budgeted(prepared.model, prepared.task, prepared.heads, chosen.budget, **origin)
     made = setup(chosen, targets(config, prepared.model), seed)
     for name, value in origin.items():

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from smidgen.adapters.budget import parse_bytes
 from smidgen.adapters.methods import Kind, Rates, learning_rates
+from smidgen.errors import ConfigError
 from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check
 
@@ -23,6 +24,7 @@ class Adapter:
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
     target_modules: tuple[str, ...] | None = None  # endings of names, or all-linear; None: attention
+    store_dtype: Literal["float32", "float16", "int8", "int4"] | None = None  # numbers in the file; None: the method's
     budget: str | None = None  # bytes of the adapter's folder without a head, such as 20kB; decides ranks and targets
     learning_rate: float | None = None  # None: the method's own for the family of models
     transform_learning_rate: float | None = None  # None: in the method's proportion to the residual's
@@ -72,6 +74,10 @@ def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
     import smidgen
     from smidgen.training import engine
 
+    if adapter.store_dtype is not None and (adapter.method in (PROBE, FULL) or adapter.method.startswith("peft:")):
+        raise ConfigError(
+            f"store_dtype is for smidgen's own methods, {adapter.method} is stored as it is; leave it out."
+        )
     if adapter.method == PROBE:
         return engine.LinearProbe()
     if adapter.method == FULL:
@@ -79,6 +85,6 @@ def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
     if adapter.method.startswith("peft:"):
         return engine.peft_config(adapter.method.removeprefix("peft:"), adapter.rank, adapter.alpha, targets)
     named = {"r": adapter.rank, "alpha": adapter.alpha, "transform": adapter.transform, "residual": adapter.residual}
-    named["transform_rank"] = adapter.transform_rank
+    named |= {"transform_rank": adapter.transform_rank, "store_dtype": adapter.store_dtype}
     given = {name: value for name, value in named.items() if value is not None}
     return smidgen.config(adapter.method, target_modules=targets, seed=seed, **given)
