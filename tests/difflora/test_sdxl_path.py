@@ -177,7 +177,7 @@ def test_batches_hold_what_the_family_s_unet_needs(made, monkeypatch, tmp_path):
 def test_a_zoo_in_another_precision_is_refused_with_what_to_set(made):
     wrong = "no" if made.family == "sdxl" else "bf16"
     stage = replace(made.config.end_to_end, train=replace(made.config.end_to_end.train, mixed_precision=wrong))
-    with pytest.raises(ConfigError, match=f"set end_to_end.train.mixed_precision to '{PRECISION[made.family]}'"):
+    with pytest.raises(ConfigError, match=f"Set end_to_end.train.mixed_precision to '{PRECISION[made.family]}'"):
         fitting.fit(replace(made.config, end_to_end=stage), progress=False)
 
 
@@ -251,7 +251,7 @@ def test_two_stages_take_a_block_of_rows_at_a_time(made, tmp_path, monkeypatch):
         return take(self, indices)
 
     monkeypatch.setattr(ZooRows, "take", counted)
-    monkeypatch.setattr(fitting, "ROWS", 1)
+    monkeypatch.setattr("smidgen.difflora.generator.two_stage.ROWS", 1)
     fitting.fit(replace(made.config, out=tmp_path, end_to_end=None), progress=False)
     assert max(taken) == 1 < len(taken)
 

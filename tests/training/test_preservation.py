@@ -106,7 +106,7 @@ def test_the_preserved_rows_are_the_subjects_with_other_prompts(sd, pictures):
     torch.testing.assert_close(batch["weights"], torch.tensor([0.5, 0.5, 0.25, 0.25]))
     smidgen.adapt(base.model, "lora", target_modules=list(base.targets))
     errors = task.errors(base.model, batch)  # at its start the adapter is the base: nothing to keep
-    assert errors[:2].min() > 0 and errors[2:].abs().max() == 0
+    assert errors[:2].min() > 0 and errors[2:].abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("options, message", [

@@ -28,9 +28,10 @@ def laid_like(x: Tensor, y: Tensor) -> Tensor:
     """y in the memory order of x: a base layer rounds differently for another order, and T = I must change no bit."""
     if y.stride() == x.stride():
         return y
-    if _apart(x):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(y)
-    return torch.empty_like(x).copy_(y)
+    laid = torch.empty_like(x)
+    if laid.stride() != x.stride() and _apart(x):
+        laid = x.new_empty_strided(x.shape, x.stride())
+    return laid.copy_(y)
 
 
 def _apart(x: Tensor) -> bool:
