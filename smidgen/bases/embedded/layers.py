@@ -1,7 +1,6 @@
 """Pipeline folders laid over each other: a base that shares parts with another ships only what it has besides.
 
-A file of an upper folder replaces the one below; of two safetensors files of one name, the upper one's tensors replace and add. A tensor in
-int8 with a scale for each row is spread to fp16.
+A file of an upper folder replaces the one below; of two safetensors files of one name, the upper one's tensors replace and add.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE = ".int8_scale"  # name of a tensor's scales: its own and this
-INDEX = "model_index.json"  # in every folder: it makes it a base
 LEFT = "README.md"  # of a lower folder: each base has a card of its own
 
 
@@ -32,7 +30,7 @@ def put_together(name: str, folders: Sequence[Path]) -> Path:
         for path in _files(folder):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     target = cache_root().parent / "bases" / f"{name}-{digest.hexdigest()[:16]}"
-    if not (target / INDEX).exists():
+    if not (target / "model_index.json").exists():
         with replace_folder(target) as scratch:
             lay(folders, scratch)
     return target
@@ -41,9 +39,9 @@ def put_together(name: str, folders: Sequence[Path]) -> Path:
 def lay(folders: Sequence[Path], out: Path) -> None:
     """Write what ``folders`` make, the first at the bottom, into the folder ``out``; only parts that the topmost
     ``model_index.json`` names."""
-    from safetensors.torch import save
+    from safetensors.torch import load_file, save
 
-    index = json.loads((folders[-1] / INDEX).read_text())
+    index = json.loads((folders[-1] / "model_index.json").read_text())
     parts = {name for name, value in index.items() if isinstance(value, list)}
     for folder in folders:
         for path in _files(folder):
@@ -52,9 +50,8 @@ def lay(folders: Sequence[Path], out: Path) -> None:
             if below and (str(place) == LEFT or (len(place.parts) > 1 and place.parts[0] not in parts)):
                 continue
             (out / place).parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
-                found = tensors_of(out / place) if (out / place).exists() else {}
-                replace_file(out / place, save(found | tensors_of(path), {"format": "pt"}))
+            if path.suffix == ".safetensors" and (out / place).exists():
+                replace_file(out / place, save(load_file(out / place) | load_file(path), {"format": "pt"}))
             else:
                 shutil.copyfile(path, out / place)
 
@@ -93,7 +90,7 @@ def upper(lower: Path, whole: Path, out: Path) -> None:
     for path in _files(whole):
         place = path.relative_to(whole)
         other = lower / place
-        if str(place) != INDEX and other.exists() and other.read_bytes() == path.read_bytes():
+        if other.exists() and other.read_bytes() == path.read_bytes():
             continue
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors" and other.exists():

@@ -8,7 +8,6 @@ halves, so rows of q and k are in another order in some families. One alpha is f
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from torch import Tensor
 from smidgen.adapters.atomic import flush
 from smidgen.adapters.checkpoint.files import check_file
 from smidgen.adapters.checkpoint.formats.format import (
-    HEADER,
     Content,
     Format,
     Lora,
@@ -84,8 +82,8 @@ class Gguf(Format):
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
-        if source.about:
-            writer.add_string(HEADER, json.dumps(source.about, sort_keys=True, separators=(",", ":")))
+        for key, text in (source.header or {}).items():
+            writer.add_string(key, text)
         for place, lora in content.items():
             name, own = tensor_name(place, source), in_order(lora, place, source)
             writer.add_tensor(f"{name}.lora_a", own.a.float().contiguous().numpy())
