@@ -1,0 +1,1 @@
+"""Serving: a folder of adapters, many of them in one batch."""
