@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 WRONG = {  # a contract -> a file, and what it must not import
     "Wings point down": ("training/loop.py", "smidgen.bases.families"),
     "Inside lab": ("lab/statistics.py", "smidgen.lab.audit.settings"),
+    "Inside serving": ("serving/shelf.py", "smidgen.serving.jobs"),
     "Inside difflora": ("difflora/weightspace/layout.py", "smidgen.difflora.zoo.settings"),
     "Inside tasks": ("tasks/diffusion/task.py", "smidgen.tasks.control.settings"),
     "Inside bases": ("bases/protocol.py", "smidgen.bases.pipelines"),

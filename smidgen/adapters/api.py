@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +294,7 @@ def _checked(model: nn.Module, path: Path, adapter_name: str) -> Callable[[], No
     if own.checksum:
         own.mark_current().checksum = None  # what is trained from here on are other numbers
     called = renames.follow(own, model)
-    unpacked, heads = _fit(model, own, tensors, str(path), called)
+    unpacked, heads = fitting(model, own, str(path), called).unpack(tensors, str(path))
 
     def put_in() -> None:
         inject(model, own, adapter_name)
@@ -331,11 +331,39 @@ def _checked_of_peft(model: nn.Module, path: Path, adapter_name: str) -> Callabl
     return put_in
 
 
-def _fit(
-    model: nn.Module, own: SmidgenConfig, tensors: dict[str, Tensor], where: str, called: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Checks a file against a model without touching it: (tensors by target, heads in modules_to_save). ``called`` are the
-    names that targets have in the file, where they are others (:func:`renames.follow`)."""
+@dataclass(frozen=True)
+class Fitting:
+    """How files of one config lie on a model that they were found to fit.
+
+    Attributes:
+        chosen: the target layers; called: their names in the file, where they are others (:func:`renames.follow`).
+        layout: what a file holds of each; heads: tensors of those in modules_to_save, as the model has them.
+    """
+
+    chosen: tuple[str, ...]
+    called: Mapping[str, str]
+    layout: Mapping[str, Mapping[str, Any]]
+    heads: Mapping[str, Tensor]
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], where: str
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """(tensors by target, heads in modules_to_save) of a file.
+
+        Raises:
+            AdapterFileError: they are not those that the model and the config call for.
+        """
+        layout, heads = self.layout, self.heads
+        packing.check_names(tensors, {name for own in layout.values() for name in own} | heads.keys(), where)
+        for name, wanted in heads.items():
+            packing.check_tensor(name, tensors[name], tuple(wanted.shape), wanted.dtype, where)
+        unpacked = packing.unpack({k: v for k, v in tensors.items() if k not in heads}, layout, where)
+        held = {name: tensors[name].to(wanted.dtype) for name, wanted in heads.items()}  # beside codes they are halves
+        return {name: unpacked[self.called.get(name, name)] for name in self.chosen}, held
+
+
+def fitting(model: nn.Module, own: SmidgenConfig, where: str, called: Mapping[str, str]) -> Fitting:
+    """Checks the config of a file against a model, base lock included, without touching the model."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     patterns.name_modules(own, list(outside_adapters(inner)))
     chosen = matched_layers(own, inner)
@@ -343,14 +371,7 @@ def _fit(
     if called:
         logger.warning("%s: %s", where, renames.words(called))
     layout = renames.in_file(called, {name: slot_layout(own, layer, name) for name, layer in chosen.items()})
-    heads = base_heads(inner, own)
-    packing.check_names(tensors, {name for own in layout.values() for name in own} | heads.keys(), where)
-    for name, wanted in heads.items():
-        packing.check_tensor(name, tensors[name], tuple(wanted.shape), wanted.dtype, where)
-    packed = {k: v for k, v in tensors.items() if k not in heads}
-    unpacked = packing.unpack(packed, layout, where)
-    held = {name: tensors[name].to(wanted.dtype) for name, wanted in heads.items()}  # beside codes they are halves
-    return {name: unpacked[called.get(name, name)] for name in chosen}, held
+    return Fitting(tuple(chosen), called, layout, base_heads(inner, own))
 
 
 # ---- what a model carries --------------------------------------------------------------------------------------------

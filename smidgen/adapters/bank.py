@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +33,12 @@ from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError, did_you_mean
 
 Row = str | None | Sequence[str]
+_OF_ONE_FILE = ("checksum", "canary", "ties", "labels", "problem_type", "base_model_name_or_path", "revision")
 _WRAP = "base_model.model."  # as peft's files name a model's modules
+
+
+class MisfitError(SmidgenError):
+    """An adapter is of another config than a bank's; it may be right for another bank."""
 
 
 class Bank:
@@ -45,6 +49,7 @@ class Bank:
             the same layers beside it, until it is garbage or :meth:`remove` takes it off.
         config: the config of every member of the bank.
         names: names to keep places for; :meth:`put` takes others too.
+        adapter_name: the adapter on whose layers it sits; None: on all adapted layers.
 
     Example:
         >>> import smidgen
@@ -57,11 +62,13 @@ class Bank:
         ...     y = model(torch.randn(3, 8))
     """
 
-    def __init__(self, model: nn.Module, config: SmidgenConfig, names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, config: SmidgenConfig, names: Sequence[str] = (), adapter_name: str | None = None
+    ) -> None:
         if len(set(names)) != len(names):
             raise SmidgenError(f"A bank needs distinct names; got {list(names)[:10]}.")
         self.config = config
-        self.layers: dict[str, AdaptedLayer] = adapted_layers(model)
+        self.layers: dict[str, AdaptedLayer] = adapted_layers(model, adapter_name)
         if not self.layers:
             raise SmidgenError("The model carries no adapted layer; call smidgen.adapt or smidgen.load first.")
         if fused := [name for name, layer in self.layers.items() if is_stack(layer)]:
@@ -83,7 +90,7 @@ class Bank:
         self._heads: dict[nn.Module, dict[int, dict[str, Tensor]]] = {head: {} for head in self._wrappers.values()}
         self._named = {module: name for name, module in (*self.layers.items(), *self._wrappers.items())}
         self._tested: set[tuple[Any, ...]] = set()
-        self._locks: set[str] = set()  # base locks of files that were found to be this model's
+        self._fittings: dict[str, api.Fitting] = {}  # by the configs of files that were found to fit
         self._model = weakref.ref(model)
         self._around = frozenset(_around(model, self._named))
         handles = [handle for module in self._around for handle in _watch(module)]
@@ -110,7 +117,8 @@ class Bank:
             adapter_name: its name in the model.
 
         Raises:
-            SmidgenError: the adapter is of another config or base than the bank; the bank stays as it was.
+            MisfitError: the adapter is of another config than the bank; the bank stays as it was.
+            SmidgenError: it is damaged or of another base; the bank stays as it was.
         """
         if not isinstance(name, str) or not name:
             raise SmidgenError(f"A member of a bank has a name, a text that is not empty; got {name!r}.")
@@ -120,9 +128,9 @@ class Bank:
             tensors, heads, scaling, misfit = self._from_file(source)
         what = f"Adapter {adapter_name!r}" if isinstance(source, nn.Module) else f"The adapter in {source}"
         if misfit:
-            raise SmidgenError(f"{what} does not fit the bank{misfit}. A bank holds adapters of one config.")
+            raise MisfitError(f"{what} does not fit the bank{misfit}. A bank holds adapters of one config.")
         if unknown := heads.keys() - self._wrappers.keys():
-            raise SmidgenError(
+            raise MisfitError(
                 f"{what} brings a head {sorted(unknown)[0]!r}, and the bank's model has none in modules_to_save; make the "
                 "bank on a model that carries an adapter with this head."
             )
@@ -339,17 +347,20 @@ class Bank:
         return tensors, heads, {target: layer.scaling[adapter_name] for target, layer in sources.items()}, ""
 
     def _from_file(self, path: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, float], str]:
-        """The same of an adapter folder; the base is checked against the file's lock once for each lock."""
+        """The same of an adapter folder; a config that fits, its base lock among it, is checked once."""
         own, packed = api.read_adapter(path)
-        called = renames.follow(own, self._base())
-        for target, layer in self.layers.items():
-            members = members_of(own, layer.get_base_layer(), target)
-            if reason := _unlike(self.slots[target], members.transform, members.residual):
-                return {}, {}, {}, f" at {target!r}: {reason}"
-        lock = json.dumps(own.base_lock, sort_keys=True)
-        checked = replace(own, base_lock=None) if lock in self._locks else own
-        tensors, stored = api._fit(self._base(), checked, packed, str(path), called)
-        self._locks.add(lock)
+        form = structure(own)
+        fitting = self._fittings.get(form)
+        if fitting is None:
+            called = renames.follow(own, self._base())
+            for target, layer in self.layers.items():
+                members = members_of(own, layer.get_base_layer(), target)
+                if reason := _unlike(self.slots[target], members.transform, members.residual):
+                    return {}, {}, {}, f" at {target!r}: {reason}"
+            fitting = api.fitting(self._base(), own, str(path), called)
+            if not called:
+                self._fittings = {**self._fittings, form: fitting} if len(self._fittings) < 64 else {}
+        tensors, stored = fitting.unpack(packed, str(path))
         if tensors.keys() != self.layers.keys():
             return {}, {}, {}, f" at {min(tensors.keys() ^ self.layers.keys())!r}: only one of the two is there"
         heads: dict[str, dict[str, Tensor]] = {}
@@ -437,6 +448,14 @@ class Bank:
         if model is None:
             raise SmidgenError("The model of this bank is gone.")
         return model
+
+
+def structure(config: SmidgenConfig) -> str:
+    """What decides whether the file of an adapter fits a bank: its config but for what differs from file to file."""
+    own = {key: value for key, value in config.to_dict().items() if key not in _OF_ONE_FILE}
+    return json.dumps(
+        own, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+    )
 
 
 def _around(model: nn.Module, inside: Collection[nn.Module]) -> list[nn.Module]:

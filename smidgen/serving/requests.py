@@ -28,6 +28,14 @@ class ClosedError(SmidgenError):
     """The library is closed, or its worker stopped: nothing is answered any more."""
 
 
+class FailedError(SmidgenError):
+    """Computing failed in a way that nobody foresaw; what failed is its cause."""
+
+
+class ReplacedError(SmidgenError):
+    """An adapter's files were replaced or deleted while the request waited to begin; it may be made again."""
+
+
 class CancelledRequestError(SmidgenError):
     """A result was asked for, and the request had been cancelled before there was any."""
 
@@ -98,7 +106,7 @@ class TextRequest:
         model: who answers.
         prompt: a text, gone on from as it stands; or a conversation, ``{"role": ..., "content": ...}`` each, which the
             chat template writes.
-        max_tokens: the longest answer.
+        max_tokens: the longest answer; None: as long as the model reads.
         temperature: 0 says the likeliest token; above that, tokens are drawn.
         top_p: drawn from the likeliest tokens that have this share together.
         seed: fixes what is drawn, whoever shares the batch; None takes one by chance, which the result tells.
@@ -107,7 +115,7 @@ class TextRequest:
 
     model: Model
     prompt: str | Sequence[Mapping[str, str]]
-    max_tokens: int = 256
+    max_tokens: int | None = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = 0

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from smidgen.adapters.api import read_adapter
 from smidgen.adapters.atomic import replace_folder
+from smidgen.adapters.bank import structure
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, check_file, public_name, read_config
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.tuner.config import is_ours
@@ -36,7 +37,7 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One version of an adapter, read and found whole."""
+    """One version of an adapter, read and found whole. Adapters of one ``structure`` share a bank; ``heads``: it brings some."""
 
     name: str
     folder: Path
@@ -44,6 +45,7 @@ class Entry:
     fingerprint: str
     origin: Origin
     parameters: int
+    structure: str
     heads: bool
 
     @property
@@ -233,7 +235,9 @@ def _read(name: str, folder: Path, before: Signature, most: int) -> Entry:
             content = (folder / file).read_bytes()
             digest.update(f"{file} {len(content)} ".encode() + content)
     count = sum(tensor.numel() for tensor in tensors.values() if tensor.is_floating_point())
-    return Entry(name, folder, before, digest.hexdigest()[:16], origin, count, bool(config.modules_to_save))
+    return Entry(
+        name, folder, before, digest.hexdigest()[:16], origin, count, structure(config), bool(config.modules_to_save)
+    )
 
 
 def _adapters(folder: Path, above: str, depth: int) -> Iterator[tuple[str, Path]]:

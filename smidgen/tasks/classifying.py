@@ -90,7 +90,7 @@ class Classifier:
 
     def __call__(self, given: Sequence[Any], progress: bool = False) -> list[Prediction]:
         """What is said of each of ``given``: texts, pairs of texts, or paths of images."""
-        return self.predictions(self.logits(given, progress))
+        return predictions(self.logits(given, progress), self.labels, self.problem)
 
     def logits(self, given: Sequence[Any], progress: bool = False) -> Tensor:
         """Logits [example, class] on the CPU, or values [example, 1]."""
@@ -103,19 +103,6 @@ class Classifier:
                 found.append(self._images(part) if self.reads_images else self._texts(part))
                 bar.update(len(part))
         return torch.cat(found) if found else torch.zeros(0, max(1, len(self.labels)))
-
-    def predictions(self, logits: Tensor) -> list[Prediction]:
-        """Logits [example, class] as answers."""
-        if self.problem == REGRESSION:
-            return [Prediction(float(value), {}, {}) for value in logits.squeeze(-1)]
-        shares = logits.sigmoid() if self.problem == MULTI else logits.softmax(-1)
-        found = []
-        for row, share in zip(logits.tolist(), shares.tolist(), strict=True):
-            held = tuple(label for label, value in zip(self.labels, row, strict=True) if value > 0)
-            likeliest = self.labels[max(range(len(row)), key=row.__getitem__)]
-            by_class = (dict(zip(self.labels, values, strict=True)) for values in (share, row))
-            found.append(Prediction(held if self.problem == MULTI else likeliest, *by_class))
-        return found
 
     def _texts(self, given: Sequence[str | tuple[str, str]]) -> Tensor:
         pairs = [(one, None) if isinstance(one, str) else tuple(one) for one in given]
@@ -134,6 +121,20 @@ class Classifier:
             {"given": images}, lambda one: read_pixels(one.path, self._resolution), **options
         )
         return task.predict(self.model, "given")
+
+
+def predictions(logits: Tensor, labels: Sequence[str], problem: str) -> list[Prediction]:
+    """Logits [example, class] as answers."""
+    if problem == REGRESSION:
+        return [Prediction(float(value), {}, {}) for value in logits.squeeze(-1)]
+    shares = logits.sigmoid() if problem == MULTI else logits.softmax(-1)
+    found = []
+    for row, share in zip(logits.tolist(), shares.tolist(), strict=True):
+        held = tuple(label for label, value in zip(labels, row, strict=True) if value > 0)
+        likeliest = labels[max(range(len(row)), key=row.__getitem__)]
+        by_class = (dict(zip(labels, values, strict=True)) for values in (share, row))
+        found.append(Prediction(held if problem == MULTI else likeliest, *by_class))
+    return found
 
 
 def classify(

@@ -38,6 +38,15 @@ from smidgen.adapters.tuner.slot import Slot
 from smidgen.errors import SmidgenError
 
 REPEATED, COPIES, SECOND = "each row repeated", "stacked copies", "second axis"
+_ABOUT = (
+    "mask",
+    "position",
+    "label",
+    "past_",
+    "cache",
+    "img_ids",
+    "txt_ids",
+)  # inputs that say where tokens are; FLUX reads row 0's
 _CHANGED = 1e-3  # of the largest change at a layer: below is rounding of kernels that see the whole batch
 
 
@@ -559,7 +568,7 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
         return new
 
     args, kwargs = inputs
-    about = {name: any(word in name for word in ("mask", "position", "label", "past_", "cache")) for name in kwargs}
+    about = {name: any(word in name for word in _ABOUT) for name in kwargs}
     return tree_map(change, args), {
         name: tree_map(partial(change, about=about[name]), value) for name, value in kwargs.items()
     }

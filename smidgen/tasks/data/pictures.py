@@ -6,9 +6,10 @@ A broken picture is left out and named; what cannot be learnt from is an error.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from smidgen.errors import DataError
@@ -16,7 +17,7 @@ from smidgen.tasks.data import images, splits
 from smidgen.tasks.data.labels import Label, Labels, classes_of, gathered, is_missing, lacking, read_labels
 from smidgen.tasks.data.listing import Listing, list_folder, masks_of_classes
 from smidgen.tasks.data.metadata import read_entries, repeated
-from smidgen.tasks.data.pixels import Decoded, decode, fit, known_endings
+from smidgen.tasks.data.pixels import Decoded, decode, fit, known_endings, upright
 from smidgen.tasks.data.tables import Row, column, counted, split_of
 
 SMALLEST = 8  # pixels on the shorter side
@@ -88,9 +89,10 @@ def read_pictures(
     return Pictures(complete, known.names, tuple(warnings), pixels, known.several)
 
 
-def read_pixels(path: Path, resolution: int) -> Tensor:
+def read_pixels(source: Path | IO[bytes] | Image.Image, resolution: int) -> Tensor:
     """One picture as the models of image classification see it, [3, resolution, resolution] bytes; DataError when it has none."""
-    return _tensor(decode(path, SMALLEST), resolution)
+    opened = isinstance(source, Image.Image)
+    return _tensor(Decoded(upright(source)) if opened else decode(source, SMALLEST), resolution)  # type: ignore[arg-type]
 
 
 def count_labels(pictures: Sequence[LabelledPicture], labels: Sequence[str]) -> Mapping[str, int]:
