@@ -10,7 +10,7 @@ TESTS ?=
 SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-newest test-oldest test-slow lint types contract bench base flow-base wide-base generator clean help
+.PHONY: demo test test-newest test-oldest test-slow lint types contract docs bench base flow-base wide-base generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +32,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(call set-up,$(VENV),$(DEMO_EXTRAS),-c constraints.txt)
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(call set-up,$(VENV),docs,-c constraints.txt)
 
 $(NEWEST)/.ready: pyproject.toml
 	$(call set-up,$(NEWEST),$(EXTRAS),--upgrade)
@@ -59,13 +62,16 @@ test-slow: $(VENV)/.ready  ## the slow ones: real models, peft's own test matrix
 	$(ENV) $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready  ## ruff
-	$(BIN)/ruff check . && $(BIN)/ruff format --check smidgen tests benchmarks
+	$(BIN)/ruff check . && $(BIN)/ruff format --check smidgen tests benchmarks docsite
 
 types: $(VENV)/.ready  ## mypy
 	$(BIN)/mypy
 
 contract: $(VENV)/.ready  ## directions of imports
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.docs  ## build the documentation site into build/docs/site; a warning or a broken link fails
+	$(ENV) $(BIN)/python -m docsite
 
 bench: $(VENV)/.ready  ## make bench NAME=step_time: redo benchmarks/results/NAME.json
 	$(ENV) $(BIN)/python -m benchmarks.$(NAME)

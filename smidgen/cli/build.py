@@ -105,9 +105,8 @@ def build(name: str, words: Sequence[str]) -> Callable[..., Any]:
     return command
 
 
-def run(name: str, words: Sequence[str]) -> None:
-    """Parse ``words`` by the signature of a command and call it."""
-    check_extras(name, words)
+def call_of(name: str, words: Sequence[str]) -> Callable[[], Any]:
+    """The call that ``words`` ask a command for; ConfigError when they do not fit its signature."""
     import tyro
 
     found = sections(name).values()
@@ -115,4 +114,10 @@ def run(name: str, words: Sequence[str]) -> None:
     given = familiar(words, MODEL if "model" in fields and "base" not in fields else BASE)
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     command = build(name, given)
-    parse(command, given, name, (tyro.conf.AvoidSubcommands,) if command.prefixed else omit)()  # type: ignore[attr-defined]
+    return parse(command, given, name, (tyro.conf.AvoidSubcommands,) if command.prefixed else omit)  # type: ignore[attr-defined]
+
+
+def run(name: str, words: Sequence[str]) -> None:
+    """Parse ``words`` by the signature of a command and call it."""
+    check_extras(name, words)
+    call_of(name, words)()

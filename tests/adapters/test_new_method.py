@@ -1,6 +1,7 @@
 """A method is one file and one row of a table: a residual and a transform that are not shipped reach everything."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,18 +9,20 @@ import torch
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters import residuals
 from smidgen.adapters.member import Factors
 from smidgen.adapters.methods import KINDS, METHODS, known_methods, learning_rates
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.cli import telling
+from tests.adapters.exercise import vera
 from tests.adapters.exercise.monarch import Monarch
 from tests.adapters.exercise.vera import Vera
 from tests.adapters.helpers import Net, inputs, trained
 from tests.adapters.test_methods import reach_every_command
+from tests.docs.blocks import blocks_of
 from tests.laws.test_laws import ONLY_ON
 
-ROOT = Path(__file__).parents[2]
 NEW = ("vera", "monarch")
 
 
@@ -123,8 +126,11 @@ def test_mistakes_are_named(method, options, message):
         smidgen.adapt(Net(), method, target_modules=["q_proj"], **options)
 
 
-def test_the_recipe_in_the_docs_is_this_exercise_and_runs():
-    page = (ROOT / "docs" / "new_method.md").read_text()
-    file, _row, proof = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+def test_the_recipe_in_the_docs_is_this_exercise_and_runs(monkeypatch):
+    file, row, proof = (block.text for block in blocks_of("docs/new_method.md"))
     assert file == (Path(__file__).parent / "exercise" / "vera.py").read_text()
+    monkeypatch.setitem(sys.modules, "smidgen.adapters.residuals.vera", vera)
+    names = dict(vars(residuals))
+    exec(row, names)
+    assert names["RESIDUALS"] == RESIDUALS  # which the test's fixture has added it to
     exec(proof, {})

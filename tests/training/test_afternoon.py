@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from smidgen import cli
+from tests.docs.blocks import blocks_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "afternoon.md"
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(), re.S)
+BLOCKS = [(block.kind, block.text) for block in blocks_of("docs/afternoon.md")]
 FRESH = "AutoPeftModelForSequenceClassification"  # what must work in a process that has nothing of Smidgen's yet
 NO_RECIPES = "\nimport sys\nassert not [name for name in sys.modules if name.startswith('smidgen.tasks')]\n"
 

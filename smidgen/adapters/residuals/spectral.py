@@ -3,9 +3,6 @@
 SVFit (arXiv 2409.05926) trains s from S_r in W - W_r + U_r diag(s) V_r^T; delta = s - S_r is the same function with the
 same gradients, exact at the start in any dtype and on quantised bases. Trained: delta [r]. Count: min(r, rows, cols).
 Where singular values are equal or zero the weight does not determine the directions: see ``linalg/ties.py``.
-Options: ``relative`` (delta_i = rho_i S_i), ``nonneg`` (relu(S + s delta) with alpha's and the adapter's own weight in s, as
-SVDiff's released code has it; several adapters at once are each clamped, not their sum). r may be a whole
-number, "full" (the paper's 16x setting) or "energy:0.99" (resolved per layer by the tuner, see ``energy_rank``).
 """
 
 from __future__ import annotations
@@ -19,7 +16,17 @@ from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 
 
 class Spectral(DiagonalInBasis):
-    """D = U_r diag(delta) V_r^T."""
+    """D = U_r diag(delta) V_r^T.
+
+    Args:
+        rows, cols: shape of the matrix.
+        r: directions: a whole number, "full" (the paper's 16x setting), or "energy:0.99" (resolved for each layer by the
+            tuner, see ``energy_rank``).
+        alpha, scaling: see :func:`smidgen.adapters.member.scale_of`.
+        relative: trains rho in delta_i = rho_i S_i.
+        nonneg: keeps singular values at or above zero: relu(S + s delta), with alpha and the adapter's own strength in s, as
+            SVDiff's released code has it. Several such adapters at once are each clamped, not their sum.
+    """
 
     name = "spectral"
 

@@ -5,7 +5,7 @@ zero is the same function for every identity-preserving start of the paper. Trai
 cols). Stored besides: the first r pivot rows, 2 bytes each (4 above 65,535 rows); with them the factors survive a
 re-cast base, without them a bf16 copy gives unrelated ones (docs/speed.md).
 A step without a pivot (a weight of lower rank) is one of the adapter's ties, which are kept too: what rounding would make
-of it is nowhere rebuilt. ``atoms="unit"`` (default) gives every direction norm one, so one learning rate suits all; ``"raw"`` is the paper's.
+of it is nowhere rebuilt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from smidgen.errors import ConfigError
 
 
 class Triangular(DiagonalInBasis):
-    """D = P L_r diag(delta) U_r."""
+    """D = P L_r diag(delta) U_r.
+
+    Args:
+        rows, cols: shape of the matrix.
+        r: directions: a whole number, or "full".
+        alpha, scaling: see :func:`smidgen.adapters.member.scale_of`.
+        atoms: "unit" gives every direction norm one, so one learning rate suits all; "raw" is the paper's.
+    """
 
     name = "triangular"
 
