@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from smidgen.adapters import hosts
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder, is_recipe, read_config, read_tensors
 from smidgen.adapters.components import component_folders, denoiser, parts
 from smidgen.adapters.tuner import patterns, renames, sharing
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
@@ -240,7 +240,8 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
     Args:
         model: the base model (any torch module, or one that already carries adapters), or a whole diffusers pipeline,
             each of whose components gets what the folder holds for it.
-        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, of any method of ours or peft's.
+        path: folder with ``adapter_config.json`` and ``adapter_model.safetensors``, of any method of ours or peft's; or a
+            ``.recipe`` of ``smidgen predict``, whose generator is at hand.
         adapter_name: any name; need not be the one it was saved under.
 
     Raises:
@@ -273,7 +274,10 @@ def folders(model: Any, path: str | os.PathLike[str]) -> dict[str, tuple[nn.Modu
     Raises:
         AdapterFileError: the folder holds nothing, or something for a component that the pipeline has not.
     """
-    own, folder = parts(model), as_folder(path)
+    own = parts(model)
+    if is_recipe(path):
+        return {"": (own[""], Path(path))}
+    folder = as_folder(path)
     inside = [] if isinstance(model, nn.Module) else [found.name for found in component_folders(folder)]
     for name in inside:
         if name not in own:

@@ -113,7 +113,7 @@ class Bank:
         A new name takes a free place; the bank grows when there is none.
 
         Args:
-            source: a model that carries the adapter, or an adapter folder.
+            source: a model that carries the adapter, an adapter folder, or a ``.recipe`` of ``smidgen predict``.
             adapter_name: its name in the model.
 
         Raises:

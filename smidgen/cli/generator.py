@@ -1,4 +1,5 @@
-"""The commands around a generator: predict, edit, blend, invert, sample, and ``generator train | directions | inspect``."""
+"""The commands around a generator: predict, edit, blend, invert, sample, and ``generator train | directions | calibrate |
+inspect``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -6,6 +7,7 @@ from typing import Annotated, Any, Literal
 from tyro import conf
 
 from smidgen.cli.build import Section
+from smidgen.errors import DataError
 
 Output = Annotated[Any, Section("difflora.use.sampler:Output")]
 
@@ -50,6 +52,26 @@ def directions(
     print(f"\n{save_directions(found, generator, made)}: {len(found.directions)} sliders")
 
 
+def calibrate(generator: Path, /, people: Path, most: int = 1500) -> None:
+    """Learn what photos GENERATOR can read, how surely it reads each attribute and what is below its floor; keep it in its folder.
+
+    Args:
+        generator: the generator's folder.
+        people: a zoo, or the folder people/ of a generator's training: a table of training people and held-out ones, and pictures.
+        most: training people to learn from.
+    """
+    from smidgen.bases.families import load_base
+    from smidgen.difflora.generator.generator import load_generator
+    from smidgen.difflora.generator.reading import save_reader
+    from smidgen.difflora.use.calibration import calibrate as run
+    from smidgen.difflora.use.calibration import table
+
+    made = load_generator(generator)
+    found = run(made, load_base(made.base).resolution, people, most)
+    print(table(found))
+    print(f"\n{save_reader(found, generator, made)}")
+
+
 def inspect(generator: Path | None = None, /) -> None:
     """Say what GENERATOR is: base, adapters, encoders, sizes, bytes, sliders.
 
@@ -74,11 +96,14 @@ def predict(
     extra_rank: int = 1,
     keep_rank: bool = False,
     refine_rate: float | None = None,
+    each: bool = False,
+    recipe: bool = False,
 ) -> None:
-    """Predict the adapter of the person in PHOTOS, without training; one adapter for each seed.
+    """Predict the adapter of the person in PHOTOS, without training; one adapter for each seed. Says what it read of each photo and
+    how surely; a photo that the generator cannot read, and photos of different people, are refused.
 
     Args:
-        photos: one or more photos of one person; for the generator that ships, portraits as the embedded base draws them
+        photos: photos of one person, or a folder of them; for the generator that ships, portraits as the embedded base draws them
             (invented people, 64 x 64 pixels).
         output: where results go, and what makes them.
         seeds: 0..7 for 0 to 7, or 0,3,5; with several, each goes into OUT/seed-N.
@@ -89,13 +114,31 @@ def predict(
         extra_rank: rank that --refine adds to low-rank factors.
         keep_rank: bring a refined adapter back to the prediction's rank.
         refine_rate: learning rate of --refine (none: three tenths of personalize's).
+        each: PHOTOS are people: each photo and each folder another one, whose adapter goes into OUT/NAME.
+        recipe: write OUT/NAME.recipe, 256 bytes that stand for the adapter wherever the generator is at hand, in place of a folder.
     """
     from smidgen.difflora.use.commands import parse_seeds
     from smidgen.difflora.use.commands import predict as run
     from smidgen.difflora.use.refine import Refine
 
     chosen = Refine(steps=refine, extra_rank=extra_rank, keep_rank=keep_rank, learning_rate=refine_rate)
-    print(run(photos, output, parse_seeds(seeds), steps, guidance, caption, chosen))
+    found = run(photos, output, parse_seeds(seeds), steps, guidance, caption, chosen, each, recipe)
+    print(found)
+    if found.refused:
+        raise DataError(f"{len(found.refused)} of those people could not be read; the others are in {output.out}.")
+
+
+def load(recipe: Path, /, output: Output) -> None:
+    """Write the adapter folder of RECIPE, which predict --recipe wrote. Its generator is looked for in the package and in the folders
+    that SMIDGEN_GENERATORS names.
+
+    Args:
+        recipe: a file of 256 bytes.
+        output: where results go.
+    """
+    from smidgen.difflora.use.commands import load as run
+
+    print(run(recipe, output))
 
 
 def edit(

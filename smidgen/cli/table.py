@@ -18,7 +18,7 @@ GROUPS = {  # words that stand before others
     "train": "train an adapter of kilobytes on texts, pictures or conversations: train TASK DATA",
     "plan": "say what a run would need before it is run: plan personalize",
     "zoo": "train the adapters of many people at once: zoo build|status|import",
-    "generator": "train and look at what predicts: generator train|directions|inspect",
+    "generator": "train and look at what predicts: generator train|directions|calibrate|inspect",
 }
 COMMANDS = {
     "train control": Command(
@@ -61,6 +61,9 @@ COMMANDS = {
         "generator:predict",
         ("diffusion",),
     ),
+    "load": Command(
+        "write the adapter that a recipe of predict stands for: load RECIPE --out DIR", "generator:load", ("diffusion",)
+    ),
     "edit": Command(
         "move a predicted person along attributes: edit PHOTO --set skin=dark:1.0 --out DIR",
         "generator:edit",
@@ -78,6 +81,9 @@ COMMANDS = {
     "generator train": Command("train a generator, on a zoo or end to end", "generator:train", ("diffusion", "zoo")),
     "generator directions": Command(
         "learn what edit moves along: the attributes of training people", "generator:directions", ("diffusion", "zoo")
+    ),
+    "generator calibrate": Command(
+        "learn which photos a generator can read, and how surely", "generator:calibrate", ("diffusion", "zoo")
     ),
     "generator inspect": Command("say what a generator is", "generator:inspect"),
     "compare": Command(

@@ -18,6 +18,7 @@ from smidgen.errors import AdapterFileError
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LORA_NAME = "pytorch_lora_weights.safetensors"
+RECIPE_ENDING = ".recipe"  # of a file that stands for an adapter; smidgen.difflora.use.recipes makes that of it
 _MAX_CONFIG = 4 * 2**20
 _MAX_DEPTH, _MAX_DIGITS = 12, 19
 _PICKLES = ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pt")
@@ -106,6 +107,11 @@ def _finite(text: str) -> float:
     if len(text) > 64 or not math.isfinite(value):
         raise ValueError(f"{text[:40]} is no number that an option can have")
     return value
+
+
+def is_recipe(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a file that stands for an adapter."""
+    return Path(os.fsdecode(path)).suffix == RECIPE_ENDING and Path(os.fsdecode(path)).is_file()
 
 
 def as_folder(path: str | os.PathLike[str]) -> Path:

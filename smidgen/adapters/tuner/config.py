@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.checkpoint import checksum as checksums
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.base_lock import read_lock
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, check_values, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_values,
+    is_recipe,
+    read_config,
+    read_tensors,
+)
 from smidgen.adapters.checkpoint.formats.peft import own_options, own_tensors
 from smidgen.adapters.tuner import patterns
 
@@ -205,11 +213,13 @@ class SmidgenConfig(PeftConfig):
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[SmidgenConfig, dict[str, Tensor]]:
-    """(config, tensors) of an adapter folder, whichever library wrote it: the one reader of ``load`` and ``verify``.
+    """(config, tensors) of an adapter folder, whichever library wrote it, or of a recipe: the one reader of ``load`` and ``verify``.
 
     Raises:
         AdapterFileError: a missing, truncated or hostile file, another kind of adapter, or files of two saves.
     """
+    if is_recipe(path):  # made by a generator, of which nothing below the generators knows
+        return import_module("smidgen.difflora.use.recipes").adapter_of(path)  # type: ignore[no-any-return]
     own, tensors = read_smidgen_config(path), packing.plain_keys(read_tensors(path))
     if read_config(path).get("peft_type") != PEFT_TYPE_NAME:
         tensors = own_tensors(tensors, Path(path))
@@ -222,6 +232,8 @@ def read_smidgen_config(path: str | os.PathLike[str]) -> SmidgenConfig:
     Raises:
         AdapterFileError: no folder, no config, or another kind of adapter.
     """
+    if is_recipe(path):
+        return read_adapter(path)[0]
     data = read_config(path)
     kind = data.get("peft_type")
     if kind != PEFT_TYPE_NAME and (told := own_options(Path(path))):
@@ -249,7 +261,9 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     Raises:
         AdapterFileError: no folder, no config, or damage.
     """
-    return read_config(path).get("peft_type") == PEFT_TYPE_NAME or own_options(Path(path)) is not None
+    return (
+        is_recipe(path) or read_config(path).get("peft_type") == PEFT_TYPE_NAME or own_options(Path(path)) is not None
+    )
 
 
 def checked(own: SmidgenConfig, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from smidgen.adapters.checkpoint.files import LORA_NAME, public_name
 from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
 from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
+from smidgen.difflora.generator.reading import load_reader
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.tasks.cards import adapter_head, bullets, licence, model_card
 
@@ -90,6 +91,7 @@ def facts_of(generator: Generator, folder: Path) -> dict[str, Any]:
         folder / TENSORS,
         *sorted((folder / CODEC).glob("codec.*")),
         *folder.glob("directions.safetensors"),
+        *folder.glob("reading.safetensors"),
     ]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files if path.is_file()}
     layout, model = generator.layout, generator.model
@@ -110,11 +112,17 @@ def facts_of(generator: Generator, folder: Path) -> dict[str, Any]:
 
 
 def told(generator: Generator, folder: Path) -> str:
-    """The same as lines for a terminal, with the sliders there are."""
+    """The same as lines for a terminal, with the sliders there are and what is known of photos."""
     lines = [str(folder), *(f"  {name}: {value}" for name, value in facts_of(generator, folder).items())]
     if (folder / FILE).is_file():
         sliders = load_directions(folder, generator).directions
         lines.append(f"  sliders: {', '.join(direction.name for direction in sliders)}")
+    if (reader := load_reader(folder, generator)) is not None:
+        floors = ", ".join(f"{name} {word.floor:.2f}" for name, word in reader.words.items())
+        lines.append(
+            f"  reads photos: {reader.quantile:.1%} of held-out ones pass each limit"
+            + (f"; floors: {floors}" if floors else "")
+        )
     return "\n".join(lines)
 
 

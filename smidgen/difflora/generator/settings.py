@@ -74,7 +74,7 @@ class SharedBasis:
         LEARNED  # with everybody's latents from nothing; shipped, or a generator's folder, for the basis of that
     )
     people: Subjects = field(
-        default_factory=lambda: Subjects(people=1000, held_out=0, pictures=6, same_scenes=False, people_seed=1)
+        default_factory=lambda: Subjects(people=1000, held_out=300, pictures=6, same_scenes=False, people_seed=1)
     )
     batch_size: int = 32  # people in a batch
     pictures: int = 1  # of each in a batch, while the basis is learnt
@@ -110,7 +110,7 @@ class EndToEnd:
     """The stage that generalises: the denoising loss through decoder, adapter and frozen base."""
 
     people: Subjects = field(
-        default_factory=lambda: Subjects(people=3000, held_out=0, pictures=6, same_scenes=False, people_seed=1)
+        default_factory=lambda: Subjects(people=3000, held_out=300, pictures=6, same_scenes=False, people_seed=1)
     )
     batch_size: int = 32  # people in a step
     pictures: int = 1  # of each that its adapter has to draw

@@ -15,13 +15,15 @@ from typing import Literal
 import torch
 from PIL import Image
 
+from smidgen.adapters.checkpoint.files import is_recipe
 from smidgen.difflora.generator.directions import load_directions
-from smidgen.difflora.use.folders import new_folder, notes_of, read_photos
+from smidgen.difflora.use.folders import Photo, new_folder, people_in, photos_in, read_photos
 from smidgen.difflora.use.invert import Invert, invert
+from smidgen.difflora.use.recipes import open_recipe
 from smidgen.difflora.use.refine import Refine, captions_of, refine_rows
-from smidgen.difflora.use.sampler import Adapter, Output, Result, Sampler
+from smidgen.difflora.use.sampler import Adapter, Looked, Output, Result, Sampler
 from smidgen.difflora.use.sources import Source, latent_of
-from smidgen.errors import ConfigError
+from smidgen.errors import ConfigError, DataError
 
 FARTHEST = 10  # that a slider or a share goes: beyond it nothing is drawn but noise
 TIMES = (-1.0, 0.0, 1.0, 2.0)  # of the sliders, on the sheet of an edit
@@ -36,43 +38,96 @@ def predict(
     guidance: float | None = None,
     caption: str | None = None,
     refine: Refine | None = None,
+    each: bool = False,
+    recipe: bool = False,
     progress: bool = True,
 ) -> Result:
     """Adapters of the person in ``photos``, one for each seed: in ``output.out`` itself, or in ``output.out/seed-3`` of several.
 
     Args:
+        photos: photos of one person, or folders of them.
         steps, guidance: of the generator's sampler; None: its own defaults.
         caption: of the photos, for refinement; None: what the image encoder reads, or a neutral one.
         refine: how to refine; None: not at all.
+        each: every photo is another person, and so is every folder: adapters go into ``output.out/NAME``. Whoever cannot be
+            read is left out and named in the result.
+        recipe: write files of 256 bytes that stand for the adapters (see :mod:`recipes`) in place of their folders.
 
     Raises:
         DataError: a photo that cannot be read or shows no face, an ``out`` that is not empty, no generator.
         BaseLockError: another base.
     """
+    if recipe and refine is not None and refine.steps:
+        raise ConfigError("A recipe says what the generator makes, and --refine changes that: leave out one of them.")
     with new_folder(output.out, output.overwrite) as scratch:
-        found = read_photos(photos)
+        people = people_in(photos) if each else {"": photos_in(photos)}
+        first = (
+            {} if each else {"": read_photos(people[""])}
+        )  # before anything is loaded; of many people, one at a time
         sampler = Sampler(output)
-        images = sampler.fitted(found)
-        with sampler.timed("prediction"):
-            condition = sampler.generator.condition(images, [str(photo) for photo in found])
-            latents = [sampler.generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds]
-        model = sampler.generator.model
-        info = {
-            "command": "predict", "photos": [photo.digest for photo in found],
-            "steps": model.inference_steps if steps is None else steps,
-            "guidance": model.guidance_scale if guidance is None else guidance,
-        }  # fmt: skip
-        many = len(seeds) > 1
-        with sampler.timed("prediction"):
-            adapters = [
-                sampler.adapter(latent, f"seed {seed}", f"seed-{seed}" if many else "", **info, seed=seed)
-                for seed, latent in zip(seeds, latents, strict=True)
-            ]
-        if refine is not None and refine.steps:
-            adapters = _refined(
-                sampler, adapters, images, captions_of(sampler.generator.image, images, caption), refine, progress
+        adapters: list[Adapter] = []
+        shown: list[Image.Image] = []
+        notes: list[str] = []
+        refused: dict[str, str] = {}
+        for name, paths in people.items():
+            try:
+                found = first.get(name) or read_photos(paths)
+                looked = sampler.look(found)
+                own = _predicted(sampler, name, found, looked, seeds, steps, guidance)
+            except DataError as error:
+                if not each:
+                    raise
+                refused[name] = str(error)
+                continue
+            if refine is not None and refine.steps:
+                captions = captions_of(sampler.generator.image, looked.images, caption)
+                own = _refined(sampler, own, looked.images, captions, refine, progress)
+            adapters += own
+            shown += looked.images[: 1 if each else None]
+            notes += looked.notes
+        if not adapters:
+            raise DataError(f"Nobody could be read: {' '.join(refused.values())}")
+        return sampler.finish(scratch, adapters, shown, notes, refused, recipe)
+
+
+def _predicted(
+    sampler: Sampler, name: str, photos: Sequence[Photo], looked: Looked, seeds: Sequence[int], steps: int | None,
+    guidance: float | None,
+) -> list[Adapter]:  # fmt: skip
+    """The adapters of one person, one for each seed, in the folder ``name``."""
+    model, many = sampler.generator.model, len(seeds) > 1
+    info = {
+        "command": "predict", "photos": [photo.digest for photo in photos], "read": looked.facts,
+        "steps": model.inference_steps if steps is None else steps,
+        "guidance": model.guidance_scale if guidance is None else guidance,
+    }  # fmt: skip
+    with sampler.timed("prediction"):
+        condition = sampler.generator.condition(looked.images, [str(photo) for photo in photos])
+        latents = {seed: sampler.generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds}
+        return [
+            sampler.adapter(
+                latent,
+                f"{name} seed {seed}".strip(),
+                "/".join(filter(None, [name, f"seed-{seed}" if many else ""])),
+                **info,
+                seed=seed,
             )
-        return sampler.finish(scratch, adapters, images, notes_of(found))
+            for seed, latent in latents.items()
+        ]
+
+
+def load(recipe: Path, output: Output) -> Result:
+    """The adapter that a recipe stands for, as a folder.
+
+    Raises:
+        AdapterFileError: it is damaged.
+        DataError: its generator is not at hand.
+    """
+    with new_folder(output.out, output.overwrite) as scratch:
+        generator, latent = open_recipe(recipe)
+        sampler = Sampler(output, generator)
+        adapter = sampler.adapter(latent, recipe.stem, "", command="load", recipe=recipe.name)
+        return sampler.finish(scratch, [adapter], [])
 
 
 def edit(sources: Sequence[Path], output: Output, wanted: Mapping[str, float], seed: int = 0) -> Result:
@@ -165,17 +220,19 @@ def invert_photos(
     """The adapter whose latent draws ``photos`` best, sought from the mean or from the prediction; see :mod:`invert`."""
     config = config or Invert()
     with new_folder(output.out, output.overwrite) as scratch:
-        found = read_photos(photos)
+        found = read_photos(photos_in(photos))
         sampler = Sampler(output)
-        images, start = sampler.fitted(found), None
+        looked, start = sampler.look(found), None
+        images = looked.images
         if from_prediction:
             with sampler.timed("prediction"):
-                start = latent_of(sampler, photos, config.seed).latent
+                condition = sampler.generator.condition(images, [str(photo) for photo in found])
+                start = sampler.generator.latents(condition, [config.seed])[0]
         captions = captions_of(sampler.generator.image, images, caption)
         with sampler.timed("inversion"):
             latent = invert(sampler.generator, sampler.pipeline, images, config, captions, start, progress)
         info = {
-            "command": "invert", "photos": [photo.digest for photo in found], "captions": captions,
+            "command": "invert", "photos": [photo.digest for photo in found], "read": looked.facts, "captions": captions,
             "from_prediction": from_prediction, **asdict(config),
         }  # fmt: skip
         begun = torch.zeros_like(latent) if start is None else start
@@ -183,7 +240,7 @@ def invert_photos(
             sampler.adapter(begun, "the prediction" if from_prediction else "the mean"),
             sampler.adapter(latent, "inverted", "", **info),
         ]
-        return sampler.finish(scratch, adapters, images, notes_of(found))
+        return sampler.finish(scratch, adapters, images, looked.notes)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -210,7 +267,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _open(output: Output, sources: Sequence[Path], seed: int) -> tuple[Sampler, Source]:
     """The generator with its base, and where an edit or a blend starts; photos are looked at before anything is loaded."""
-    if not any(path.is_dir() for path in sources):
+    if not any(path.is_dir() or is_recipe(path) for path in sources):
         read_photos(sources)
     sampler = Sampler(output)
     return sampler, latent_of(sampler, sources, seed)

@@ -26,9 +26,10 @@ from smidgen.adapters.atomic import new_files, write_file
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, WEIGHTS_NAME
 from smidgen.adapters.checkpoint.formats import FORMATS, Lora, Place, Source
 from smidgen.bases.protocol import ImageBase
-from smidgen.difflora.weightspace.layout import Layout, write_adapter
+from smidgen.difflora.weightspace.layout import Layout, is_lora, write_adapter
 from smidgen.errors import DataError, did_you_mean
 from smidgen.tasks.data.images import remarks
+from smidgen.tasks.data.listing import list_folder
 from smidgen.tasks.data.pixels import Decoded, decode
 from smidgen.tasks.png import written_by_smidgen
 
@@ -49,11 +50,6 @@ class Photo:
         return f"{self.path} ({self.image.width} x {self.image.height} pixels)"
 
 
-def notes_of(photos: Sequence[Photo]) -> tuple[str, ...]:
-    """What was odd about any of them."""
-    return tuple(note for photo in photos for note in photo.notes)
-
-
 def read_photos(paths: Sequence[Path]) -> list[Photo]:
     """The photos at ``paths``.
 
@@ -63,6 +59,49 @@ def read_photos(paths: Sequence[Path]) -> list[Photo]:
     if not paths:
         raise DataError("Give at least one photo.")
     return [_read_photo(Path(path)) for path in paths]
+
+
+def photos_in(paths: Sequence[Path]) -> list[Path]:
+    """The photos of one person at ``paths``, each a photo or a folder of them.
+
+    Raises:
+        DataError: a folder without a photo, or with folders of photos, who may be several people.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = list_folder(path)
+        if deeper := [photo for photo in inside.pictures if photo.parent != path]:
+            raise DataError(
+                f"{path} holds folders of photos ({deeper[0].parent.name}); name the folder of one person, or give --each for "
+                "an adapter of each."
+            )
+        if not inside.pictures:
+            raise DataError(" ".join([f"{path} is a folder that holds no photo.", *inside.warnings()]))
+        found += inside.pictures
+    return found
+
+
+def people_in(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    """Name -> photos, of ``paths`` that are each another person: a photo, a folder of photos, or a folder of such folders.
+
+    Raises:
+        DataError: nobody, two of one name, or as :func:`photos_in`.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        folders = [one for one in inside if one.is_dir() and not one.name.startswith(".")]
+        for one in folders or [path]:
+            name = one.name if one.is_dir() else one.stem
+            if name in found:
+                raise DataError(f"Two people are called {name!r} ({found[name][0]} and {one}); rename one.")
+            found[name] = photos_in([one])
+    if not found:
+        raise DataError("Give at least one photo, or a folder of photos.")
+    return found
 
 
 def _read_photo(path: Path) -> Photo:
@@ -132,11 +171,6 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
     if known[0] != FORMAT:
         raise DataError(f"{path} has format {known[0]}; this version of smidgen reads format {FORMAT}.")
     return dict(recipe)
-
-
-def is_lora(layout: Layout) -> bool:
-    """Whether adapters of ``layout`` are plain LoRA."""
-    return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
 
 
 def loras(layout: Layout, row: Tensor, component: str) -> dict[Place, Lora]:

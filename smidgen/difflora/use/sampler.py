@@ -13,21 +13,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smidgen.adapters.checkpoint.files import public_name
+from smidgen.adapters.checkpoint.files import RECIPE_ENDING, public_name
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.card import adapter_card
-from smidgen.difflora.generator.generator import SHIPPED, load_generator
+from smidgen.difflora.generator.generator import SHIPPED, Generator, load_generator
+from smidgen.difflora.generator.reading import Framing, Seen, load_reader
 from smidgen.difflora.use import folders
 from smidgen.difflora.use.folders import Photo, write_folder
-from smidgen.difflora.weightspace.layout import Layout
-from smidgen.errors import ConfigError
+from smidgen.difflora.use.recipes import write_recipe
+from smidgen.difflora.weightspace.layout import Layout, is_lora
+from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.data.pixels import fit
 from smidgen.tasks.diffusion.scenes import Scenes
 from smidgen.tasks.png import about_adapter, write_png
 from smidgen.training.randomness import derive
 from smidgen.training.ranges import check
+
+MOST = 64  # rows of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Output:
     generator: Path | None = None  # the generator's folder; None: the one that comes with the package
     base: str | None = None  # embedded, a pipeline folder, or a hub name; None: as the generator says
     overwrite: bool = False  # write although --out holds files; those of other names stay
+    unchecked: bool = False  # go on with photos that the generator cannot read, or that show different people
     sheet: Sheet = field(default_factory=Sheet)
 
 
@@ -81,33 +86,46 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """One person's photos as they are read, what a recipe says of each, and what a user should know of them."""
+
+    images: list[Image.Image]
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
-    """What was written: folders with the bytes of their adapters, the sheet, seconds of each part, and remarks."""
+    """What was written: folders with the bytes of their adapters, the sheet, seconds of each part, remarks, and of several
+    people who was left out and why."""
 
     folders: dict[Path, int]
     sheet: Path | None
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{folder}: {size:,} bytes" for folder, size in self.folders.items()]
         lines += [f"contact sheet: {self.sheet}"] if self.sheet else []
-        lines += [*self.notes, ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())]
+        lines += [*self.notes, *(f"{name} is left out: {reason}" for name, reason in self.refused.items())]
+        lines += [", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())]
         return "\n".join(lines)
 
 
 class Sampler:
     """A generator and the base its adapters are for, loaded; it keeps the time."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: Output, generator: Generator | None = None) -> None:
         self.output = output
         self.seconds: dict[str, float] = {}
         with self.timed("loading"):
             self.folder = output.generator or SHIPPED
-            self.generator = load_generator(self.folder)
+            self.generator = generator or load_generator(self.folder)
             self.pipeline = AdaptedPipeline.load(output.base or self.generator.base, self.generator.layout)
             self.base = public_name(self.pipeline.base.name)
             self.encoders = self.generator.face, self.generator.image  # loaded now
+            self.reader = None if generator else load_reader(self.folder, self.generator)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -115,9 +133,49 @@ class Sampler:
         yield
         self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started
 
-    def fitted(self, photos: Sequence[Photo]) -> list[Image.Image]:
-        """Photos as the base and the encoders see them: square, of the base's size."""
-        return [fit(photo.image, self.pipeline.base.resolution) for photo in photos]
+    def look(self, photos: Sequence[Photo]) -> Looked:
+        """One person's photos, square and of the base's size, as the generator's reader finds them to be read best.
+
+        Raises:
+            DataError: one that the generator cannot read, or two that show different people, unless ``output.unchecked``.
+        """
+        images = [fit(photo.image, self.pipeline.base.resolution) for photo in photos]
+        said = [note for photo in photos for note in photo.notes]
+        if self.reader is None:
+            return Looked(images, notes=tuple(said))
+        with self.timed("reading"):
+            seen = [self.reader.look(self.generator, image) for image in images]
+        for photo, one in zip(photos, seen, strict=True):
+            self.generator.features([one.image], [str(photo)])  # an error without a face
+            if reason := self.reader.refusal(one):
+                self._doubt(f"{photo} is no photo that this generator can read: {reason}.{self._wanted}", said)
+            said += self._read(photo, one)
+        if (two := self.reader.two_people(self.generator, seen)) is not None:
+            self._doubt(_two_people([photos[at] for at in two], [seen[at] for at in two]), said)
+        images = [one.image for one in seen]
+        return Looked(images, [one.facts for one in seen], tuple(said))
+
+    @property
+    def _wanted(self) -> str:
+        reads = getattr(self.generator.face, "reads", "")
+        return f" Give {reads}." if reads else ""
+
+    def _doubt(self, sentence: str, said: list[str]) -> None:
+        """An error, or with ``output.unchecked`` a remark."""
+        if not self.output.unchecked:
+            raise DataError(f"{sentence} --unchecked goes on all the same.")
+        said.append(f"Unchecked: {sentence}")
+
+    def _read(self, photo: Photo, seen: Seen) -> list[str]:
+        """What was read of a photo, how surely, and where."""
+        assert self.reader is not None
+        words = [f"{name.replace('_', ' ')} {word} {sure:.2f}" for name, (word, sure) in seen.words.items()]
+        told = [f"{photo.path}: {', '.join(words)}"] if words else []
+        if seen.framing != Framing():
+            told.append(f"{photo.path} is read in another framing, {seen.framing}.")
+        if unsure := self.reader.unsure(seen):
+            told.append(f"{photo.path}: not sure of {', '.join(unsure)}; look whether the drawings are right there.")
+        return told
 
     def adapter(self, latent: Tensor, label: str, name: str | None = None, **info: Any) -> Adapter:
         """The adapter of ``latent`` [size] with its recipe; made alone, so that its bits do not depend on others."""
@@ -125,25 +183,32 @@ class Sampler:
         return Adapter(self.generator.rows(latent[None])[0], self.generator.layout, label, name, recipe)
 
     def finish(
-        self, scratch: Path, adapters: Sequence[Adapter], images: Sequence[Image.Image], notes: Sequence[str] = ()
-    ) -> Result:
+        self, scratch: Path, adapters: Sequence[Adapter], images: Sequence[Image.Image], notes: Sequence[str] = (),
+        refused: Mapping[str, str] | None = None, recipe: bool = False,
+    ) -> Result:  # fmt: skip
         """Draws the sheet, with the ``images`` that the adapters were made from, and writes the folders into ``scratch``."""
         out, shown = self.output.out, self.output.sheet.sheet
-        sheet = self._sheet(adapters, images) if shown else None
+        sheet = self._sheet(adapters[:MOST], images) if shown else None
+        if sheet is not None and len(adapters) > MOST:
+            notes = [*notes, f"The contact sheet shows the first {MOST} of {len(adapters)} adapters."]
         sizes: dict[Path, int] = {}
         with self.timed("writing"):
             for one in adapters:
                 if one.name is None:
                     continue
+                if recipe:
+                    name = f"{one.name.replace('/', '-') or out.name}{RECIPE_ENDING}"
+                    sizes[out / name] = write_recipe(scratch / name, self.generator, torch.tensor(one.recipe["latent"]))
+                    continue
                 folder = scratch / one.name
                 size = write_folder(one.layout, one.row, self.pipeline.base, folder, dict(one.recipe))
                 own = shown and not one.name
-                card = adapter_card(one.layout, self.base, one.recipe, size, own, folders.is_lora(one.layout))
+                card = adapter_card(one.layout, self.base, one.recipe, size, own, is_lora(one.layout))
                 (folder / folders.CARD).write_text(card, encoding="utf-8")
                 sizes[out / one.name] = size
             if sheet is not None:
-                write_png(sheet, scratch / folders.SHEET, self._facts(adapters, scratch))
-        return Result(sizes, out / folders.SHEET if shown else None, self.seconds, tuple(notes))
+                write_png(sheet, scratch / folders.SHEET, self._facts([] if recipe else adapters, scratch))
+        return Result(sizes, out / folders.SHEET if shown else None, self.seconds, tuple(notes), refused or {})
 
     def _facts(self, adapters: Sequence[Adapter], scratch: Path) -> dict[str, Any]:
         """What the sheet says of itself."""
@@ -167,3 +232,14 @@ class Sampler:
         shown = [Row("made from", list(images)[: len(scenes.prompts)])] if images else []
         shown += [Row("base model", base), *(Row(a.label, drawn[number], a.note) for number, a in enumerate(adapters))]
         return contact_sheet(f"{self.output.out.name}: same noise in each column", shown, scenes.prompts)
+
+
+def _two_people(photos: Sequence[Photo], seen: Sequence[Seen]) -> str:
+    words = [one.words for one in seen]
+    other = [
+        f"{name.replace('_', ' ')} {words[0][name][0]} and {words[1][name][0]}"
+        for name in words[0]
+        if words[0][name][0] != words[1][name][0]
+    ]
+    told = f" ({', '.join(other)})" if other else ""
+    return f"{photos[0]} and {photos[1]} seem to show different people{told}. Give photos of one person, or --each for an adapter of each."

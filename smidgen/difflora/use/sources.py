@@ -13,10 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 import smidgen
+from smidgen.adapters.checkpoint.files import is_recipe
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.injection import remove
 from smidgen.difflora.generator.generator import Generator
-from smidgen.difflora.use.folders import notes_of, read_photos, read_recipe
+from smidgen.difflora.use.folders import read_photos, read_recipe
+from smidgen.difflora.use.recipes import open_recipe
 from smidgen.difflora.use.sampler import Sampler
 from smidgen.difflora.weightspace.layout import Layout, plain_config
 from smidgen.errors import DataError
@@ -44,28 +46,27 @@ def latent_of(sampler: Sampler, sources: Sequence[Path], seed: int = 0) -> Sourc
     Raises:
         DataError: several adapters, photos and adapters mixed, an adapter of another generator or family.
     """
-    adapters = [path for path in sources if path.is_dir()]
+    adapters = [path for path in sources if path.is_dir() or is_recipe(path)]
     if not adapters:
         photos = read_photos(sources)
-        images = sampler.fitted(photos)
-        latents = sampler.generator.latents(
-            sampler.generator.condition(images, [str(photo) for photo in photos]), [seed]
-        )
-        return Source(
-            latents[0], {"photos": [photo.digest for photo in photos], "seed": seed}, images, notes_of(photos)
-        )
+        looked = sampler.look(photos)
+        condition = sampler.generator.condition(looked.images, [str(photo) for photo in photos])
+        info = {"photos": [photo.digest for photo in photos], "read": looked.facts, "seed": seed}
+        return Source(sampler.generator.latents(condition, [seed])[0], info, looked.images, looked.notes)
     if len(sources) > 1:
         raise DataError(f"Give one adapter folder, or photos of one person; got {', '.join(map(str, sources))}.")
+    if is_recipe(adapters[0]):
+        generator, latent = open_recipe(adapters[0])
+        if generator.digest != sampler.generator.digest:
+            raise _another(adapters[0], generator.digest, sampler.generator)
+        return Source(latent, {"recipe": adapters[0].name}, [])
     recipe = read_recipe(adapters[0])
     return _encoded(sampler, adapters[0]) if recipe is None else _remembered(sampler.generator, adapters[0], recipe)
 
 
 def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> Source:
     if recipe["generator"] != generator.digest:
-        raise DataError(
-            f"{folder} was made by another generator ({recipe['generator'][:12]}; here {generator.digest[:12]}), whose latents "
-            "mean nothing to this one: name that one with --generator."
-        )
+        raise _another(folder, recipe["generator"], generator)
     latent = torch.tensor(recipe["latent"], dtype=torch.float32)
     if latent.shape != (generator.network.latents,):
         raise DataError(
@@ -74,6 +75,13 @@ def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> S
     notes = (f"{folder} was refined; this starts from its prediction.",) if recipe.get("refine") else ()
     info = {name: value for name, value in recipe.items() if name not in ("latent", "format", "layout", "smidgen")}
     return Source(latent, info, [], notes)
+
+
+def _another(path: Path, digest: str, generator: Generator) -> DataError:
+    return DataError(
+        f"{path} was made by another generator ({digest[:12]}; here {generator.digest[:12]}), whose latents mean nothing to this "
+        "one: name that one with --generator."
+    )
 
 
 def _encoded(sampler: Sampler, folder: Path) -> Source:

@@ -150,10 +150,11 @@ class Codec(ABC):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``codec.safetensors`` and ``codec.json``, each in one step."""
+        """Writes ``codec.safetensors`` and ``codec.json``, each in one step; a normaliser's numbers once where all are the same."""
         numbers = {f"own.{name}": value for name, value in self._numbers().items()}
         normaliser = self._fitted(self.normaliser)
-        numbers |= {"shift": normaliser.shift, "width": normaliser.width, "reference": self._fitted(self.reference)}
+        numbers |= {name: _once(getattr(normaliser, name)) for name in ("shift", "width")}
+        numbers |= {"reference": self._fitted(self.reference)}
         numbers |= {"latent_mean": self._fitted(self.latent_mean), "latent_width": self._fitted(self.latent_width)}
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in numbers.items()})
         described = {"format": FORMAT, "codec": self.name, "settings": self.settings(), "normalise": self.normalise}
@@ -161,6 +162,10 @@ class Codec(ABC):
         replace_file(Path(folder) / TENSORS, content)
         replace_file(Path(folder) / JSON, json.dumps(described, indent=1))
         return Path(folder)
+
+
+def _once(values: Tensor) -> Tensor:
+    return values[:1] if bool((values == values[0]).all()) else values
 
 
 class Prepared:

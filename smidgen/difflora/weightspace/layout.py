@@ -181,6 +181,11 @@ class Layout:
         return layout
 
 
+def is_lora(layout: Layout) -> bool:
+    """Whether adapters of ``layout`` are plain LoRA."""
+    return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
+
+
 def layout_of(model: nn.Module, config: smidgen.SmidgenConfig, dtype: str = "float32") -> Layout:
     """The layout of an adapter of ``config`` on the adapted layers of ``model``.
 
