@@ -219,7 +219,7 @@ def bomb(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("1.png", r"1.png does not exist\. Did you mean '0.png'"), ("folder", "is a folder, not a photo"),
+    [("1.png", r"1.png does not exist\. Did you mean '0.png'"), ("folder", "is a folder that holds no photo"),
      ("text.png", "cannot be read as a photo"), ("cut.png", "cannot be read as a photo"), ("bomb.png", "bomb.png cannot be read"),
      ("large.png", "more than 100 million pixels"), ("dot.png", "smaller than 16 pixels"),
      ("plain.png", r"plain.png \(64 x 64 pixels\) shows nobody: it is of one colour"),
