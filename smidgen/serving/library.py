@@ -218,8 +218,11 @@ class Library:
         """Text; events are TextPieces, then the TextResult.
 
         Raises:
-            UnknownAdapterError, BusyError, ClosedError; ConfigError for a value out of range or an adapter of another task;
-            DataError for a prompt that the model cannot read; SmidgenError for an adapter that is refused.
+            UnknownAdapterError: a name that is neither an adapter nor a base.
+            BusyError, ClosedError: too many requests wait, or the library is closed.
+            ConfigError: a value out of range, or an adapter of another task.
+            DataError: a prompt that the model cannot read.
+            SmidgenError: an adapter that is refused.
         """
         return self._submit("generate", request)
 

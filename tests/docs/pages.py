@@ -14,13 +14,14 @@ class Page:
     """How a page's blocks are run, from top to bottom in one folder.
 
     Attributes:
-        before: Python that gives what the reader has already: names and files.
+        before: Python that gives what the reader has already: names and files. What is to end with the page it puts into ``stack``.
         slow: its Python is run by the slow tests, together with its commands, which it builds on.
         runs_commands: the slow tests run its commands, but for blocks with one of the words in ``parsed``.
         parsed: words that mark blocks which are parsed alone; each is in one.
         smaller: what is written in place of a text so that a run takes seconds; each text is there.
         apart: each Python block is a program of its own.
         elsewhere: the test that runs the page.
+        needs: packages of extras that not every environment of the tests has; where one lacks, the page is skipped.
         reads: for blocks of data in order, the Python that reads them: ``text`` is the block.
     """
 
@@ -31,6 +32,7 @@ class Page:
     smaller: dict[str, str] = field(default_factory=dict)
     apart: bool = False
     elsewhere: str = ""
+    needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
 
@@ -82,7 +84,7 @@ Path("more.csv").write_text("text,label\\nwhat a day,x\\n")
         runs_commands=True,
         parsed=("make demo", "pip install"),
         smaller={
-            "tweets --model minilm --budget 5kB": "debug-text --model debug-text --budget 5kB",
+            "tweets --model minilm --budget 5kB": "debug-text --model debug-text --max-length 32 --budget 5kB",
             "--method svfit --out my-adapter": f"--method svfit {SHORT} --out my-adapter",
         },
     ),
@@ -252,6 +254,28 @@ assert [one.phrase for one in found.subjects] == ["sks person", "ohwx person"]
         ),
     ),
     "docs/sdxl.md": Page(parsed=("stabilityai", "generate me")),
+    "docs/serving.md": Page(
+        PIPE
+        + """
+import json
+from pathlib import Path
+from smidgen import testing
+from smidgen.bases.transformers import AUTO, Head, load_classifier
+from tests.serving import helpers
+for seed, name in enumerate(("ann", "team/bob", "style")):
+    helpers.chat_adapter(Path("adapters") / name, "svfit", seed)
+found = load_classifier(AUTO["text-classification"], "debug-chat", Head(("bad", "good")), 0, "no", None)
+own = smidgen.config("svfit", modules_to_save=list(found.heads), labels=["bad", "good"], task_type="SEQ_CLS")
+testing.perturb(smidgen.adapt(found.model, own))
+smidgen.save(found.model, "adapters/mood")
+Path("adapters/mood/report.json").write_text(json.dumps({"kind": "text-classification", "labels": ["bad", "good"]}))
+smidgen.adapt(pipe, "svfit")
+testing.perturb(pipe.unet)
+smidgen.save(pipe, "adapters/cat")
+Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
+""",
+        smaller={"smollm2": "debug-chat"},
+    ),
     "docs/train.md": Page(
         before="""
 from pathlib import Path
@@ -262,9 +286,9 @@ Path("tweets.csv").write_text("text\\nwhat a day\\n")
         runs_commands=True,
         apart=True,
         smaller={
-            "text-classification tweets --model minilm": "text-classification debug-text --model debug-text",
+            "text-classification tweets --model minilm": "text-classification debug-text --model debug-text --max-length 32",
             "emoji --model vit-s14 --resolution 70": "debug-image --model debug-image",
-            "wordnet --model smollm2 --max-length 128": "debug-chat --model debug-chat --max-length 128",
+            "wordnet --model smollm2 --max-length 128": "debug-chat --model debug-chat --max-length 48",
             'in one sentence."': 'in one sentence." --prompt "What is a dog?" --max-new-tokens 8',
             "--num-train-epochs 3 --learning-rate": "--num-train-epochs 1 --learning-rate",
             'TextData("tweets"), adapter=Adapter("loldu"), out=Path("mood"))': (

@@ -44,8 +44,10 @@ def shorter(block: Block) -> str:
 def go_through(page: str, with_commands: bool, bin_folder: Path | None = None) -> None:
     """Run a page's blocks in the present folder, in order."""
     own, reads = row(page), list(row(page).reads)
+    for name in own.needs:
+        pytest.importorskip(name)
     names: dict = {"__name__": "__main__"}
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as names["stack"]:
         exec(compile(own.before, f"before {page}", "exec"), names)
         for block in blocks_of(page):
             if str(block) in SKIPPED:
