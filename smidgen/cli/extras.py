@@ -12,7 +12,6 @@ PACKAGES = {  # what an extra brings, as it is imported
     "control": ("cv2", "sklearn"),
     "world": ("dicebear", "resvg_py"),
     "zoo": ("pyarrow", "psutil", "scipy"),
-    "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Generic, TypeVar, cast
 
 from smidgen.serving.requests import CancelledRequestError, Event, Progress, Served, TextPiece
+
+logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -115,4 +118,9 @@ class Handle(Generic[R]):
             self._changed.notify_all()
             listeners = list(self._listeners)
         for listener in listeners:
-            listener()
+            try:
+                listener()
+            except (
+                Exception
+            ):  # a loop that was closed is its owner's business, and not that of who else is in the batch
+                logger.exception("A listener of a request failed.")

@@ -85,9 +85,13 @@ class Library:
         self._abilities = {name: abilities(base) for name, base in self._bases.items()}
         for info in self.adapters() if self._open else ():
             self._add_base(self.shelf.entry(info.name))
-        for name in self._bases if bases else ():
-            if "embed" in self._abilities[name] or "draw" in self._abilities[name]:
-                self._host(name, self._abilities[name][0], ()).call(lambda: None)
+        try:
+            for name in self._bases if bases else ():
+                if self._abilities[name]:
+                    self._host(name, self._abilities[name][0], ()).call(lambda: None)
+        except BaseException:
+            self.close(0.0)
+            raise
 
     # ---- what is there -----------------------------------------------------------------------------------------------
 

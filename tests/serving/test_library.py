@@ -302,6 +302,27 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(chats: Path, monkeypa
         assert said(library, "svfit") == expected and library.counters().active == 0
 
 
+def test_a_listener_that_fails_hurts_nobody(chats: Path) -> None:
+    with Library(chats, bases=[CHAT]) as library:
+        expected, heard = said(library, "svfit", 50), threading.Event()
+        handle = library.generate(TextRequest("svfit", PROMPT, 50))
+
+        def listen() -> None:
+            heard.set()
+            raise RuntimeError("Event loop is closed")
+
+        next(iter(handle))
+        with pytest.raises(RuntimeError):  # called at once, in the thread that asks
+            handle.on_change(listen)
+        heard.clear()
+        assert handle.result(60).token_ids == expected and heard.is_set()
+
+
+def test_a_base_that_is_not_there_is_said_at_once(chats: Path) -> None:
+    with pytest.raises(ConfigError, match="no-such-base"):
+        Library(chats, bases=[CHAT, "no-such-base"])
+
+
 def test_closing_waits_for_answers_or_ends_them(chats: Path) -> None:
     library = Library(chats, bases=[CHAT])
     running = library.generate(TextRequest("svfit", PROMPT, 40))

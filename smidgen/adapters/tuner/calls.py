@@ -291,9 +291,11 @@ def terms(layer: ShiftLayer, x: Tensor) -> list[Term] | None:
                 continue
             if len(rows.index) == 1:
                 one = {name: value[int(rows.index)] for name, value in trained.items()}
-                found.append(Term(slot, 1.0 if rows.weight is None else float(rows.weight), None, one))
-            else:
-                found.append(Term(slot, 1.0, rows, {name: rows.pick(value) for name, value in trained.items()}))
+                found.append(Term(slot, 1.0 if rows.weight is None else float(rows.weight), trained=one))
+                continue
+            places, rows = rows.part or (None, rows)
+            places = places if places is None else places.to(x.device)
+            found.append(Term(slot, 1.0, places, rows, {name: rows.pick(value) for name, value in trained.items()}))
     return found
 
 

@@ -38,19 +38,21 @@ class Term(NamedTuple):
     Attributes:
         slot: its tensors, prepared.
         weight: s of the law; in a bank each row's weight comes on top.
-        at: None for the whole batch; places [n] in the first axis; rows of a bank.
+        places: in the first axis [n] that it is for; None is the whole batch.
+        at: None, or rows of a bank, of the batch or of those places.
         trained: in place of the slot's own trained tensors, with a leading axis [runs] for rows of a bank.
     """
 
     slot: Slot
     weight: float = 1.0
-    at: Tensor | Rows | None = None
+    places: Tensor | None = None
+    at: Rows | None = None
     trained: Tensors | None = None
 
     @property
     def exact(self) -> bool:
         """Whether its rows are the whole batch at weight one, so that T x stands for x + (T - I) x."""
-        return self.weight == 1 and (self.at is None or (isinstance(self.at, Rows) and self.at.weight is None))
+        return self.weight == 1 and self.places is None and (self.at is None or self.at.weight is None)
 
 
 class ShiftLayer(nn.Module):
@@ -160,8 +162,8 @@ class ShiftLayer(nn.Module):
         }
         return self.law(x, [self._term(name, at) for name, at in places.items()], *args, **kwargs)
 
-    def _term(self, name: str, at: Tensor | None = None) -> Term:
-        return Term(self.slot(name), self.scaling[name], at)
+    def _term(self, name: str, places: Tensor | None = None) -> Term:
+        return Term(self.slot(name), self.scaling[name], places)
 
     def law(self, x: Tensor, terms: Sequence[Term], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
         """The shift law: x + sum of (T - I) x through the base layer, plus the sum of D x, in one call of the base."""
@@ -189,17 +191,15 @@ class ShiftLayer(nn.Module):
             return self._transformed(x, terms[0])
         shifted = x
         for term in terms:
-            if isinstance(term.at, Tensor):
-                some = x[term.at]
-                shifted = shifted.index_add(0, term.at, term.weight * (self._transformed(some, term) - some))
-            else:
-                moved = self._transformed(x, term) - x
-                shifted = shifted + (moved * term.weight if term.at is None else _each(term.at.weighed, moved, term.at))
+            some = x if term.places is None else x[term.places]
+            moved = self._transformed(some, term) - some
+            moved = moved * term.weight if term.at is None else _each(term.at.weighed, moved, term.at)
+            shifted = shifted + moved if term.places is None else shifted.index_add(0, term.places, moved)
         return shifted
 
     def _transformed(self, x: Tensor, term: Term) -> Tensor:
         """T x, row by row in a bank."""
-        if isinstance(term.at, Rows):
+        if term.at is not None:
             rows = term.at
             return _each(lambda own: rows.apply(lambda run, t: self._t(run, term.slot, t), own, term.trained), x, rows)  # type: ignore[arg-type]
         return self._t(x, term.slot, term.trained)
@@ -209,12 +209,12 @@ class ShiftLayer(nn.Module):
 
     def _with_residual(self, y: Tensor, x: Tensor, term: Term) -> Tensor:
         """y + D x, in one pass over y where that can be."""
+        if term.places is not None:
+            some = self._with_residual(y[term.places], x[term.places], term._replace(places=None))
+            return y.index_copy(0, term.places, some)
         slot, rows = term.slot, term.at
         if rows is None:
             return self.kind.add_output_shift(y, slot.factors(term.trained).weighed(term.weight), x, self.base_layer)
-        if isinstance(rows, Tensor):
-            factors = slot.factors(term.trained).weighed(term.weight)
-            return y.index_add(0, rows, self.kind.output_shift(factors, x[rows], self.base_layer).to(y.dtype))
         assert term.trained is not None and slot.residual is not None
         if isinstance(self.kind, LinearKind) and slot.residual.stacks:
             factors = slot.residual.stacked(slot.factors(term.trained))
@@ -240,7 +240,9 @@ class ShiftLayer(nn.Module):
             return False
         weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
         diagonal = slot.residual is not None and slot.residual.diagonal_between
-        if term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor):  # torchao's have no addmm
+        if (
+            term.places is not None or term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor)
+        ):  # torchao's have no addmm
             return False
         if not diagonal or weight.requires_grad or autocasting(x.device.type):
             return False

@@ -77,6 +77,17 @@ class Rows:
         """Whether some row goes through an adapter."""
         return bool((self.index >= 0).any())
 
+    @cached_property
+    def part(self) -> tuple[Tensor, Rows] | None:
+        """Where some runs are the base model's and lie along the first axis: the places of all others, and their rows."""
+        kept = (self.index >= 0).nonzero().flatten()
+        if self.axis or len(kept) == len(self.index):
+            return None
+        weight = None if self.weight is None else self.weight[kept]
+        weight = None if weight is None or bool((weight == 1).all()) else weight
+        places = (kept[:, None] * self.length + torch.arange(self.length)).flatten()
+        return places, replace(self, index=self.index[kept], weight=weight, whole=False)
+
     def pick(self, value: Tensor) -> Tensor:
         """The adapters' tensors [adapters, ...] -> the runs' [runs, ...]; any adapter's for a run of the base model."""
         if self.whole and len(value) == len(self.index):
