@@ -12,6 +12,7 @@ PACKAGES = {  # what an extra brings, as it is imported
     "control": ("cv2", "sklearn"),
     "world": ("dicebear", "resvg_py"),
     "zoo": ("pyarrow", "psutil", "scipy"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
 }
 
 

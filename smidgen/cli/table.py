@@ -18,6 +18,7 @@ GROUPS = {  # words that stand before others
     "train": "train an adapter of kilobytes on texts, pictures or conversations: train TASK DATA",
     "plan": "say what a run would need before it is run: plan personalize",
     "zoo": "train the adapters of many people at once: zoo build|status|import",
+    "keys": "say who may ask a server: keys add|list|remove",
     "generator": "train and look at what predicts: generator train|directions|calibrate|inspect",
 }
 COMMANDS = {
@@ -48,6 +49,12 @@ COMMANDS = {
         "sort texts or images with an adapter: classify ADAPTER FILE_OR_TEXT...", "using:classify", ("tasks",)
     ),
     "chat": Command("talk to a language model with an adapter", "using:chat", ("tasks",)),
+    "serve": Command(
+        "serve a folder of adapters over HTTP, each as a model: serve ADAPTERS", "serving:serve", ("serve",)
+    ),
+    "keys add": Command("make an API key of a server: keys add FILE NAME", "serving:add_key"),
+    "keys list": Command("list the API keys of a server", "serving:list_keys"),
+    "keys remove": Command("take an API key back", "serving:remove_key"),
     "merge": Command("write an adapter and its base as one plain model: merge ADAPTER --out MODEL", "using:merge"),
     "zoo build": Command("train an adapter for each of many people, many at once", "zoo:build", ("diffusion", "zoo")),
     "zoo status": Command("say how a zoo stands", "zoo:status", ("zoo",)),

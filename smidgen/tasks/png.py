@@ -8,6 +8,7 @@ What is drawn to be trained on (``smidgen subject``, ``smidgen pairs``, packaged
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +21,7 @@ from smidgen.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 SOFTWARE, FACTS, PARAMETERS = "Software", "smidgen", "parameters"
 OURS = "smidgen "  # what Software starts with in every picture of ours
@@ -36,17 +38,28 @@ def write_png(image: Image, path: Path, facts: Mapping[str, Any] | None = None) 
         facts: plain values. ``prompt``, ``negative_prompt``, ``seed``, ``steps``, ``guidance``, ``base`` and ``adapter``
             (name, method, fingerprint) are also written as other tools read them. Versions are added.
     """
+    with new_file(path) as beside:
+        image.save(beside, "PNG", pnginfo=_chunks(image, facts or {}))
+    return path
+
+
+def png_bytes(image: Image, facts: Mapping[str, Any] | None = None) -> bytes:
+    """The file that `write_png` writes."""
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=_chunks(image, facts or {}))
+    return file.getvalue()
+
+
+def _chunks(image: Image, facts: Mapping[str, Any]) -> PngInfo:
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
-    known = {"size": f"{image.width}x{image.height}", **(facts or {}), "versions": _versions()}
+    known = {"size": f"{image.width}x{image.height}", **facts, "versions": _versions()}
     chunks.add_text(SOFTWARE, OURS + known["versions"]["smidgen"])
     chunks.add_text(FACTS, json.dumps(known, default=str))  # ASCII, so that lone surrogates pass
     if "prompt" in known:
         chunks.add_text(PARAMETERS, _writable(_parameters(known)))
-    with new_file(path) as beside:
-        image.save(beside, "PNG", pnginfo=chunks)
-    return path
+    return chunks
 
 
 def write_figure(figure: Any, path: Path, facts: Mapping[str, Any] | None = None) -> Path:

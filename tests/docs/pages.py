@@ -68,6 +68,28 @@ PERSON = """
 from smidgen import cli
 assert cli.main(["subject", "pictures", "--seed", "7"]) == 0
 """
+# A server of the adapters in a folder, until the tests end.
+SERVER = """
+import atexit, threading
+
+def served():
+    from smidgen.serving.library import Library
+    from smidgen.serving.running import prepared
+    from smidgen.serving.settings import Server
+
+    library = Library("adapters", ["debug-chat", "embedded"])
+    server, listener = prepared(library, Server(port=0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+
+    def stop():
+        server.should_exit = True
+        thread.join(60)
+        library.close(0)
+
+    atexit.register(stop)
+    return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+"""
 SHORT = "--max-train-steps 4 --num-prompts 1 --num-seeds 1 --inference-steps 2 --lr-warmup-steps 0 --no-compare-lora"
 
 PAGES: dict[str, Page] = {
@@ -273,8 +295,13 @@ smidgen.adapt(pipe, "svfit")
 testing.perturb(pipe.unet)
 smidgen.save(pipe, "adapters/cat")
 Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
-""",
-        smaller={"smollm2": "debug-chat"},
+"""
+        + SERVER,
+        smaller={
+            "smollm2": "debug-chat",
+            'base_url="http://127.0.0.1:8000/v1"': "base_url=served()",
+            '"steps": 20': '"steps": 2',
+        },
     ),
     "docs/train.md": Page(
         before="""

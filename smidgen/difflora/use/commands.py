@@ -41,6 +41,7 @@ def predict(
     each: bool = False,
     recipe: bool = False,
     progress: bool = True,
+    sampler: Sampler | None = None,
 ) -> Result:
     """Adapters of the person in ``photos``, one for each seed: in ``output.out`` itself, or in ``output.out/seed-3`` of several.
 
@@ -52,6 +53,7 @@ def predict(
         each: every photo is another person, and so is every folder: adapters go into ``output.out/NAME``. Whoever cannot be
             read is left out and named in the result.
         recipe: write files of 256 bytes that stand for the adapters (see :mod:`recipes`) in place of their folders.
+        sampler: a generator that is loaded already; None: that of ``output``.
 
     Raises:
         DataError: a photo that cannot be read or shows no face, an ``out`` that is not empty, no generator.
@@ -64,7 +66,7 @@ def predict(
         first = (
             {} if each else {"": read_photos(people[""])}
         )  # before anything is loaded; of many people, one at a time
-        sampler = Sampler(output)
+        sampler = sampler.at(output) if sampler else Sampler(output)
         adapters: list[Adapter] = []
         shown: list[Image.Image] = []
         notes: list[str] = []

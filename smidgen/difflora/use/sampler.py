@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -126,6 +127,12 @@ class Sampler:
             self.base = public_name(self.pipeline.base.name)
             self.encoders = self.generator.face, self.generator.image  # loaded now
             self.reader = None if generator else load_reader(self.folder, self.generator)
+
+    def at(self, output: Output) -> Sampler:
+        """The same generator and base, which are not loaded again, for another output."""
+        other = copy.copy(self)
+        other.output, other.seconds = output, {}
+        return other
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
