@@ -258,12 +258,17 @@ def _plot_norms(norms: dict[str, float], of: str, title: str, path: Path) -> Non
 
 
 def _exact_formats(config: dict[str, Any]) -> list[str]:
-    """Formats of ``smidgen export`` that hold an adapter as it is: products go anywhere, a rotation to peft's OFT."""
-    product = not config.get("transform")
-    rotation = config.get("transform") == "rotation" and not config.get("residual")
-    held = {"lora": product, "rotation": rotation, "change": True, "weight": True}
-    task = config.get("task_type")
-    return [name for name, own in FORMATS.items() if held.get(own.holds, False) and own.task in (None, task)]
+    """Formats of ``smidgen export`` that hold an adapter as it is: products go anywhere, a rotation to peft's OFT, DoRA to peft's;
+    whether peft's (IA)^3 holds factors of outputs is for the layers to say, which may have a bias."""
+    transform, residual, output = (config.get(side) for side in ("transform", "residual", "output"))
+    alone = None if residual or output else transform
+    held = {"lora": not transform and not output, "rotation": alone == "rotation", "scales": alone == "diagonal"}
+    dora, task = residual and output == "magnitude" and not transform, config.get("task_type")
+    return [
+        name
+        for name, own in FORMATS.items()
+        if (held.get(own.holds, True) or (dora and own.magnitudes)) and own.task in (None, task)
+    ]
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int, world: str = "embedded") -> str:

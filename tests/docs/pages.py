@@ -230,9 +230,10 @@ finetuned[0].weight.data += torch.outer(torch.linspace(-1, 1, 16), torch.linspac
     ),
     "docs/methods.md": Page(
         """
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=2, **small))
+llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
 """,
     ),
     "docs/packaged.md": Page(slow=True),
