@@ -307,7 +307,7 @@ def _reliability(words: Sequence[Sequence[Any]]) -> dict[str, Any]:
         ylabel="share of words that are right",
         title=f"accepted photos, {len(words):,} words",
     )
-    axes.set(xlim=(0.3, 1.02), ylim=(0.3, 1.02))
+    axes.set(xlim=(0.3, 1.02), ylim=(0.0, 1.02))
     drawn.savefig(PLOT, dpi=150)
     return {"words": len(words), "calibration error": round(float(error), 4)}
 
