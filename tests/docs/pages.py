@@ -21,7 +21,7 @@ class Page:
         smaller: what is written in place of a text so that a run takes seconds; each text is there.
         apart: each Python block is a program of its own.
         elsewhere: the test that runs the page.
-        needs: packages of extras that not every environment of the tests has; where one lacks, the page is skipped.
+        needs: packages of extras that not every environment of the tests has, by a word of the blocks that want them.
         reads: for blocks of data in order, the Python that reads them: ``text`` is the block.
     """
 
@@ -32,7 +32,7 @@ class Page:
     smaller: dict[str, str] = field(default_factory=dict)
     apart: bool = False
     elsewhere: str = ""
-    needs: tuple[str, ...] = ()
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
 
 
@@ -186,7 +186,7 @@ photos = [[photo], [photo]]
 photo.save("ann.jpg", quality=98, subsampling=0)
 """,
         runs_commands=True,
-        parsed=("generator directions", "generator train"),
+        parsed=("generator directions", "generator train", "generator calibrate", "--each", "--from-adapter ann"),
         smaller={"Refine(steps=25": "Refine(steps=2"},
     ),
     "docs/difflora_zoo.md": Page(
@@ -307,7 +307,9 @@ Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
     "docs/train.md": Page(
         before="""
 from pathlib import Path
-Path("more.csv").write_text("text,label\\n" + "the day was good,good\\nthe day was bad,bad\\n" * 40)
+from smidgen.bases.packaged.debug import sentences
+rows = "".join(f"{text},{label}\\n" for text, label in sentences())
+Path("more.csv").write_text("text,label\\n" + rows)
 Path("tweets.csv").write_text("text\\nwhat a day\\n")
 """,
         slow=True,
@@ -325,6 +327,7 @@ Path("tweets.csv").write_text("text\\nwhat a day\\n")
         },
     ),
     "docs/tutorial.md": Page(slow=True, runs_commands=True, smaller={". .venv/bin/activate": "true"}),
+    "docs/ui.md": Page(needs={"fastapi": ("fastapi", "gradio")}),
     "docs/verify.md": Page(
         CHAT
         + """
