@@ -68,9 +68,9 @@ PERSON = """
 from smidgen import cli
 assert cli.main(["subject", "pictures", "--seed", "7"]) == 0
 """
-# A server of the adapters in a folder, until the tests end.
+# A server of the adapters in a folder, until its page ends.
 SERVER = """
-import atexit, threading
+import threading
 
 def served():
     from smidgen.serving.library import Library
@@ -87,7 +87,7 @@ def served():
         thread.join(60)
         library.close(0)
 
-    atexit.register(stop)
+    stack.callback(stop)
     return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 """
 SHORT = "--max-train-steps 4 --num-prompts 1 --num-seeds 1 --inference-steps 2 --lr-warmup-steps 0 --no-compare-lora"
@@ -303,6 +303,7 @@ Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
             'base_url="http://127.0.0.1:8000/v1"': "base_url=served()",
             '"steps": 20': '"steps": 2',
         },
+        needs={"openai": ("openai", "fastapi", "prometheus_client")},
     ),
     "docs/train.md": Page(
         before="""
