@@ -107,6 +107,11 @@ class Bank:
         """Names of the members, in the order of their places."""
         return sorted(self._places, key=self._places.__getitem__)
 
+    @property
+    def count(self) -> int:
+        """How many members there are."""
+        return len(self._places)
+
     def put(self, name: str, source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Copies an adapter into the bank under ``name``: its parameters, heads and strength.
 
