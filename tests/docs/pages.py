@@ -111,7 +111,6 @@ Path("more.csv").write_text("text,label\\nwhat a day,x\\n")
         },
     ),
     "docs/afternoon.md": Page(elsewhere="tests/training/test_afternoon.py"),
-    "docs/ui.md": Page(elsewhere="tests/serving/test_page_parts.py"),
     "docs/new_method.md": Page(elsewhere="tests/adapters/test_new_method.py"),
     "docs/bank.md": Page(
         CHAT
