@@ -74,7 +74,8 @@ def _check_length(scope: Scope, most: int) -> None:
 
 
 def _too_large(most: int) -> Refusal:
-    return Refusal(413, f"The request is larger than {most:,} bytes.", headers={"Connection": "close"})
+    # the connection stays: one that is closed while the client still sends is reset, and the client never reads why
+    return Refusal(413, f"The request is larger than {most:,} bytes.")
 
 
 def _counted(receive: Receive, most: int, seconds: float) -> Callable[[], Awaitable[Message]]:

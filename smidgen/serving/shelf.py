@@ -22,7 +22,7 @@ from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_fold
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.tuner.config import is_ours
 from smidgen.bases.origin import TEMPLATE, Origin, read_origin
-from smidgen.errors import AdapterFileError, ConfigError, did_you_mean
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError, did_you_mean
 from smidgen.serving.requests import AdapterInfo, UnknownAdapterError
 from smidgen.tasks.control import hint
 
@@ -105,15 +105,23 @@ class Shelf:
         """
         folder = self.place(name)
         if folder is None:
-            raise UnknownAdapterError(f"There is no adapter {name!r} here.{did_you_mean(name, self.names())}")
+            raise self._unknown(name)
         with self._lock:
             known = self._entries.get(name)
         if known is not None and known.folder == folder and known.unchanged():
             return known
-        found = read(name, folder, self.most)
+        try:
+            found = read(name, folder, self.most)
+        except SmidgenError:
+            if self.place(name) is None:  # it was deleted meanwhile
+                raise self._unknown(name) from None
+            raise
         with self._lock:
             self._entries[name] = found
         return found
+
+    def _unknown(self, name: str) -> UnknownAdapterError:
+        return UnknownAdapterError(f"There is no adapter {name!r} here.{did_you_mean(name, self.names())}")
 
     def place(self, name: str) -> Path | None:
         """The folder of an adapter, None where there is none."""
@@ -142,7 +150,7 @@ class Shelf:
         """
         folder = self.place(name)
         if folder is None:
-            raise UnknownAdapterError(f"There is no adapter {name!r} here.{did_you_mean(name, self.names())}")
+            raise self._unknown(name)
         if folder != self.folder / name:
             raise ConfigError(f"{name!r} lies in a cache of the Hub ({folder}); remove it with the hf command line.")
         gone = folder.with_name(f".{folder.name}.{os.getpid()}.{threading.get_ident()}.removed")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from serving.helpers import CHAT, METHODS, TEXT, classifier, copied
 from smidgen.errors import AdapterFileError, BaseLockError, ConfigError
+from smidgen.serving import shelf
 from smidgen.serving.library import Library
 from smidgen.serving.requests import (
     BusyError,
@@ -94,6 +95,21 @@ def test_a_replaced_adapter_is_read_again_and_who_began_ends_with_the_old(tmp_pa
         assert running.adapters[0].fingerprint == first.fingerprint != now.adapters[0].fingerprint
         assert now.adapters[0].fingerprint == library.info("ann").fingerprint
         assert library.counters().resident == 1  # the old version has left
+
+
+def test_an_adapter_that_is_deleted_while_it_is_read_is_unknown(
+    tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = shelf.Shelf(copied(chats / "svfit", tmp_path / "ann").parent, 2**20)
+
+    def read(name: str, folder: Path, most: int) -> shelf.Entry:
+        shutil.rmtree(folder)
+        return whole(name, folder, most)
+
+    whole = shelf.read
+    monkeypatch.setattr(shelf, "read", read)
+    with pytest.raises(UnknownAdapterError):
+        found.entry("ann")
 
 
 def test_a_deleted_adapter_is_unknown_and_who_began_ends_with_it(tmp_path: Path, chats: Path) -> None:

@@ -1,1 +1,0 @@
-"""The page's tabs, one file each."""
