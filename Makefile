@@ -23,12 +23,13 @@ define set-up
 	touch $@
 endef
 EXTRAS := all,dev,quantised
+comma := ,
 DEMO_EXTRAS := diffusion,world
 VERSIONS := from importlib.metadata import version as v; \
 	print(*(f"{n} {v(n)}" for n in "torch peft transformers diffusers accelerate safetensors numpy".split()), sep="\n")
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(call set-up,$(VENV),$(EXTRAS),-c constraints.txt)
+	$(call set-up,$(VENV),$(EXTRAS)$(comma)ui,-c constraints.txt)
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(call set-up,$(VENV),$(DEMO_EXTRAS),-c constraints.txt)
@@ -37,7 +38,7 @@ $(VENV)/.docs: pyproject.toml constraints.txt
 	$(call set-up,$(VENV),docs,-c constraints.txt)
 
 $(NEWEST)/.ready: pyproject.toml
-	$(call set-up,$(NEWEST),$(EXTRAS),--upgrade)
+	$(call set-up,$(NEWEST),$(EXTRAS)$(comma)ui,--upgrade)
 
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	$(call set-up,$(OLDEST),$(EXTRAS),-c constraints-oldest.txt)

@@ -57,19 +57,14 @@ BOFT_REASON = (
 )
 TLORA = (
     Row("tlora", "LoRA r4", lora("sd15", 4), "0.80 M"),
-    Row("tlora", "DoRA r4", lora("sd15", 4, use_dora=True), "0.90 M"),
-    Row(
-        "tlora",
-        "OFT 32 blocks, output side",
-        formula("sd15", "32 b(b-1)/2, b = out/32", lambda o, i: 32 * (o // 32) * (o // 32 - 1) // 2),
-        "1.50 M",
-    ),
+    Row("tlora", "DoRA r4", ours("sd15", "dora", r=4), "0.90 M"),
+    Row("tlora", "OFT 32 blocks, output side", ours("sd15", "oft_out", blocks=32), "1.50 M"),
     Row(
         "tlora",
         "OFT 32 blocks, input side",
         ours("sd15", "oft", blocks=32),
         "1.50 M",
-        "the paper rotates the output side; W' = W T, and peft's OFT, rotate the input side",
+        "the paper rotates the output side; `oft`, and peft's OFT, rotate the input side",
     ),
     Row("tlora", "TLoRA*(2,4)", ours("sd15", "tlora*(2,4)"), "0.94 M"),
     Row("tlora", "TLoRA(2,6)", ours("sd15", "tlora(2,6)"), "0.40 M"),

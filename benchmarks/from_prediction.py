@@ -110,7 +110,8 @@ def main() -> None:
             figures |= figure(f"{arm}_{name}", people(arm, name).tolist())
             if arm != "nothing":
                 figures |= figure(f"{arm}_less_nothing_{name}", (people(arm, name) - people("nothing", name)).tolist())
-    write_result("from_prediction", figures, "python -m benchmarks.from_prediction")
+    command = f"python -m benchmarks.from_prediction --people {asked.people} --seeds {asked.seeds}"
+    write_result("from_prediction", figures, command)
     lines = ["| | identity | more than from nothing | captions |", "|---|---|---|---|"]
     for arm, name in NAMES.items():
         more = said(figures, f"{arm}_less_nothing_identity") if arm != "nothing" else ""

@@ -4,38 +4,31 @@ import inspect
 import re
 
 from docsite.text import escaped
-from smidgen.adapters.methods import KINDS, Method, known_methods, learning_rates, member_options
-from smidgen.adapters.residuals import RESIDUALS
-from smidgen.adapters.transforms import TRANSFORMS
+from smidgen.adapters.methods import KINDS, SIDES, Method, known_methods, learning_rates, member_options
 
 
 def method(name: str) -> str:
     """Formula, count, paper, defaults, options and rates of one method."""
     found = next(m for m in known_methods() if m.name == name)
     lines = [f"{found.summary[:1].upper()}{found.summary[1:].rstrip('.')}.", "", *_facts(found), "", "## Formula", ""]
-    for side, member in _members(found):
-        told = inspect.getdoc(inspect.getmodule((TRANSFORMS if side == "transform" else RESIDUALS)[member])) or ""
+    for side, member in found.members.items():
+        told = inspect.getdoc(inspect.getmodule(SIDES[side][member])) or ""
         lines += [f"### {side.capitalize()}: {member}", "", escaped(told), ""]
     lines += ["## Options", ""]
-    for side, member in _members(found):
+    for side, member in found.members.items():
         lines += [*_options(side, member), ""]
-    rates = [(kind, learning_rates(name, kind)) for kind in KINDS]
-    both = bool(found.transform and found.residual)
+    sides = [side for side in ("residual", "transform", "output") if side in found.members]
+    named = sides if len(sides) > 1 else ["rate"]
     lines += [
         "## Learning rates to start from",
         "",
-        "| kind of task | rate |" if not both else "| kind of task | residual | transform |",
-        "|---|---|" if not both else "|---|---|---|",
+        f"| kind of task | {' | '.join(named)} |",
+        "|---" * (1 + len(named)) + "|",
     ]
-    lines += [
-        f"| {kind} | {r.residual if found.residual else r.transform:g} |" + (f" {r.transform:g} |" if both else "")
-        for kind, r in rates
-    ]
+    for kind in KINDS:
+        rates = learning_rates(name, kind)
+        lines.append(f"| {kind} | {' | '.join(f'{rates.of(side):g}' for side in sides)} |")
     return "\n".join(lines)
-
-
-def _members(found: Method) -> list[tuple[str, str]]:
-    return [(side, name) for side, name in (("transform", found.transform), ("residual", found.residual)) if name]
 
 
 def _facts(found: Method) -> list[str]:
@@ -50,8 +43,7 @@ def _facts(found: Method) -> list[str]:
 
 def _options(side: str, member: str) -> list[str]:
     """The options of a member with their defaults, and what its docstring says of them."""
-    table = TRANSFORMS if side == "transform" else RESIDUALS
-    told = inspect.getdoc(table[member]) or ""
+    told = inspect.getdoc(SIDES[side][member]) or ""
     said = dict(re.findall(r"^    ([\w, ]+): ((?:.|\n(?= {8}))+)", told.partition("Args:\n")[2], re.M))
     texts = {name.strip(): " ".join(text.split()) for names, text in said.items() for name in names.split(",")}
     rows = [

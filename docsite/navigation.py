@@ -6,7 +6,7 @@ from typing import Any
 
 from smidgen.errors import SmidgenError
 
-LATER = ("serving.md", "ui.md")  # pages that have a place here before they are written
+LATER = ("serving.md",)  # pages that have a place here before they are written
 
 SECTIONS: dict[str, list[str]] = {
     "Start": ["index.md", "tutorial.md", "install.md", "afternoon.md"],

@@ -20,6 +20,7 @@ COMMANDS = {
     "personalize": (["images", "--out", "OUT"], "diffusion"),
     "subject": (["OUT"], "world"),
     "pairs": (["OUT", "--control", "canny"], "world"),
+    "ui": (["--folder", "OUT"], "ui"),
     "generate": (["adapter", "--prompt", "a", "--out", "OUT"], "diffusion"),
     "verify": (["adapter"], None),
     "classify": (["adapter", "a text", "--out", "OUT"], "tasks"),

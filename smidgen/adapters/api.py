@@ -486,13 +486,13 @@ def disabled(model: Any) -> Iterator[Any]:
 
 
 def parameter_groups(
-    model: Any, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0
+    model: Any, lr: float, transform_lr: float | None = None, weight_decay: float = 0.0, output_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: residuals, transforms (0.3 x lr unless given) and all else that trains.
+    """Optimizer groups: residuals, transforms (0.3 x lr unless given), output transforms (lr unless given) and all else that trains.
 
     Decay is safe on every member: trained numbers are differences from the start, except LoRA's and the ring's cores.
     """
-    groups: dict[str, list[nn.Parameter]] = {"residual": [], "transform": [], "other": []}
+    groups: dict[str, list[nn.Parameter]] = {"residual": [], "transform": [], "output": [], "other": []}
     adapted = [
         part for where, part in parts(model).items() if not where or names(part)
     ]  # a pipeline's VAE is not frozen
@@ -502,6 +502,7 @@ def parameter_groups(
             kind = last.partition("_")[0] if ".smidgen_slots." in name else "other"
             groups[kind].append(p)
     rates = {"residual": lr, "transform": 0.3 * lr if transform_lr is None else transform_lr, "other": lr}
+    rates["output"] = lr if output_lr is None else output_lr
     return [
         {"name": kind, "params": params, "lr": rates[kind], "weight_decay": weight_decay}
         for kind, params in groups.items()

@@ -28,7 +28,7 @@ from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.experts import is_stack
 from smidgen.adapters.tuner.heads import saved_modules
 from smidgen.adapters.tuner.rows import Rows
-from smidgen.adapters.tuner.slot import Slot
+from smidgen.adapters.tuner.slot import Members, Slot
 from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError, did_you_mean
 
@@ -106,6 +106,11 @@ class Bank:
     def names(self) -> list[str]:
         """Names of the members, in the order of their places."""
         return sorted(self._places, key=self._places.__getitem__)
+
+    @property
+    def count(self) -> int:
+        """How many members there are."""
+        return len(self._places)
 
     def put(self, name: str, source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Copies an adapter into the bank under ``name``: its parameters, heads and strength.
@@ -333,7 +338,7 @@ class Bank:
             tensors[target] = stored_tensors(sources[target], adapter_name)
             own = sources[target].smidgen_slots[adapter_name]
             assert isinstance(own, Slot)
-            if reason := _unlike(slot, own.transform, own.residual) or self._other_tensors(slot, partial(getattr, own)):
+            if reason := _unlike(slot, own) or self._other_tensors(slot, partial(getattr, own)):
                 return {}, {}, {}, f" at {target!r}: {reason}"
         if extra := sorted(sources.keys() - self.layers.keys()):
             return {}, {}, {}, f": it is also on {extra[0]!r}"
@@ -355,7 +360,7 @@ class Bank:
             called = renames.follow(own, self._base())
             for target, layer in self.layers.items():
                 members = members_of(own, layer.get_base_layer(), target)
-                if reason := _unlike(self.slots[target], members.transform, members.residual):
+                if reason := _unlike(self.slots[target], members):
                     return {}, {}, {}, f" at {target!r}: {reason}"
             fitting = api.fitting(self._base(), own, str(path), called)
             if not called:
@@ -406,7 +411,7 @@ class Bank:
         wanted = {f"residual_{name}" for name in slot.residual.factor_shapes()}
         pins = {f"residual_{name}" for name in slot._pinned()}
         beside = [own for own in layer.smidgen_slots.values() if isinstance(own, Slot) and own.ready]
-        beside = [own for own in beside if not _unlike(slot, own.transform, own.residual)]
+        beside = [own for own in beside if not _unlike(slot, own)]
         for source in (tensors or {}, *(own.frozen() for own in beside)):
             same = tensors is None or all(torch.equal(source[n].cpu(), tensors[n].cpu()) for n in pins & source.keys())  # type: ignore[union-attr]
             if (wanted | pins) <= source.keys() and same:
@@ -493,10 +498,10 @@ def _check_names(what: str, given: Collection[str], wanted: Collection[str]) -> 
         raise SmidgenError(f"The bank knows no {what} {extra[0]!r}.{did_you_mean(extra[0], wanted)}")
 
 
-def _unlike(slot: Slot, transform: Any, residual: Any) -> str:
-    """Why an adapter of these members cannot share a bank's options; "" if it can."""
-    for kind, theirs in (("transform", transform), ("residual", residual)):
-        ours = getattr(slot, kind)
+def _unlike(slot: Slot, other: Slot | Members) -> str:
+    """Why an adapter of the members of another slot cannot share a bank's options; "" if it can."""
+    for kind in ("transform", "residual", "output"):
+        ours, theirs = getattr(slot, kind), getattr(other, kind)
         if type(theirs) is not type(ours):
             return f"its {kind} is {getattr(theirs, 'name', None)!r}, the bank's {getattr(ours, 'name', None)!r}"
         for option, value in vars(ours).items() if ours is not None else ():

@@ -24,6 +24,7 @@ from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.base_lock import Lock, encode
 from smidgen.adapters.linalg.least_squares import leading_product
 from smidgen.adapters.member import Residual, build
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.residuals.low_rank import LowRank
 from smidgen.adapters.transforms import TRANSFORMS
@@ -95,8 +96,8 @@ def combine(
     options = {name: value for name, value in first.config.residual_options.items() if name not in ("alpha", "scaling")}
     tensors = {name: value for name, value in first.tensors.items() if not value.is_floating_point()}
     config = first.config
-    if config.transform:
-        for name in (n for n in first.tensors if n.startswith("transform_")):
+    if config.transform or config.output:
+        for name in (n for n in first.tensors if n.startswith(("transform_", "output_"))):
             tensors[name] = (merge or _sum)([source.tensors[name] for source in read], shares)
     if config.residual == LowRank.name:
         found, ranks = _side_by_side(read, shares) if merge is None else _merged_products(read, shares, merge)
@@ -145,7 +146,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
 def _check_alike(first: Source, other: Source) -> None:
     """Two adapters whose numbers mean the same."""
     a, b, both = first.config, other.config, f"{first.path} and {other.path}"
-    if (a.transform, a.residual) != (b.transform, b.residual):
+    if a.members != b.members:
         raise SmidgenError(f"{both} are of two methods ({a.label()}, {b.label()}): only adapters of one method add.")
     if (first.lock.targets, first.lock.shapes) != (other.lock.targets, other.lock.shapes):
         raise SmidgenError(f"{both} are on different layers ({len(first.lock.targets)} and {len(other.lock.targets)}).")
@@ -156,10 +157,8 @@ def _check_alike(first: Source, other: Source) -> None:
             f"{both} were made for different bases (weights differ by {change:.1e}); adapters of one base add."
         )
     own = ("alpha", "scaling") if a.residual else ()
-    for kind, mine, its in (
-        ("transform", a.transform_options, b.transform_options),
-        ("residual", a.residual_options, b.residual_options),
-    ):
+    for kind in a.members:
+        mine, its = (getattr(config, f"{kind}_options") for config in (a, b))
         for name in sorted({*mine, *its} - set(own)):
             if mine.get(name) != its.get(name):
                 raise SmidgenError(
@@ -190,6 +189,12 @@ def _check_linear(config: SmidgenConfig) -> None:
         raise SmidgenError(
             f"Adapters of {config.label()} do not add: the {config.transform} transform is not linear in its numbers, so no "
             "adapter of this method is their sum. Load them side by side (smidgen.set_active), or combine svfit, loldu, seeded, "
+            "diagonal or lora adapters."
+        )
+    if config.output and (config.transform or config.residual or not OUTPUTS[config.output].linear):
+        raise SmidgenError(
+            f"Adapters of {config.label()} do not add: the {config.output} output transform is not linear in its numbers, or acts on "
+            "what others make of the weight. Load them side by side (smidgen.set_active), or combine ia3, svfit, loldu, seeded, "
             "diagonal or lora adapters."
         )
     residual = RESIDUALS[config.residual] if config.residual else None

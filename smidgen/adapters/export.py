@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from smidgen.adapters import api
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import public_name
-from smidgen.adapters.checkpoint.formats import FORMATS, Format, Lora, Place, Rotation, Source
+from smidgen.adapters.checkpoint.formats import FORMATS, Format, Lora, Place, Rotation, Scales, Source
 from smidgen.adapters.components import parts
+from smidgen.adapters.outputs.magnitude import Magnitude
+from smidgen.adapters.outputs.scale import Scale
 from smidgen.adapters.residuals.low_rank import LowRank
+from smidgen.adapters.transforms.diagonal import Diagonal
 from smidgen.adapters.transforms.rotation import Rotation as Turn
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.carried import tuner_layers
@@ -158,7 +161,12 @@ def exact(layer: Any, adapter_name: str) -> Lora | None:
     """The change of an adapted layer by the adapter's own factors, None where it is no product of two (of fused experts: of many)."""
     if isinstance(layer, AdaptedLayer):
         slot = layer.slot(adapter_name)
-        if slot.transform is not None or slot.residual is None or slot.parts.lead("residual"):
+        if (
+            slot.transform is not None
+            or slot.output is not None
+            or slot.residual is None
+            or slot.parts.lead("residual")
+        ):
             return None
         own = slot.factors().weighed(layer.scaling[adapter_name])
         up = own.up if own.diagonal is None else own.up * own.diagonal
@@ -177,11 +185,47 @@ def _plain_tensor(value: Tensor) -> Tensor:
 def rotation(layer: Any, adapter_name: str) -> Rotation | None:
     """The rotation of an adapted layer's input, None where its change is anything else."""
     slot = layer.slot(adapter_name) if isinstance(layer, AdaptedLayer) else None
-    if slot is None or not isinstance(slot.transform, Turn) or slot.residual is not None or slot.groups != 1:
+    if slot is None or not isinstance(slot.transform, Turn) or slot.residual is not None or slot.output is not None:
+        return None
+    if slot.groups != 1:
         return None
     if layer.scaling[adapter_name] != 1:
         return None
     return Rotation(slot.trained()["transform_q"].detach().float().cpu().contiguous(), slot.transform.block)
+
+
+def dora(layer: Any, adapter_name: str) -> Lora | None:
+    """The change of an adapted layer by factors and a magnitude, as DoRA has it; None where it is anything else."""
+    slot = layer.slot(adapter_name) if isinstance(layer, AdaptedLayer) else None
+    if slot is None or not isinstance(slot.output, Magnitude) or slot.residual is None or slot.transform is not None:
+        return None
+    if slot.groups != 1 or layer.scaling[adapter_name] != 1:
+        return None
+    with torch.no_grad():
+        own, norms = slot.factors().weighed(), layer.norms(slot, slot.trained())
+    up = own.up if own.diagonal is None else own.up * own.diagonal
+    magnitude = norms["output_base_norms"] + slot.trained()["output_e"]
+    return Lora(_plain_tensor(up), _plain_tensor(own.down), magnitude=_plain_tensor(magnitude))
+
+
+def scales(layer: Any, adapter_name: str) -> Scales | None:
+    """The factors of an adapted layer's outputs, where it has no bias, or of its input; None where its change is anything else."""
+    slot = layer.slot(adapter_name) if isinstance(layer, AdaptedLayer) else None
+    if slot is None or slot.residual is not None or (slot.transform is not None) == (slot.output is not None):
+        return None
+    of_input = slot.transform is not None
+    if not isinstance(slot.transform if of_input else slot.output, Diagonal | Scale) or slot.parts.stacked:
+        return None
+    if not of_input and layer.get_base_layer().bias is not None:
+        return None
+    (e,) = slot.trained().values()
+    return Scales(1 + layer.scaling[adapter_name] * _plain_tensor(e).flatten(), of_input)
+
+
+def held_exactly(format: Format, place: Place, layer: Any, adapter_name: str = "default") -> Any:
+    """What a format holds of an adapted layer as it is, None where there is no such thing."""
+    found = _EXACT[format.holds](layer, adapter_name)
+    return dora(layer, adapter_name) if found is None and format.magnitudes else found
 
 
 def change(layer: Any, adapter_name: str) -> Tensor | None:
@@ -235,7 +279,7 @@ def _held(
     Raises:
         SmidgenError: there is no such thing, or it is not finite.
     """
-    found: Any = _EXACT[format.holds](layer, adapter_name)
+    found: Any = held_exactly(format, place, layer, adapter_name)
     if found is None and format.holds == "lora" and approximate is not None:
         found = approximate(layer, adapter_name)
     if found is None:
@@ -246,7 +290,7 @@ def _held(
     return found
 
 
-_EXACT: dict[str, Callable[[Any, str], Any]] = {"lora": exact, "rotation": rotation, "change": change}
+_EXACT: dict[str, Callable[[Any, str], Any]] = {"lora": exact, "rotation": rotation, "scales": scales, "change": change}
 
 
 def _refusal(format: Format, source: Source, place: Place, layer: Any, adapter_name: str) -> str:
@@ -256,8 +300,25 @@ def _refusal(format: Format, source: Source, place: Place, layer: Any, adapter_n
         strong = isinstance(layer, AdaptedLayer) and layer.scaling[adapter_name] != 1
         why = "is not at strength 1, and peft's OFT has no strength" if strong else "is no rotation alone"
         return f"{what} {why}; --to merged or full-diff holds it as it is."
+    if format.holds == "scales":
+        own = layer.slot(adapter_name) if isinstance(layer, AdaptedLayer) else None
+        biased = own is not None and isinstance(own.output, Scale) and len(list(own.members())) == 1
+        why = (
+            "scales the outputs of a layer that has a bias, and peft's (IA)^3 would scale the bias too"
+            if biased
+            else "is no factor for each feature alone"
+        )
+        return f"{what} {why}; --to merged or full-diff holds it as it is."
     if not isinstance(layer, AdaptedLayer):
         return f"{what} is no plain LoRA; --to merged holds it, and peft reads the folder as it is."
+    if isinstance(layer.slot(adapter_name).output, Magnitude):
+        why = "peft's DoRA has no strength, no transform and no groups"
+        if not format.magnitudes:
+            why = f"a {format.name} file holds none that its readers agree on (LyCORIS divides dora_scale by |W + D|, ComfyUI by |W|)"
+        return (
+            f"{what} has a magnitude, and {why}: --to full-diff (ComfyUI, LyCORIS) and --to merged hold it exactly, --to peft too where it "
+            "is DoRA at strength 1."
+        )
     turned = rotation(layer, adapter_name) is not None
     return (
         f"{what} multiplies the weight by a transform of full rank, which is no LoRA, and a {format.name} file holds nothing else: "
@@ -317,6 +378,7 @@ def _own_form(model: Any, adapter_name: str, found: Mapping[Place, Any]) -> dict
     if (
         not isinstance(own, SmidgenConfig)
         or own.transform
+        or own.output
         or own.residual != LowRank.name
         or own.store_dtype != "float32"
     ):

@@ -47,6 +47,7 @@ SIZES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "loldu": ("r", (16, 64, "full")),
     "lora": ("r", (1, 4, 16, 64)),
     "oft": ("block_size", (4, 16, 64)),
+    "oft_out": ("block_size", (4, 16, 64)),
     "tlora": ("residual_rank", (2,)),
     "tlora_star": ("r", (1, 4)),
     "seeded": ("r", (64,)),
@@ -123,7 +124,7 @@ def extract(
         base, finetuned: modules, or their tensors by name, which may be read when they are asked for.
         out: the folder; None only looks.
         model: whose layers the tensors are, on any device; told by names and shapes without it.
-        methods: families, ``"lora"`` with the sizes of ``SIZES``, ``"lora:16"`` with one; all by default.
+        methods: families, ``"lora"`` with the sizes of ``SIZES``, ``"lora:16"`` with one; all by default, but dora.
         least: share of the squared change that a file must hold to be written, unless a family made the change.
         seed: of the adapter, which fixes the directions of ``seeded`` and the start of rings.
         base_name, task_type: for the adapter's config.
@@ -176,8 +177,8 @@ def _weights(given: Weights | nn.Module) -> Weights:
 
 
 def _families() -> list[str]:
-    """All methods, and members alone that no method is."""
-    return [m.name for m in known_methods()]
+    """All methods, and members alone that no method is; without dora, whose turns need not end where they should."""
+    return [m.name for m in known_methods() if not m.output or len(m.members) == 1]
 
 
 def _candidates(method: str, seed: int) -> list[SmidgenConfig]:
@@ -195,7 +196,7 @@ def _candidates(method: str, seed: int) -> list[SmidgenConfig]:
 
 
 def _label(own: SmidgenConfig) -> str:
-    extra = own.transform_options.get("block_size")
+    extra = own.transform_options.get("block_size") or own.output_options.get("block_size")
     return own.label() + (f" b={extra}" if extra else "")
 
 
@@ -333,11 +334,9 @@ def _fit_all(
     rest, ranks, size, noise = dict.fromkeys(fits, 0.0), dict.fromkeys(fits, 0), 0.0, 0.0
     for at, name in enumerate(found.layers):
         change, rounding = pair.sizes(name)
-        held: dict[
-            tuple[str | None, str | None], tuple[float, int]
-        ] = {}  # what a smaller size of a family recovers here
+        held: dict[tuple[str | None, ...], tuple[float, int]] = {}  # what a smaller size of a family recovers here
         for label, one in list(fits.items()):
-            family = (one.config.transform, one.config.residual)
+            family = tuple(one.config.members.values())
             try:
                 members = members_of(one.config, pair.layers[name], name)
                 error, rank = held[family] if family in held else pair.fitted(name, one.config, change, rounding)
@@ -376,7 +375,11 @@ def _bytes(members: Members, own: SmidgenConfig) -> int:
 def _rank(adapted: Any, spare: float) -> int:
     """The least rank of a residual whose directions can be cut off at the end, at a loss of ``spare`` of |delta|^2."""
     slot = adapted.slot("default")
-    if slot.transform is not None or not isinstance(slot.residual, LowRank | DiagonalInBasis):
+    if (
+        slot.transform is not None
+        or slot.output is not None
+        or not isinstance(slot.residual, LowRank | DiagonalInBasis)
+    ):
         return 0
     with torch.no_grad():
         factors = slot.factors()

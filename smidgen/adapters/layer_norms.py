@@ -35,9 +35,7 @@ def layer_norms(own: SmidgenConfig, tensors: Mapping[str, Tensor]) -> tuple[dict
         r = rank_at(own, name)
         options = own.residual_options | ({} if r is None or not own.residual else {"r": r})
         try:
-            members[name] = Members(
-                *make_members(own.transform, own.residual, own.transform_options, options, cols, rows, cols)
-            )
+            members[name] = Members(*make_members(own, options, cols, rows, cols))
         except (SmidgenError, TypeError):
             return {}, ""
     packed = {name: value for name, value in tensors.items() if packing.is_packed(name)}
@@ -45,7 +43,7 @@ def layer_norms(own: SmidgenConfig, tensors: Mapping[str, Tensor]) -> tuple[dict
     sizes = {key: sum(prod(one[key][0]) for one in layout.values() if key in one) for key in packed}
     if any(value.numel() != sizes[key] for key, value in packed.items()):
         return {}, ""
-    plain = own.residual == LowRank.name and not own.transform
+    plain = own.residual == LowRank.name and not own.transform and not own.output
     norms = {}
     for name, found in packing.unpack(packed, layout).items():
         residual = members[name].residual

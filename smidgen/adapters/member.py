@@ -1,9 +1,9 @@
 """What a member is: one trained part of an adapter, written as pure functions over named tensors.
 
-Every method of this library is the sentence ``W' = W T + D``. A *transform* is a member that gives T, a *residual* one
-that gives D. A member knows the geometry of one matrix and its options; it holds no tensors. The engine (``tuner/``)
-holds them, with or without a leading axis [adapters, ...], and gives every member merging, several adapters, files,
-banks and the table of laws.
+Every method of this library is the sentence ``W' = S (W T + D)``. A *transform* is a member that gives T, a *residual*
+one that gives D, an *output transform* one that gives S. A member knows the geometry of one matrix and its options; it
+holds no tensors. The engine (``tuner/``) holds them, with or without a leading axis [adapters, ...], and gives every
+member merging, several adapters, files, banks and the table of laws.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Member(ABC):
 
 
 class Transform(Member):
-    """T of ``W' = W T + D``: a full-rank map of the input space, the identity at the start."""
+    """T of ``W' = S (W T + D)``: a full-rank map of the input space, the identity at the start."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -127,7 +127,7 @@ class Factors(NamedTuple):
 
 
 class Residual(Member):
-    """D of ``W' = W T + D``: an additive update, zero at the start."""
+    """D of ``W' = S (W T + D)``: an additive update, zero at the start."""
 
     diagonal_between: ClassVar[bool] = False  # a trained diagonal between two frozen factors
     stacks: ClassVar[bool] = False  # ``factors`` takes trained numbers with a leading axis too; see :meth:`stacked`
@@ -171,6 +171,32 @@ class Residual(Member):
                 f"{factors.down.dim()}, not {axes} each {'without' if axes == 3 else 'with'} a diagonal; leave stacks out."
             )
         return factors
+
+
+class Output(Member):
+    """S of ``W' = S (W T + D)``: a map of the output space, the identity at the start.
+
+    ``width`` is the number of output features, in a grouped convolution those of one group, each with numbers of its own.
+    """
+
+    normed: ClassVar[bool] = False  # tensors hold ``base_norms`` and ``norms`` too, |W| and |W T + D| row by row
+    diagonal: ClassVar[bool] = False  # S is a factor for each feature
+    exact_gradient: ClassVar[Mapping[str, Any]] = {}  # options with which nothing is held constant in the backward pass
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    @abstractmethod
+    def shift(self, y: Tensor, tensors: Tensors) -> Tensor:
+        """(S - I) y over the last axis: [..., width] -> [..., width]; exactly zero at the start."""
+
+    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        """The trained numbers whose ``(S - I) weight`` is nearest to ``change``, both [width, n] in float64.
+
+        Raises:
+            ConfigError: the member cannot be fitted.
+        """
+        raise ConfigError(f"A {self.name!r} output transform has no fit, so it cannot be extracted.")
 
 
 def whole_rank(r: Any, what: str, full: int | None = None) -> int:

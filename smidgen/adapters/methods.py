@@ -1,7 +1,7 @@
-"""Methods: named pairs of a transform and a residual with their published defaults and their learning rates.
+"""Methods: named members, a transform, a residual, an output transform, with their published defaults and learning rates.
 
 A method is data: one row of ``METHODS`` is all that the recipes, the zoo and the command line need to know of it. Any
-transform may be paired with any residual by naming the two, ``"rotation+spectral"``.
+members go together by naming them, ``"rotation+spectral"`` or ``"low_rank+magnitude"``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from smidgen.adapters.member import Residual, Transform, build
+from smidgen.adapters.member import Output, Residual, Transform, build
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.errors import OTHER_NAMES, ConfigError, did_you_mean
@@ -20,21 +21,28 @@ from smidgen.errors import OTHER_NAMES, ConfigError, did_you_mean
 # What rates differ by: the family of a model that reads texts or images, and for image generators what is learnt on what.
 Kind = Literal["encoder", "vision", "decoder", "picture", "picture_embedded", "control_embedded"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SIDES: Mapping[str, Mapping[str, type]] = {"transform": TRANSFORMS, "residual": RESIDUALS, "output": OUTPUTS}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates: for the residual, for the transform where there is one, and for a head (None: as the residual)."""
+    """Learning rates: for the residual, for the transform where there is one, for a head and for an output transform (None:
+    as the residual)."""
 
     residual: float
     transform: float
     head: float | None = None
+    output: float | None = None
 
     def chosen(self, residual: float | None, transform: float | None, head: float | None = None) -> Rates:
         """These where nothing is given. A residual's rate alone moves the transform's in proportion."""
         own = self.residual if residual is None else residual
         turn = self.transform * (own / self.residual) if transform is None else transform
-        return Rates(own, turn, head)
+        return Rates(own, turn, head, self.output and self.output * (own / self.residual))
+
+    def of(self, side: str) -> float:
+        """The rate of a member by its side: "transform", "output", or "residual", as what else is trained has it."""
+        return {"transform": self.transform, "output": self.output or self.residual}.get(side, self.residual)
 
 
 def _rates(**by_kind: float | tuple[float, float]) -> Mapping[Kind, Rates]:
@@ -44,7 +52,7 @@ def _rates(**by_kind: float | tuple[float, float]) -> Mapping[Kind, Rates]:
 
 @dataclass(frozen=True)
 class Method:
-    """A named pair. ``defaults`` are options of :func:`smidgen.config`.
+    """Members by name. ``defaults`` are options of :func:`smidgen.config`.
 
     ``rates`` holds learning rates by kind. One kind is enough: the others follow in the proportion of a method with like
     members. None at all is allowed too: then the rates are those of like members.
@@ -58,6 +66,12 @@ class Method:
     formula: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     rates: Mapping[Kind, Rates] = field(default_factory=dict)
+    output: str | None = None
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Side -> member, of those that are there."""
+        return {side: name for side in SIDES if (name := getattr(self, side))}
 
 
 # Rates on the embedded base are tuned (benchmarks/personalize.py --stage tune, benchmarks/control.py); on full-size image
@@ -176,6 +190,36 @@ METHODS: dict[str, Method] = {
                 control_embedded=3e-3,
             ),
         ),
+        Method(
+            "dora",
+            None,
+            "low_rank",
+            "arXiv 2402.09353",
+            "low-rank product, and the norm of each row of the weight apart from its direction",
+            "r (out + in) + out",
+            {"r": 8},
+            output="magnitude",
+        ),
+        Method(
+            "ia3",
+            None,
+            None,
+            "arXiv 2205.05638",
+            "one factor for each output feature",
+            "out",
+            rates=_rates(encoder=1e-1, decoder=5e-3),
+            output="scale",
+        ),
+        Method(
+            "oft_out",
+            None,
+            None,
+            "arXiv 2306.07280",
+            "block-diagonal rotation of the output space (Cayley), as in the paper",
+            "blocks b (b - 1) / 2, b = out / blocks",
+            {"block_size": 32},
+            output="output_rotation",
+        ),
     )
 }
 
@@ -186,7 +230,8 @@ OTHERS: dict[str, Mapping[Kind, Rates]] = {
 }
 
 # The option of `smidgen.config` that means a member's rank, where the member calls it otherwise.
-_RANKS = {"transform": {"transform_rank": "rank"}, "residual": {"r": "r", "residual_rank": "r"}}
+_RANKS = {"transform": {"transform_rank": "rank"}, "residual": {"r": "r", "residual_rank": "r"}, "output": {}}
+_SAID = {"transform": "transform", "residual": "residual", "output": "output transform"}
 # Names a config may hold that are not options of a member.
 _TLORA_NOTATION = re.compile(r"tlora(\*|_star)?\((\d+),\s*(\d+)\)", re.IGNORECASE)
 
@@ -194,8 +239,8 @@ _TLORA_NOTATION = re.compile(r"tlora(\*|_star)?\((\d+),\s*(\d+)\)", re.IGNORECAS
 def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
     """A method and the options its spelling carries: ``"tlora(2,6)"`` is tlora with transform_rank 2, residual_rank 6.
 
-    ``"rotation+spectral"``, a transform and a residual, and ``"diagonal"``, a member alone, are methods without a row: they
-    have the members' own defaults.
+    ``"rotation+spectral"``, a transform and a residual, ``"low_rank+magnitude"`` or ``"rotation+spectral+scale"``, with an
+    output transform behind, and ``"diagonal"``, a member alone, are methods without a row: they have the members' own defaults.
 
     Raises:
         ConfigError: for a name that is no method or no member, with the nearest ones.
@@ -211,26 +256,47 @@ def parse_method(method: str) -> tuple[Method, dict[str, Any]]:
         return METHODS[name], {"transform_rank": int(first), last: int(second)}
     name = method.strip().lower().replace("-", "_")
     if "+" in name:
-        first, _, last = (part.strip() for part in name.partition("+"))
-        for side, member in (("transform", first), ("residual", last)):
-            member_options(side, member)  # raises where there is none
-        return Method(f"{first}+{last}", first, last, "", "", ""), {}
+        members = _named([part.strip() for part in name.split("+")])
+        transform, residual, output = map(members.get, SIDES)
+        return Method("+".join(members.values()), transform, residual, "", "", "", output=output), {}
     known = {m.name: m for m in known_methods()}
     if name not in known:
         raise ConfigError(
             f"Unknown method {method!r}.{did_you_mean(name, known)} Known: {', '.join(known)}, and any transform with "
-            "any residual, such as rotation+low_rank."
+            "any residual, such as rotation+low_rank, and an output transform behind them, such as rotation+low_rank+scale."
         )
     return known[name], {}
 
 
+def _named(parts: list[str]) -> dict[str, str]:
+    """Side -> member of a method's spelling: a transform and a residual, one of the two with an output transform, all three."""
+    inner, last = (parts[:-1], parts[-1:]) if parts[-1] in OUTPUTS else (parts, [])
+    if not 0 < len(inner) < 3:
+        raise ConfigError(
+            f"{'+'.join(parts)!r} is no method: it takes a transform, a residual and an output transform "
+            f"({', '.join(OUTPUTS)}) in this order, or two of them."
+        )
+    sides = ["transform", "residual"]
+    if len(inner) == 1:
+        sides = [side for side in sides if inner[0] in SIDES[side]] or ["residual"]
+        if len(sides) == 2:
+            raise ConfigError(
+                f"{inner[0]!r} in {'+'.join(parts)!r} may be either side; give transform= or residual=, and output=."
+            )
+    found = dict(zip([*sides, *["output"] * len(last)], [*inner, *last], strict=True))
+    for side, member in found.items():
+        member_options(side, member)  # raises where there is none
+    return found
+
+
 def known_methods() -> list[Method]:
     """The rows of ``METHODS``, then a method for each member that no row is about: the member alone."""
-    rows = {(m.transform, m.residual) for m in METHODS.values()}
+    rows = [m.members for m in METHODS.values()]
     alone = [Method(name, name, None, "", *_told(member)) for name, member in TRANSFORMS.items()]
     alone += [Method(name, None, name, "", *_told(member)) for name, member in RESIDUALS.items()]
+    alone += [Method(name, None, None, "", *_told(member), output=name) for name, member in OUTPUTS.items()]
     both = TRANSFORMS.keys() & RESIDUALS.keys()  # a name that means either means neither
-    return [*METHODS.values(), *(m for m in alone if (m.transform, m.residual) not in rows and m.name not in both)]
+    return [*METHODS.values(), *(m for m in alone if m.members not in rows and m.name not in both)]
 
 
 def _told(member: type) -> tuple[str, str]:
@@ -252,9 +318,9 @@ def learning_rates(method: str, kind: Kind, transform: str | None = None, residu
 
     Example:
         >>> learning_rates("tlora(2,6)", "encoder")
-        Rates(residual=0.02, transform=0.006, head=None)
+        Rates(residual=0.02, transform=0.006, head=None, output=None)
         >>> learning_rates("rotation+spectral", "encoder")  # each member as in its own method
-        Rates(residual=0.1, transform=0.002, head=None)
+        Rates(residual=0.1, transform=0.002, head=None, output=None)
     """
     other = OTHERS.get(method.partition(":")[0])
     if other is not None:
@@ -267,19 +333,20 @@ def learning_rates(method: str, kind: Kind, transform: str | None = None, residu
     for side, member in (("transform", transform), ("residual", residual)):
         if member:
             member_options(side, member)  # raises where there is none
-    pair = (transform or found.transform, residual or found.residual)
-    if found.rates and pair == (found.transform, found.residual):
-        return _of_method(found, kind)
-    return member_rates(*pair, kind)
+    return member_rates(transform or found.transform, residual or found.residual, kind, found.output)
 
 
-def member_rates(transform: str | None, residual: str | None, kind: Kind) -> Rates:
-    """Learning rates of two members: of the method they make, else each as in the method that is most its own."""
-    made = next((m for m in METHODS.values() if m.rates and (m.transform, m.residual) == (transform, residual)), None)
+def member_rates(transform: str | None, residual: str | None, kind: Kind, output: str | None = None) -> Rates:
+    """Learning rates of members: of the method they make, else each as in the method that is most its own."""
+    wanted = {"transform": transform, "residual": residual, "output": output}
+    members = {side: name for side, name in wanted.items() if name}
+    made = next((m for m in METHODS.values() if m.rates and m.members == members), None)
     if made:
         return _of_method(made, kind)
-    sides = [_of_member(side, name, kind) for side, name in (("transform", transform), ("residual", residual)) if name]
-    return Rates(sides[-1].residual, sides[0].transform)
+    rates = {side: _of_member(side, name, kind) for side, name in members.items()}
+    inner = [own for side, own in rates.items() if side != "output"] or list(rates.values())
+    alone = "output" not in rates or len(rates) == 1
+    return Rates(inner[-1].residual, inner[0].transform, output=None if alone else rates["output"].residual)
 
 
 def _of_method(method: Method, kind: Kind) -> Rates:
@@ -287,35 +354,34 @@ def _of_method(method: Method, kind: Kind) -> Rates:
     if kind in method.rates:
         return method.rates[kind]
     known, own = next(iter(method.rates.items()))
-    name, side = (method.residual, "residual") if method.residual else (method.transform, "transform")
-    like = METHODS[_like(side, str(name))].rates
+    side = next(side for side in ("residual", "transform", "output") if side in method.members)
+    like = METHODS[_like(side, method.members[side])].rates
     factor = like[kind].residual / like[known].residual
     return Rates(own.residual * factor, own.transform * factor)
 
 
 def _of_member(side: str, name: str, kind: Kind) -> Rates:
-    other = {"transform": "residual", "residual": "transform"}[side]
     having = [m for m in METHODS.values() if m.rates and getattr(m, side) == name]
-    having.sort(key=lambda m: getattr(m, other) is not None)  # the method of this member alone comes first
+    having.sort(key=lambda m: len(m.members))  # the method of this member alone comes first
     return _of_method(having[0] if having else METHODS[_like(side, name)], kind)
 
 
 def _like(side: str, name: str) -> str:
     """The method with rates of every kind whose member is most like this one: diagonals run hotter than factors."""
-    member: Any = (TRANSFORMS if side == "transform" else RESIDUALS)[name]
+    member: Any = SIDES[side][name]
     if member.rates_like:
         return str(member.rates_like)
-    if side == "transform":
+    if side != "residual":
         return "oft"
     return "svfit" if member.diagonal_between else "lora"
 
 
 def member_options(kind: str, name: str) -> dict[str, inspect.Parameter]:
     """Options of a member by name, without its geometry: what a config may set for it."""
-    registry: Mapping[str, type] = TRANSFORMS if kind == "transform" else RESIDUALS
+    registry = SIDES[kind]
     if name not in registry:
         raise ConfigError(
-            f"Unknown {kind} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}."
+            f"Unknown {_SAID[kind]} {name!r}.{did_you_mean(name, registry)} Known: {', '.join(sorted(registry))}."
         )
     geometry = {"width", "rows", "cols"}
     return {k: p for k, p in inspect.signature(registry[name]).parameters.items() if k not in geometry}
@@ -328,50 +394,58 @@ def _meant(option: str, every: Sequence[str]) -> str:
     return did_you_mean(option, [*every, "target_modules"])
 
 
-def split_options(
-    transform: str | None, residual: str | None, options: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of :func:`smidgen.config` sorted into the transform's and the residual's own.
+def split_options(members: Mapping[str, str | None], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of :func:`smidgen.config` sorted by the side of the member that they are of.
 
-    ``r`` and ``residual_rank`` mean the residual's rank, ``transform_rank`` the transform's; an option that neither
-    member knows is an error.
+    ``r`` and ``residual_rank`` mean the residual's rank, ``transform_rank`` the transform's; what several members know goes
+    to each, and an option that none knows is an error.
+
+    Args:
+        members: side -> member, None where there is none.
+        options: by name.
 
     Raises:
         ConfigError: unknown or contradictory options.
     """
-    sides = {"transform": transform, "residual": residual}
-    known = {kind: member_options(kind, name) if name else {} for kind, name in sides.items()}
-    sorted_options: dict[str, dict[str, Any]] = {"transform": {}, "residual": {}}
+    known = {side: member_options(side, name) if (name := members.get(side)) else {} for side in SIDES}
+    sorted_options: dict[str, dict[str, Any]] = {side: {} for side in SIDES}
     for option, value in options.items():
         takers = [
             (kind, inner)
-            for kind in ("transform", "residual")
+            for kind in SIDES
             for inner in (_RANKS[kind].get(option, option),)
             if inner in known[kind] and not (inner == "rank" and option == "rank")
         ]
         if not takers:
-            every = sorted({*known["transform"], *known["residual"], "r", "transform_rank", "residual_rank"} - {"rank"})
+            every = sorted(
+                {*(name for own in known.values() for name in own), "r", "transform_rank", "residual_rank"} - {"rank"}
+            )
+            named = {side: members.get(side) for side in SIDES if side != "output" or members.get(side)}
             raise ConfigError(
-                f"Option {option}={value!r} has no meaning for transform={transform!r} with residual={residual!r}."
+                f"Option {option}={value!r} has no meaning for {' with '.join(f'{s}={n!r}' for s, n in named.items())}."
                 f"{_meant(option, every)} Known: {', '.join(every)}."
             )
         for kind, inner in takers:
             if inner in sorted_options[kind] and sorted_options[kind][inner] != value:
                 raise ConfigError(f"r and residual_rank are both given and differ ({option}={value!r}); give one.")
             sorted_options[kind][inner] = value
-    return sorted_options["transform"], sorted_options["residual"]
+    return sorted_options
 
 
 def make_members(
-    transform: str | None,
-    residual: str | None,
-    transform_options: Mapping[str, Any],
-    residual_options: Mapping[str, Any],
-    width: int,
-    rows: int,
-    cols: int,
-) -> tuple[Transform | None, Residual | None]:
-    """The two members of one matrix [rows, cols] whose transformed axis has ``width`` features."""
-    t = build(TRANSFORMS, "transform", transform, width, **transform_options) if transform else None
-    d = build(RESIDUALS, "residual", residual, rows, cols, **residual_options) if residual else None
-    return t, d
+    config: Any, residual_options: Mapping[str, Any], width: int, rows: int, cols: int, groups: int = 1
+) -> tuple[Transform | None, Residual | None, Output | None]:
+    """The members that a config names at one matrix [rows, cols]: a transform of ``width`` features, an output transform of
+    those of each of the ``groups`` of rows; options of the residual as given, which have the rank that holds here."""
+    t = (
+        build(TRANSFORMS, "transform", config.transform, width, **config.transform_options)
+        if config.transform
+        else None
+    )
+    d = build(RESIDUALS, "residual", config.residual, rows, cols, **residual_options) if config.residual else None
+    s = (
+        build(OUTPUTS, _SAID["output"], config.output, rows // groups, **config.output_options)
+        if config.output
+        else None
+    )
+    return t, d, s

@@ -100,7 +100,11 @@ def resize(
 
 def _check(source: Source) -> None:
     own = source.config
-    if own.transform or own.residual not in (LowRank.name, *(kind.name for kind in DiagonalInBasis.__subclasses__())):
+    if (
+        own.transform
+        or own.output
+        or own.residual not in (LowRank.name, *(kind.name for kind in DiagonalInBasis.__subclasses__()))
+    ):
         raise SmidgenError(
             f"{source.path} is {own.label()}, whose numbers have no rank to change; lora, svfit and loldu adapters have one."
         )

@@ -150,7 +150,7 @@ def _method(config: Mapping[str, Any]) -> str:
     kind = str(config.get("peft_type") or "")
     if kind != PEFT_TYPE_NAME:
         return f"peft:{kind.lower()}" if kind else ""
-    members = (config.get("transform"), config.get("residual"))
+    members = (config.get("transform"), config.get("residual"), config.get("output"))
     return str(config.get("method") or "+".join(str(member) for member in members if member))
 
 

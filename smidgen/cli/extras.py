@@ -13,6 +13,7 @@ PACKAGES = {  # what an extra brings, as it is imported
     "world": ("dicebear", "resvg_py"),
     "zoo": ("pyarrow", "psutil", "scipy"),
     "serve": ("fastapi", "uvicorn", "prometheus_client", "python_multipart"),
+    "ui": ("gradio", "uvicorn", "diffusers", "sklearn"),
 }
 
 

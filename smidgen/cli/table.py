@@ -44,6 +44,7 @@ COMMANDS = {
     "pairs": Command(
         "draw portraits with control pictures for the embedded base: train control on them", "using:pairs", ("world",)
     ),
+    "ui": Command("make adapters, draw with them and take them along in a browser", "page:ui", ("ui",)),
     "generate": Command("draw pictures with an adapter, or with several", "using:generate", ("diffusion",)),
     "classify": Command(
         "sort texts or images with an adapter: classify ADAPTER FILE_OR_TEXT...", "using:classify", ("tasks",)

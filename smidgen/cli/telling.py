@@ -9,11 +9,11 @@ def methods() -> None:
     from smidgen.adapters.methods import known_methods
     from smidgen.tasks import cards
 
-    head = ["method", "transform", "residual", "trained numbers per matrix", "defaults", "paper"]
+    head = ["method", "transform", "residual", "output", "trained numbers per matrix", "defaults", "paper"]
     rows = []
     for method in known_methods():
         defaults = ", ".join(f"{key}={value}" for key, value in method.defaults.items())
-        parts = [method.transform or "-", method.residual or "-"]
+        parts = [method.transform or "-", method.residual or "-", method.output or "-"]
         rows.append([method.name, *parts, method.formula, defaults, method.paper])
     print(cards.table(head, rows, left=len(head)))
 

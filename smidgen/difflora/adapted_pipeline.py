@@ -134,8 +134,9 @@ class AdaptedPipeline:
             for name, parameter in slot.named_parameters():
                 parameter.requires_grad_(True)
                 kind = name.partition("_")[0]
-                lr = rates.transform if kind == "transform" else rates.residual
-                groups.setdefault(kind, {"params": [], "lr": lr, "weight_decay": decay})["params"].append(parameter)
+                groups.setdefault(kind, {"params": [], "lr": rates.of(kind), "weight_decay": decay})["params"].append(
+                    parameter
+                )
         identity = {**identity, "layout": self.layout.digest}
         try:
             train(

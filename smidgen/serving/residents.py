@@ -138,7 +138,7 @@ class Residents:
 
 def _make_place(bank: Bank) -> None:
     """Room for one more member, little more than is needed: places cost what members cost."""
-    members = len(bank.names)
+    members = bank.count
     if members == bank.size or bank.size > 2 * members + 64:
         bank.resize(members + max(8, members // 16))
 
@@ -163,11 +163,12 @@ class Memory:
         self.pins: set[str] = set()
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Held] = OrderedDict()
+        self._bytes = 0
         self.loads = self.evictions = 0
 
     @property
     def bytes(self) -> int:
-        return sum(held.bytes for held in list(self._held.values()))
+        return self._bytes
 
     def __len__(self) -> int:
         return len(self._held)
@@ -192,19 +193,21 @@ class Memory:
                 return
             self._make_room(entry)
             self._held[entry.fingerprint] = Held(residents, entry.bytes, {entry.name})
+            self._bytes += entry.bytes
         try:
             check_unchanged(entry)
             residents.put(entry)
             check_unchanged(entry)
         except BaseException:
             with self._lock:
-                del self._held[entry.fingerprint]
-            residents.drop(entry.fingerprint)
+                self._drop(entry.fingerprint)
             raise
         self.loads += 1
 
     def _make_room(self, entry: Entry) -> None:
-        free = self.budget - sum(held.bytes for held in self._held.values())
+        free = self.budget - self._bytes
+        if free >= entry.bytes:
+            return
         idle = [name for name, held in self._held.items() if not held.uses and not held.names & self.pins]
         if free + sum(self._held[name].bytes for name in idle) < entry.bytes:
             raise BusyError(
@@ -242,7 +245,9 @@ class Memory:
             return True
 
     def _drop(self, fingerprint: str) -> None:
-        self._held.pop(fingerprint).residents.drop(fingerprint)
+        held = self._held.pop(fingerprint)
+        self._bytes -= held.bytes
+        held.residents.drop(fingerprint)
 
     @property
     def busy(self) -> bool:

@@ -3,13 +3,14 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import smidgen
-from smidgen.adapters.api import read_adapter
+from smidgen.adapters.api import folders, read_adapter
 from smidgen.adapters.atomic import new_file, new_files
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
@@ -19,9 +20,11 @@ from smidgen.adapters.components import component_folders
 from smidgen.adapters.layer_norms import layer_norms, lora_norm
 from smidgen.adapters.tuner.config import is_ours
 from smidgen.adapters.tuner.coverage import entry_of
+from smidgen.adapters.tuner.injection import remove
 from smidgen.bases.families import load_base
 from smidgen.bases.origin import IMAGES, Origin, load_own_base, read_origin
 from smidgen.bases.pipelines import default_device
+from smidgen.bases.protocol import ImageBase
 from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks import cards
 from smidgen.tasks.control import hint
@@ -56,12 +59,14 @@ def generate(
     overwrite: bool = False,
     base_config: str | None = None,
     weights: Sequence[float] | None = None,
+    loaded: ImageBase | None = None,
 ) -> list[Path]:
     """Draw ``num_images`` pictures for each prompt and save them as PNG; returns their paths.
 
     Several adapters of one base add up, each at its weight (1 unless given) times ``strength``; the base is the one that
     they name unless it is given. An adapter trained with control pictures follows ``control``, or the edges of the picture ``edges_of``.
-    ``out`` is a folder, or the name of a single picture; ``base_config`` is that of a base in one file. Raises SmidgenError for an adapter that does not fit the base,
+    ``out`` is a folder, or the name of a single picture; ``base_config`` is that of a base in one file; ``loaded`` is the base where
+    it is in memory already, and is left without the adapters. Raises SmidgenError for an adapter that does not fit the base,
     for an ``out`` among pictures to train on, and for a file that is there already, unless ``overwrite``.
     """
     if not prompt:
@@ -85,24 +90,19 @@ def generate(
     base_config = base_config if base else origin.base_config
     base = origin.named(base)
     made = _check_control(adapters, control, edges_of)
-    loaded = load_base(base, mixed_precision, default_device(), config=base_config)
+    loaded = loaded or load_base(base, mixed_precision, default_device(), config=base_config)
     if made is not None:
         hint.attach(loaded.model, made)
-    for name, folder in zip(names, adapters, strict=True):
-        smidgen.load(loaded.pipe, folder, name)
-    if len(adapters) > 1:
-        smidgen.set_active(loaded.pipe, names)
-    if set(shares.values()) != {1.0}:
-        smidgen.set_strength(loaded.pipe, shares)
-    for warning in unknown_words(loaded, [*prompt, negative_prompt]):
-        logger.warning("%s", warning)
-    encoded = loaded.encode_prompts(prompts)
-    options = {"negative": loaded.encode_prompts([negative_prompt]), **loaded.sampling.chosen(steps, guidance)}
-    if made is None:
-        images = loaded.draw(encoded, seeds, **options)
-    else:
-        controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
-        images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
+    with _wearing(loaded.pipe, dict(zip(names, adapters, strict=True)), shares):
+        for warning in unknown_words(loaded, [*prompt, negative_prompt]):
+            logger.warning("%s", warning)
+        encoded = loaded.encode_prompts(prompts)
+        options = {"negative": loaded.encode_prompts([negative_prompt]), **loaded.sampling.chosen(steps, guidance)}
+        if made is None:
+            images = loaded.draw(encoded, seeds, **options)
+        else:
+            controls = as_controls([_control_picture(control, edges_of, loaded.resolution)] * len(prompts))
+            images = draw_controlled(loaded, encoded, seeds, controls, scale=control_scale, **options)
     facts = {
         "negative_prompt": negative_prompt,
         **loaded.sampling.chosen(steps, guidance),
@@ -115,6 +115,24 @@ def generate(
         write_png(image, place, {"prompt": text, "seed": number} | facts)
         for place, image, text, number in zip(places, images, prompts, seeds, strict=True)
     ]
+
+
+@contextmanager
+def _wearing(pipe: Any, adapters: Mapping[str, Path], weights: Mapping[str, float]) -> Iterator[None]:
+    """Within, a pipeline has these adapters at these weights."""
+    put: list[tuple[Any, str]] = []
+    try:
+        for name, folder in adapters.items():
+            smidgen.load(pipe, folder, name)
+            put += [(part, name) for part, _ in folders(pipe, folder).values()]
+        if len(adapters) > 1:
+            smidgen.set_active(pipe, list(adapters))
+        if set(weights.values()) != {1.0}:
+            smidgen.set_strength(pipe, dict(weights))
+        yield
+    finally:
+        for part, name in put:
+            remove(part, name)
 
 
 def verify(adapter: Path, base: str | None = None, base_config: str | None = None) -> tuple[bool, str]:
@@ -258,12 +276,17 @@ def _plot_norms(norms: dict[str, float], of: str, title: str, path: Path) -> Non
 
 
 def _exact_formats(config: dict[str, Any]) -> list[str]:
-    """Formats of ``smidgen export`` that hold an adapter as it is: products go anywhere, a rotation to peft's OFT."""
-    product = not config.get("transform")
-    rotation = config.get("transform") == "rotation" and not config.get("residual")
-    held = {"lora": product, "rotation": rotation, "change": True, "weight": True}
-    task = config.get("task_type")
-    return [name for name, own in FORMATS.items() if held.get(own.holds, False) and own.task in (None, task)]
+    """Formats of ``smidgen export`` that hold an adapter as it is: products go anywhere, a rotation to peft's OFT, DoRA to peft's;
+    whether peft's (IA)^3 holds factors of outputs is for the layers to say, which may have a bias."""
+    transform, residual, output = (config.get(side) for side in ("transform", "residual", "output"))
+    alone = None if residual or output else transform
+    held = {"lora": not transform and not output, "rotation": alone == "rotation", "scales": alone == "diagonal"}
+    dora, task = residual and output == "magnitude" and not transform, config.get("task_type")
+    return [
+        name
+        for name, own in FORMATS.items()
+        if (held.get(own.holds, True) or (dora and own.magnitudes)) and own.task in (None, task)
+    ]
 
 
 def draw_subject(folder: Path, seed: int, num_pictures: int, world: str = "embedded") -> str:

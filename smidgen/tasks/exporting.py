@@ -14,14 +14,14 @@ from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, as_folder
 from smidgen.adapters.checkpoint.formats import FORMATS, Source
 from smidgen.adapters.components import component_folders
-from smidgen.adapters.export import Exported, export, size
+from smidgen.adapters.export import Exported, export, held_exactly, layers, size
 from smidgen.bases.origin import IMAGES, Origin, adapted_tokenizer, load_adapted, read_origin
 from smidgen.bases.transformers import source
 from smidgen.errors import AdapterFileError, ConfigError
 from smidgen.tasks.control import hint
 from smidgen.tasks.held_out import image_rows, task_rows
 from smidgen.training.quiet import quiet
-from smidgen.training.truncation import Truncated, inexact, truncate
+from smidgen.training.truncation import Truncated, truncate
 
 logger = logging.getLogger(__name__)
 PLAIN = "none"  # the calibration that weighs nothing
@@ -104,7 +104,7 @@ def _truncated(loaded: Any, origin: Origin, base: str, to: str, cut: Cut, allow_
         ConfigError: nothing is to be cut, and something was said about how; no rows are known to judge it by.
     """
     model = getattr(loaded, "pipe", loaded.model)
-    if FORMATS[to].holds != "lora" or not inexact(model):
+    if FORMATS[to].holds != "lora" or all(held_exactly(FORMATS[to], *own) for own in layers(model).items()):
         if cut.asked:
             raise ConfigError(
                 f"This adapter goes into a {to} file as it is, without loss: leave out {' and '.join(cut.asked)}."

@@ -98,7 +98,7 @@ def check_start(
 
 def _kind(config: PeftConfig) -> tuple[Any, ...]:
     if isinstance(config, SmidgenConfig):
-        return "ours", config.transform, config.residual
+        return "ours", *config.members.values()
     return (str(getattr(config.peft_type, "value", config.peft_type)),)
 
 

@@ -10,15 +10,18 @@ import copy
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 import smidgen
 from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer, adapted_layer
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.config import SmidgenConfig
@@ -408,7 +411,9 @@ def law_file_damage(config: SmidgenConfig, kind: str) -> None:
             weight = target_of(fresh).weight
             weight.copy_(weight.flip(0) * 1.1)
         before = snapshot(fresh)
-        if config.store_factors and config.transform is None:  # such a file goes on any base of its shapes
+        if (
+            config.store_factors and config.transform is None and config.output is None
+        ):  # such a file goes on any base of its shapes
             save_file(good, Path(folder) / WEIGHTS)
             smidgen.load(fresh, folder)
         else:
@@ -440,7 +445,11 @@ def law_count(config: SmidgenConfig, kind: str) -> None:
     model, _ = adapted(config, kind)
     slot = _layer(model).slot("default")
     members = [m for _, m in slot.members()]
-    groups = {"transform": slot.groups, "residual": slot.groups if kind.startswith("experts") else 1}
+    groups = {
+        "transform": slot.groups,
+        "output": slot.groups,
+        "residual": slot.groups if kind.startswith("experts") else 1,
+    }
     wanted = sum(m.count() * groups[prefix] for prefix, m in slot.members())
     assert smidgen.trained_numbers(model) == wanted, f"{smidgen.trained_numbers(model)} trained, {wanted} by the shapes"
     assert all("Count:" in (__import__(type(m).__module__, fromlist=["x"]).__doc__ or "") for m in members), "no Count:"
@@ -504,7 +513,10 @@ def law_compile(config: SmidgenConfig, kind: str) -> None:
 
 
 def law_gradient(config: SmidgenConfig, kind: str) -> None:
-    """torch.autograd.gradcheck in float64 for the input and every trained tensor."""
+    """torch.autograd.gradcheck in float64 for the input and every trained tensor; where a member holds something constant in
+    the backward pass, of the option that does not."""
+    if config.output:
+        config = replace(config, output_options=config.output_options | OUTPUTS[config.output].exact_gradient)
     model, x = adapted(config, kind, torch.float64)
     trained = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -515,7 +527,7 @@ def law_gradient(config: SmidgenConfig, kind: str) -> None:
     fast = sum(p.numel() for p in inputs) > 200
     try:
         torch.autograd.gradcheck(run, inputs, fast_mode=fast)
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         raise AssertionError(f"gradcheck: {str(error)[:300]}") from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen.adapters.methods import METHODS
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.adapters.tuner.building import make_slot
@@ -89,6 +90,7 @@ LAYER_KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 # Options that make a member interesting at these sizes; a newcomer's own defaults serve otherwise.
 _SMALL: dict[str, dict[str, Any]] = {
     "rotation": {"block_size": 4},
+    "output_rotation": {"block_size": 4},
     "low_rank": {"r": 3, "alpha": 2.0},
     "spectral": {"r": 3},
     "triangular": {"r": 3},
@@ -114,14 +116,22 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "raw loldu": {"method": "loldu", "r": 3, "atoms": "raw"},
     "full loldu": {"method": "loldu", "r": "full"},
     "loldu with factors": {"method": "loldu", "r": 3, "store_factors": True},
+    "dora, gradient of the norm": {"method": "dora", "r": 3, "alpha": 2.0, "detach": False},
+    "dora in int4": {"method": "dora", "r": 3, "store_dtype": "int4"},
+    "ia3 in int4": {"method": "ia3", "store_dtype": "int4"},
+    "svfit with factors + magnitude": {"method": "spectral+magnitude", "r": 3, "store_factors": True},
+    "all three": {"method": "rotation+low_rank+scale", "r": 3, "block_size": 4},
+    "rings + magnitude": {"method": "tensor_ring+tensor_ring+magnitude", "transform_rank": 2},
+    "nonneg svfit + scale": {"method": "spectral+scale", "r": 3, "nonneg": True},
     "rslora": {"method": "lora", "r": 3, "alpha": 4.0, "scaling": "rslora"},
 }
 
 
 def configs(variants: bool = True) -> Iterator[tuple[str, SmidgenConfig]]:
     """(label, config) of every single member, pair and named method and, if wanted, of options worth their test."""
-    singles: list[dict[str, Any]] = [{"transform": t} for t in TRANSFORMS] + [{"residual": d} for d in RESIDUALS]
-    pairs: list[dict[str, Any]] = [{"transform": t, "residual": d} for t in TRANSFORMS for d in RESIDUALS]
+    sides = {"transform": TRANSFORMS, "residual": RESIDUALS, "output": OUTPUTS}
+    singles: list[dict[str, Any]] = [{side: name} for side, table in sides.items() for name in table]
+    pairs: list[dict[str, Any]] = [a | b for a in singles for b in singles if [*sides].index(*a) < [*sides].index(*b)]
     for pair in singles + pairs:
         options = {k: v for name in pair.values() for k, v in _SMALL.get(name, {}).items()}
         yield "+".join(pair.values()), smidgen.config(**pair, **options)

@@ -19,6 +19,7 @@ from smidgen.adapters import verify as proof
 from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
+from smidgen.adapters.methods import Rates
 from smidgen.adapters.tuner.carried import adapter_parameters
 from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.heads import saved_modules
@@ -115,21 +116,16 @@ def head_parameters(model: nn.Module, heads: Sequence[str]) -> list[nn.Parameter
     return [p for name, p in model.named_parameters() if inside and name.startswith(inside) and p.requires_grad]
 
 
-def groups(
-    model: nn.Module,
-    rate: float,
-    transform_rate: float,
-    decay: float,
-    heads: Sequence[str] = (),
-    head_rate: float | None = None,
-) -> list[dict[str, Any]]:
-    """Optimizer groups: residuals, transforms and what else is trained, heads apart from all."""
+def groups(model: nn.Module, rates: Rates, decay: float, heads: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Optimizer groups: members of adapters by their side and what else is trained, heads apart from all."""
     head = head_parameters(model, heads)
     known = {id(parameter) for parameter in head}
-    found = api.parameter_groups(model, lr=rate, transform_lr=transform_rate, weight_decay=decay)
+    found = api.parameter_groups(
+        model, lr=rates.residual, transform_lr=rates.transform, weight_decay=decay, output_lr=rates.of("output")
+    )
     for group in found:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
-    found.append({"name": "head", "params": head, "lr": head_rate or rate, "weight_decay": decay})
+    found.append({"name": "head", "params": head, "lr": rates.head or rates.residual, "weight_decay": decay})
     return [group for group in found if group["params"]]
 
 

@@ -108,9 +108,9 @@ def fit(
     head = engine.head_parameters(denoiser, heads)
     head_numbers = sum(parameter.numel() for parameter in head)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad) - head_numbers
-    groups = engine.groups(denoiser, rates.residual, rates.transform, weight_decay, heads, rates.head)
+    groups = engine.groups(denoiser, rates, weight_decay, heads)
     for name, other in (beside or {}).items():
-        own = engine.groups(other.model, other.rates.residual, other.rates.transform, weight_decay)
+        own = engine.groups(other.model, other.rates, weight_decay)
         groups += [{**group, "name": f"{name} {group['name']}"} for group in own]
     with during or nullcontext():
         result = train(task, model, groups, loop, folder, resume=resume, identity=identity, progress=progress)

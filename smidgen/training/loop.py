@@ -70,7 +70,7 @@ class LoopConfig:
     early_stopping_patience: int = 0  # end after so many evaluations without a better one; 0: never
     load_best: bool = True  # end with the trained numbers of the best evaluation
     ema_decay: float = 0.0  # end with a moving average of the trained numbers, this much of it kept at a step; 0: never
-    report_to: Literal["none", "tensorboard", "trackio", "wandb", "comet_ml"] = "none"
+    report_to: Literal["none", "jsonl", "tensorboard", "trackio", "wandb", "comet_ml"] = "none"  # jsonl: progress.jsonl
     seed: int = 0  # decides every random number of the run
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ TRACKERS = {"tensorboard": "smidgen[track]", "trackio": "smidgen[track]", "wandb
 
 
 def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: str) -> Any:
-    """An Accelerator in ``precision`` whose ``tracker`` (or ``none``) writes below ``folder``.
+    """An Accelerator in ``precision`` whose ``tracker`` (or ``none``) writes below ``folder``; ``jsonl`` is our own.
 
     Raises MissingExtraError for a tracker that is not there, ConfigError for a precision this machine has not and
     for a launch that shards the model.
@@ -37,7 +37,7 @@ def make_accelerator(folder: Path, precision: str, accumulation: int, tracker: s
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
             cpu=not torch.accelerator.is_available(),  # else accelerate starts no process group on a CPU
-            log_with=None if tracker == "none" else tracker,
+            log_with=_tracker(tracker, folder),
             project_dir=str(folder),
         )
         if precision == "fp16" and accelerator.device.type == "cpu":
@@ -118,11 +118,19 @@ def from_main(accelerator: Any, value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
+def _tracker(name: str, folder: Path) -> Any:
+    if name != "jsonl":
+        return None if name == "none" else name
+    from smidgen.training.progress import ProgressFile
+
+    return ProgressFile(folder)
+
+
 def _check_tracker(tracker: str) -> None:
     """accelerate passes over a tracker that is not installed in silence; a run that was to be tracked must not."""
     from accelerate.tracking import get_available_trackers
 
-    if tracker != "none" and tracker not in {str(found) for found in get_available_trackers()}:
+    if tracker not in ("none", "jsonl") and tracker not in {str(found) for found in get_available_trackers()}:
         raise MissingExtraError(f"--report-to {tracker} needs it: pip install '{TRACKERS[tracker]}'")
 
 

@@ -10,8 +10,7 @@ from torch import nn
 
 import smidgen
 from smidgen import testing
-from smidgen.adapters.residuals import RESIDUALS
-from smidgen.adapters.transforms import TRANSFORMS
+from smidgen.adapters.methods import SIDES
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import SmidgenError
 
@@ -79,7 +78,7 @@ def test_the_sum_of_files_is_the_sum_of_updates(method, options, tmp_path):
     torch.testing.assert_close(model(X), beside(X), rtol=1e-4, atol=1e-4)
 
 
-MEMBERS = [("transform", name) for name in TRANSFORMS] + [("residual", name) for name in RESIDUALS]
+MEMBERS = [(side, name) for side, members in SIDES.items() for name in members]
 
 
 @pytest.mark.parametrize("side, name", MEMBERS)
@@ -87,7 +86,7 @@ def test_every_member_adds_exactly_or_says_why_not(side, name, tmp_path):
     config = smidgen.config(**{side: name}, target_modules=["up", "down"])
     made = [trained(tmp_path / str(k), replace(config), k) for k in range(2)]
     folders = [folder for folder, _ in made]
-    if not ((TRANSFORMS if side == "transform" else RESIDUALS)[name].linear or name == "low_rank"):
+    if not (SIDES[side][name].linear or name == "low_rank"):
         with pytest.raises(SmidgenError, match=r"do not add: .* not linear"):
             smidgen.combine(folders, out=tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -95,6 +94,17 @@ def test_every_member_adds_exactly_or_says_why_not(side, name, tmp_path):
     found = deltas(smidgen.load(Net(), smidgen.combine(folders, [2, -1], out=tmp_path / "out")))
     for target, delta in found.items():
         testing.close(delta, 2 * made[0][1][target] - made[1][1][target], target)
+
+
+def test_an_output_transform_beside_others_does_not_add(tmp_path):
+    folders = [trained(tmp_path / name, "dora", seed, r=2)[0] for name, seed in (("a", 1), ("b", 2))]
+    with pytest.raises(
+        SmidgenError, match=r"dora r=2 do not add: the magnitude output transform .* acts on what others make"
+    ):
+        smidgen.combine(folders, out=tmp_path / "out")
+    with pytest.raises(SmidgenError, match=r"dora r=2, whose numbers have no rank to change"):
+        smidgen.resize(folders[0], out=tmp_path / "out", rank=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_loras_average_of_factors_is_another_adapter(tmp_path):

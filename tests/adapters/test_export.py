@@ -75,6 +75,29 @@ def test_pefts_oft_is_ours(name, tmp_path):
         assert (change - changes(model)[layer]).norm() <= WEIGHT * change.norm()
 
 
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "vit"])
+@pytest.mark.parametrize("method", ["dora", "spectral+magnitude"])
+def test_pefts_dora_is_ours(name, method, tmp_path):
+    model = adapted(name, smidgen.config(method, r=3, alpha=7.0))
+    export(model, tmp_path, "peft")
+    theirs = through_peft(tmp_path, name)
+    assert off(answer(theirs, name), answer(model, name), answer(MODELS[name][0](), name)) <= TOLERANCE
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_dora"]
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "ia3"), ("llama", "diagonal"), ("bert", "diagonal"), ("gpt2", "diagonal"), ("convolutions", "diagonal")])  # fmt: skip
+def test_pefts_ia3_is_ours(name, method, tmp_path):
+    model = adapted(name, smidgen.config(method), strength=0.5)
+    if name == "convolutions":
+        model = smidgen.adapt(MODELS[name][0](), smidgen.config(method, target_modules=["first", "point"]))
+        moved(model)
+    export(model, tmp_path, "peft-ia3")
+    theirs = through_peft(tmp_path, name)
+    assert off(answer(theirs, name), answer(model, name), answer(MODELS[name][0](), name)) <= TOLERANCE
+    of_input = json.loads((tmp_path / "adapter_config.json").read_text())["feedforward_modules"]
+    assert bool(of_input) == (method == "diagonal")
+
+
 def test_blocks_of_many_sizes_find_room_in_pefts_one(tmp_path):
     model = smidgen.adapt(MODELS["convolutions"][0](), smidgen.config("oft", target_modules=["point", "head"]))
     moved(model)
@@ -187,6 +210,11 @@ def test_what_has_no_exact_form_is_refused_and_leaves_nothing(tmp_path):
     )
     refuse(r"cannot go into a kohya file: .*no conv1d layers", adapted("gpt2", FACTORED["svfit"]), "kohya")
     refuse(r"a linear layer's input", adapted("convolutions", OFT), "peft-oft")
+    refuse(r"a layer that has a bias, and peft's \(IA\)\^3 would", adapted("bert", smidgen.config("ia3")), "peft-ia3")
+    refuse(r"is no factor for each feature alone", adapted("llama", FACTORED["svfit"]), "peft-ia3")
+    dora = smidgen.config("dora", r=2)
+    refuse(r"has a magnitude, and a kohya file holds none that its readers agree on", adapted("bert", dora), "kohya")
+    refuse(r"has a magnitude, and peft's DoRA has no strength", adapted("bert", dora, 0.5), "peft")
     dilated = smidgen.adapt(nn.Sequential(nn.Conv2d(3, 4, 3, dilation=2)), "svfit", r=2, target_modules=["0"])
     refuse(r"knows no dilation|know no dilation", dilated, "peft")
     broken = adapted("bert", FACTORED["svfit"])

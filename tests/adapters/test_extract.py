@@ -13,6 +13,7 @@ from smidgen.adapters.checkpoint.lazy import LazyTensors
 from smidgen.adapters.extract import extract, skeleton
 from smidgen.adapters.fit import fit
 from smidgen.adapters.methods import METHODS
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.adapters.tuner.carried import adapted_layers
@@ -21,6 +22,9 @@ from smidgen.testing import samples
 from tests.adapters.helpers import Net, inputs
 
 SINGLES = {**{t: {"transform": t} for t in TRANSFORMS}, **{f"{d} residual": {"residual": d} for d in RESIDUALS}}
+SINGLES |= {s: {"output": s} for s in OUTPUTS}
+SINGLES |= {"spectral+scale": {"residual": "spectral", "output": "scale"}}
+NAMED = [name for name in METHODS if name != "dora"]
 
 
 def merged(method, dtype=torch.float32, size=0.1, **options):
@@ -43,28 +47,33 @@ def off(base, tuned, folder):
     return (wrong / size) ** 0.5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMED)
 def test_a_change_that_a_method_made_is_recovered_and_named(method, tmp_path):
     base, tuned = merged(method)
     found = extract(base, tuned, tmp_path / "out")
     assert found.chosen is not None and found.chosen.recovered
-    assert (found.chosen.config.transform, found.chosen.config.residual) == (
-        METHODS[method].transform,
-        METHODS[method].residual,
-    )
+    assert {side: name for side, name in found.chosen.config.members.items() if name} == METHODS[method].members
     assert off(base, tuned, tmp_path / "out") <= 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMED)
 def test_a_change_merged_in_bf16_is_recovered_to_its_rounding(method):
     base, tuned = merged(method, torch.bfloat16, size=0.5)
     found = extract(base, tuned)
     assert found.chosen is not None and found.chosen.recovered and found.rounding < 0.05
-    assert (found.chosen.config.transform, found.chosen.config.residual) == (
-        METHODS[method].transform,
-        METHODS[method].residual,
-    )
+    assert {side: name for side, name in found.chosen.config.members.items() if name} == METHODS[method].members
     assert 1 - found.chosen.explained < 1.6 * found.rounding
+
+
+def test_dora_is_recovered_where_it_is_asked_for(tmp_path):
+    base, tuned = merged("dora")
+    found = extract(base, tuned, tmp_path / "out", methods=["lora", "dora:8"])
+    assert found.chosen.config.method == "dora" and found.chosen.recovered
+    assert off(base, tuned, tmp_path / "out") <= 1e-5
+    model, _ = testing.adapted(smidgen.config("low_rank+output_rotation", r=2, block_size=4), "linear")
+    layer = adapted_layers(model)["layer"]
+    with pytest.raises(ConfigError, match="has a fit alone, not beside other members"):
+        fit(layer, "default", layer.delta_matrix("default").detach())
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv2d_groups"])

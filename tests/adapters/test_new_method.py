@@ -55,9 +55,9 @@ def test_each_has_a_rate_in_every_kind_of_task():
 def test_the_list_of_methods_has_them_and_the_command_line_tells(capsys):
     telling.methods()
     said = capsys.readouterr().out
-    assert re.search(r"vera +\| - +\| vera +\| r \+ rows", said)
-    assert re.search(r"monarch +\| monarch +\| - +\| width \(b \+ blocks\)", said)
-    assert [m.name for m in known_methods()] == [*METHODS, "diagonal", "monarch", "vera"]
+    assert re.search(r"vera +\| - +\| vera +\| - +\| r \+ rows", said)
+    assert re.search(r"monarch +\| monarch +\| - +\| - +\| width \(b \+ blocks\)", said)
+    assert [m.name for m in known_methods()] == [*METHODS, "diagonal", "monarch", "vera", "magnitude"]
 
 
 def test_counts():

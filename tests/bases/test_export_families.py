@@ -57,6 +57,27 @@ def test_the_genuine_pipeline_reads_every_layer_and_draws_the_same(to, family, t
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_diffusers_reads_dora(family, tmp_path):
+    folder = made(family, tmp_path / "base")
+    base, fresh = load_base(str(folder)), load_base(str(folder))
+    trained(base.model, base.targets, "dora")
+    export(base.pipe, tmp_path / "lora.safetensors", "diffusers")
+    fresh.pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    latents = torch.randn(1, *base.latent_shape(16), generator=torch.Generator().manual_seed(1))
+    timesteps = base.schedule.timesteps(torch.tensor([0.5]))
+    with torch.no_grad():
+        ours, theirs = (
+            b.predict(b.model, latents, timesteps, b.encode_prompts(["a red person"])) for b in (base, fresh)
+        )
+        with smidgen.disabled(base.pipe):
+            plain = base.predict(base.model, latents, timesteps, base.encode_prompts(["a red person"]))
+    assert (ours - theirs).norm() <= TOLERANCE * (ours - plain).norm()
+    smidgen.set_strength(base.pipe, 0.5)
+    with pytest.raises(SmidgenError, match=r"has a magnitude, and peft's DoRA has no strength.*--to full-diff"):
+        export(base.pipe, tmp_path / "half.safetensors", "diffusers")
+
+
 def test_only_what_is_a_lora_is_one(tmp_path):
     pipe = diffusers.DiffusionPipeline.from_pretrained(tiny.sd_folder(tmp_path / "base"), safety_checker=None)
     with pytest.raises(SmidgenError, match="carries no adapter 'default'"):

@@ -122,8 +122,8 @@ def test_mixed_ranks_and_targets(base, three, tmp_path):
     own = read_lora(root / "dan", names)
     row = Zoo(tmp_path / "zoo").layout.unpack(Zoo(tmp_path / "zoo").row("dan"))
     lost = total = 0.0
-    for target, (b, a, scale) in own.items():
-        wanted = scale * b @ a
+    for target, one in own.items():
+        wanted = one.scale * one.b @ one.a
         lost += float((row[target]["residual_b"] @ row[target]["residual_a"] - wanted).square().sum())
         total += float(wanted.square().sum())
     assert f"{(lost / total) ** 0.5:.2%}" in reasons["dan"]
@@ -204,7 +204,7 @@ def test_scales_of_peft_and_names_of_older_files(base, tmp_path):
     as_peft(unet, config, tmp_path / "rs")
     found = read_lora(tmp_path / "rs", names)
     assert found[target].scale == 5.0 and {f.scale for t, f in found.items() if t != target} == {3.0}
-    b, a, _ = found[target]
+    b, a = found[target][:2]
     old = {
         f"unet.{target.removesuffix('.to_q')}.processor.to_q_lora.down.weight": a.contiguous(),
         f"unet.{target.removesuffix('.to_q')}.processor.to_q_lora.up.weight": b.contiguous(),

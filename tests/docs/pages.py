@@ -21,7 +21,7 @@ class Page:
         smaller: what is written in place of a text so that a run takes seconds; each text is there.
         apart: each Python block is a program of its own.
         elsewhere: the test that runs the page.
-        needs: packages of extras that not every environment of the tests has; where one lacks, the page is skipped.
+        needs: packages of extras that not every environment of the tests has, by a word of the blocks that want them.
         reads: for blocks of data in order, the Python that reads them: ``text`` is the block.
     """
 
@@ -32,7 +32,7 @@ class Page:
     smaller: dict[str, str] = field(default_factory=dict)
     apart: bool = False
     elsewhere: str = ""
-    needs: tuple[str, ...] = ()
+    needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
 
 
@@ -68,9 +68,9 @@ PERSON = """
 from smidgen import cli
 assert cli.main(["subject", "pictures", "--seed", "7"]) == 0
 """
-# A server of the adapters in a folder, until the tests end.
+# A server of the adapters in a folder, until its page ends.
 SERVER = """
-import atexit, threading
+import threading
 
 def served():
     from smidgen.serving.library import Library
@@ -87,7 +87,7 @@ def served():
         thread.join(60)
         library.close(0)
 
-    atexit.register(stop)
+    stack.callback(stop)
     return f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
 """
 SHORT = "--max-train-steps 4 --num-prompts 1 --num-seeds 1 --inference-steps 2 --lr-warmup-steps 0 --no-compare-lora"
@@ -186,7 +186,7 @@ photos = [[photo], [photo]]
 photo.save("ann.jpg", quality=98, subsampling=0)
 """,
         runs_commands=True,
-        parsed=("generator directions", "generator train"),
+        parsed=("generator directions", "generator train", "generator calibrate", "--each", "--from-adapter ann"),
         smaller={"Refine(steps=25": "Refine(steps=2"},
     ),
     "docs/difflora_zoo.md": Page(
@@ -230,9 +230,10 @@ finetuned[0].weight.data += torch.outer(torch.linspace(-1, 1, 16), torch.linspac
     ),
     "docs/methods.md": Page(
         """
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
 model = MixtralForCausalLM(MixtralConfig(vocab_size=32, num_local_experts=2, **small))
+llama = LlamaForCausalLM(LlamaConfig(vocab_size=32, **small))
 """,
     ),
     "docs/packaged.md": Page(slow=True),
@@ -302,11 +303,14 @@ Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
             'base_url="http://127.0.0.1:8000/v1"': "base_url=served()",
             '"steps": 20': '"steps": 2',
         },
+        needs={"openai": ("openai", "fastapi", "prometheus_client")},
     ),
     "docs/train.md": Page(
         before="""
 from pathlib import Path
-Path("more.csv").write_text("text,label\\n" + "the day was good,good\\nthe day was bad,bad\\n" * 40)
+from smidgen.bases.packaged.debug import sentences
+rows = "".join(f"{text},{label}\\n" for text, label in sentences())
+Path("more.csv").write_text("text,label\\n" + rows)
 Path("tweets.csv").write_text("text\\nwhat a day\\n")
 """,
         slow=True,
@@ -324,6 +328,7 @@ Path("tweets.csv").write_text("text\\nwhat a day\\n")
         },
     ),
     "docs/tutorial.md": Page(slow=True, runs_commands=True, smaller={". .venv/bin/activate": "true"}),
+    "docs/ui.md": Page(needs={"fastapi": ("fastapi", "gradio")}),
     "docs/verify.md": Page(
         CHAT
         + """

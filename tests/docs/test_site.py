@@ -72,6 +72,12 @@ def test_every_method_has_a_page(name: str) -> None:
 def test_tables_say_what_the_results_say() -> None:
     assert "| **`svfit`** | **5,376** | **22,535** | **0.80 [0.75, 0.84]** |" in measured.table("personalize", "svfit")
     assert all(made.title in measured.every() for made in measured.TABLES.values())
+    readme = (DOCS.parent / "README.md").read_text()
+    lines = measured.table("personalize").splitlines()
+    shown = [
+        line.partition("|")[2].partition("|")[2] for line in lines if re.match(r"\| (`(tlora|svfit|loldu)`|peft)", line)
+    ]
+    assert len(shown) == 5 and [cells for cells in shown if cells not in readme] == []
     with pytest.raises(SmidgenError, match="There is no table 'nothing'"):
         measured.table("nothing")
     with pytest.raises(SmidgenError, match="Nothing fills the mark"):

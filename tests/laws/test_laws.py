@@ -7,6 +7,7 @@ import pytest
 import smidgen
 from smidgen import testing
 from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.outputs import OUTPUTS
 from smidgen.adapters.residuals import RESIDUALS
 from smidgen.adapters.transforms import TRANSFORMS
 from smidgen.errors import ConfigError
@@ -22,16 +23,37 @@ ONLY_ON = {
 # Files in codes are other files, and nothing else: their other laws on one kind.
 OF_FILES = ("file", "file again", "file damage", "recast", "count")
 ONLY_FOR = {
-    "inputs": [*TRANSFORMS, *RESIDUALS, "tensor_ring+low_rank", "nonneg svfit", "full loldu"],
-    "compile": ["tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"],
+    "inputs": [
+        *TRANSFORMS,
+        *RESIDUALS,
+        *OUTPUTS,
+        "tensor_ring+low_rank",
+        "nonneg svfit",
+        "full loldu",
+        "dora",
+        "all three",
+    ],
+    "compile": [
+        *("tlora", "tlora_star", "svfit", "loldu", "lora", "oft", "diagonal", "ring of rank 3 + ring"),
+        *("dora", "ia3", "oft_out", "all three"),
+    ],
 }
 # Experts are stacked by one piece of code, whatever the member: single members and what is special on some.
 ON_EXPERTS = ["tensor_ring", "rotation", "diagonal", "low_rank", "seeded", "tlora", "full svfit", "loldu with factors"]
-ON = {"experts": ON_EXPERTS, "experts_transposed": ["svfit", "rotation+low_rank"]}
+ON_EXPERTS += [*OUTPUTS, "dora", "all three"]
+ON = {"experts": ON_EXPERTS, "experts_transposed": ["svfit", "rotation+low_rank", "low_rank+magnitude"]}
+# What an output transform does at a layer kind it does beside any member, and its files are no others.
+ON_ALL = [*OUTPUTS, "dora", "all three"]
+ELSEWHERE = [label for label, config in CONFIGS.items() if config.output and label not in ON_ALL]
+ELSEWHERE_ON = ("linear", "conv2d_groups", "experts_transposed")
 CELLS = [
     (label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS if not testing.refused(CONFIGS[label], kind)
 ]
-RUN = [(label, kind) for label, kind in CELLS if label in ON.get(kind, CONFIGS)]
+RUN = [
+    (label, kind)
+    for label, kind in CELLS
+    if label in ON.get(kind, CONFIGS) and (kind in ELSEWHERE_ON or label not in ELSEWHERE)
+]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +74,7 @@ def test_law(law: str, label: str, kind: str) -> None:
 def test_only_rotations_of_single_features_are_refused() -> None:
     cells = {(label, kind) for label in CONFIGS for kind in testing.LAYER_KINDS} - set(CELLS)
     assert {kind for _, kind in cells} == {"rough", "depthwise"}
-    assert all(CONFIGS[label].transform == "rotation" for label, _ in cells)
+    assert all({"rotation", "output_rotation"} & set(CONFIGS[label].members.values()) for label, _ in cells)
     for label, kind in cells:
         model, _ = testing.base(kind)
         before = testing.snapshot(model)

@@ -96,6 +96,31 @@ def activations_read_as_if_contiguous(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LinearKind, "_hidden", staticmethod(hidden))
 
 
+def the_bias_is_scaled_too(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ShiftLayer, "_without_bias", lambda self, y: y)
+
+
+def an_output_transform_acts_on_what_others_moved(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ShiftLayer, "_saw", staticmethod(lambda term, terms: True))
+
+
+def an_output_transform_forgets_the_residual(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Slot, "shaped_factors", Slot.factors)
+
+
+def a_bank_follows_the_norms_of_one_row(patch: pytest.MonkeyPatch) -> None:
+    right = ShiftLayer._normed
+
+    def normed(self, term):  # type: ignore[no-untyped-def]
+        found = right(self, term)
+        if not isinstance(term.at, Rows) or found is term:
+            return found
+        first = {name: value[:1].expand_as(value) for name, value in found.trained.items() if name.endswith("norms")}
+        return found._replace(trained={**found.trained, **first})
+
+    patch.setattr(ShiftLayer, "_normed", normed)
+
+
 MUTANTS: list[tuple[Patch, str, str]] = [
     (scale_twice_on_merge, "merge", "tlora"),
     (scale_twice_on_merge, "shift = matrix", "lora"),
@@ -107,6 +132,10 @@ MUTANTS: list[tuple[Patch, str, str]] = [
     (unmerge_subtracts_instead_of_restoring, "merge", "lora"),
     (conv_weights_read_transposed, "shift = matrix", "svfit"),
     (activations_read_as_if_contiguous, "inputs", "svfit"),
+    (the_bias_is_scaled_too, "shift = matrix", "ia3"),
+    (an_output_transform_acts_on_what_others_moved, "sum", "ia3"),
+    (an_output_transform_forgets_the_residual, "shift = matrix", "low_rank+scale"),
+    (a_bank_follows_the_norms_of_one_row, "bank", "dora"),
 ]
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import smidgen
+from smidgen.adapters.methods import Rates
 from smidgen.bases.packaged import debug
 from smidgen.bases.transformers import Head, load_classifier
 from smidgen.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
@@ -329,7 +330,7 @@ def test_the_head_has_a_learning_rate_of_its_own(tmp_path):
     prepared = text_classification.prepare(made)
     setup = smidgen.config("tlora", target_modules=["query"])
     engine.adapt(prepared.model, setup, prepared.heads)
-    groups = engine.groups(prepared.model, 0.1, 0.2, 0.0, prepared.heads, 0.3)
+    groups = engine.groups(prepared.model, Rates(0.1, 0.2, 0.3), 0.0, prepared.heads)
     assert {group["name"]: group["lr"] for group in groups} == {"residual": 0.1, "transform": 0.2, "head": 0.3}
     head = {id(p) for p in groups[-1]["params"]}
     trained = [p for p in prepared.model.parameters() if p.requires_grad]

@@ -53,6 +53,19 @@ def test_trackio_writes_on_this_machine(tmp_path, monkeypatch):
     assert f"{result.evaluations[-1]['error']}" in text and f"{result.losses[-1]}" in text
 
 
+def test_progress_can_be_watched_in_a_file(tmp_path):
+    from smidgen.training.progress import read_progress
+
+    result = run(tmp_path, "jsonl")
+    found = read_progress(tmp_path)
+    assert list(found) == [0, 1, 2, 3, 4] and "loss" not in found[0]  # before any step there is an evaluation alone
+    trained = [found[step] for step in range(1, 5)]
+    assert [row["loss"] for row in trained] == result.losses
+    assert [row["lr"] for row in trained] == pytest.approx([0.01, 0.02, 0.02, 0.02])
+    assert found[4]["eval/error"] == result.evaluations[-1]["error"]
+    assert sorted(row["time"] for row in trained) == [row["time"] for row in trained]
+
+
 @pytest.mark.parametrize("tracker, package", [("tensorboard", r"smidgen\[track\]"), ("trackio", r"smidgen\[track\]"), ("wandb", "wandb")])  # fmt: skip
 def test_a_tracker_that_is_not_installed_names_what_to_install(tmp_path, monkeypatch, tracker, package):
     from accelerate import tracking

@@ -57,7 +57,7 @@ _WHOLE = frozenset(
     )
 )
 _MAX_TIES = 2**22  # bytes
-_PREFIXES = ("transform_", "residual_")
+_PREFIXES = ("transform_", "residual_", "output_")
 
 
 def is_packed(key: str) -> bool:

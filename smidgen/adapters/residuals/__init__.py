@@ -1,4 +1,4 @@
-"""Residuals: the D of ``W' = W T + D``. One file a member; a new member is added to this table and nowhere else."""
+"""Residuals: the D of ``W' = S (W T + D)``. One file a member; a new member is added to this table and nowhere else."""
 
 from smidgen.adapters.member import Residual
 from smidgen.adapters.residuals.low_rank import LowRank

@@ -1,4 +1,4 @@
-"""Transforms: the T of ``W' = W T + D``. One file a member; a new member is added to this table and nowhere else."""
+"""Transforms: the T of ``W' = S (W T + D)``. One file a member; a new member is added to this table and nowhere else."""
 
 from smidgen.adapters.member import Transform
 from smidgen.adapters.transforms.diagonal import Diagonal

@@ -2,9 +2,9 @@
 
     R = (I - Q)^-1 (I + Q) = I + 2 (I - Q)^-1 Q,   Q = -Q^T
 
-Orthogonal finetuning (Qiu et al. 2023, arXiv 2306.07280) on the input side. Trained: the strictly lower triangles of
-the Q_k, [blocks, b(b-1)/2] with b = width / blocks. Count: blocks * b(b-1)/2. The paper's published counts rotate the
-output side (b = out/blocks), which no form ``W T`` can express.
+Orthogonal finetuning (Qiu et al. 2023, arXiv 2306.07280) on the input side, as peft has it. Trained: the strictly lower
+triangles of the Q_k, [blocks, b(b-1)/2] with b = width / blocks. Count: blocks * b(b-1)/2. The paper rotates the output
+side (b = out/blocks): ``outputs/rotation.py``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smidgen.adapters.member import Tensors, Transform
+from smidgen.adapters.member import Member, Tensors, Transform
 from smidgen.errors import ConfigError
 
 
-class Rotation(Transform):
-    """T = block-diagonal rotation.
-
-    Args:
-        width: input features.
-        blocks: number of blocks; must divide the width. Without it blocks have ``block_size`` features.
-        block_size: features of a block; the largest divisor of the width not above it is taken.
-    """
-
-    name = "rotation"
+class BlockRotation(Member):
+    """A block-diagonal rotation of a space, of the input or of the output."""
 
     def __init__(self, width: int, blocks: int | None = None, block_size: int = 32) -> None:
-        super().__init__(width)
+        self.width = width
         if blocks is None:
             if block_size < 2:
                 raise ConfigError(f"block_size must be at least 2, got {block_size}.")
@@ -57,13 +49,15 @@ class Rotation(Transform):
         eye = torch.eye(self.block, dtype=q.dtype, device=q.device)
         return 2 * torch.linalg.solve(eye - skew, skew).to(dtype)
 
-    def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
+    def shift(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """(R - I) x over the last axis."""
         excess = self.excess(tensors, x.dtype)
         pieces = x.unflatten(-1, (self.blocks, self.block))
-        return x + torch.einsum("...kj,kij->...ki", pieces, excess).flatten(-2)
+        return torch.einsum("...kj,kij->...ki", pieces, excess).flatten(-2)
 
-    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
-        """The nearest rotation of each block (orthogonal Procrustes; Kabsch, 1976), through Cayley's inverse."""
+    def nearest(self, weight: Tensor, change: Tensor) -> Tensor:
+        """q of the R whose ``weight (R - I)`` is nearest to ``change``, both [n, width]: for each block orthogonal Procrustes
+        (Kabsch, 1976), through Cayley's inverse."""
         old, new = ((m.unflatten(-1, (self.blocks, self.block)).movedim(0, -2)) for m in (weight, weight + change))
         u, _, vh = torch.linalg.svd(old.mT @ new)
         side = torch.ones(u.shape[:-1], dtype=u.dtype)
@@ -71,4 +65,22 @@ class Rotation(Transform):
         turn, eye = (u * side[..., None, :]) @ vh, torch.eye(self.block, dtype=u.dtype)
         skew = torch.linalg.lstsq((turn + eye).mT, (turn - eye).mT).solution.mT  # no Cayley form has a half turn
         rows, cols = torch.tril_indices(self.block, self.block, offset=-1)
-        return {"q": ((skew - skew.mT) / 2)[:, rows, cols]}
+        return ((skew - skew.mT) / 2)[:, rows, cols]
+
+
+class Rotation(BlockRotation, Transform):
+    """T = block-diagonal rotation.
+
+    Args:
+        width: input features.
+        blocks: number of blocks; must divide the width. Without it blocks have ``block_size`` features.
+        block_size: features of a block; the largest divisor of the width not above it is taken.
+    """
+
+    name = "rotation"
+
+    def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
+        return x + self.shift(x, tensors)
+
+    def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
+        return {"q": self.nearest(weight, change)}

@@ -45,7 +45,7 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         self._replaced: list[str] = []  # active when others were merged in their place
         self.cast_input_dtype_enabled = True
         self.kwargs: dict[str, Any] = {}
-        self.setup(kind, self._read, self._swap)
+        self.setup(kind, self._read, self._bias, self._swap)
         self.register_load_state_dict_post_hook(_make_factors)
 
     def _read(self) -> Tensor:
@@ -63,6 +63,15 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
                 raise SmidgenError(f"Cannot read the {weight.dtype} weight of a {type(self.base_layer).__name__}.")
             weight = dequantise()
         return weight
+
+    def _bias(self) -> Tensor | None:
+        """The base layer's bias, fetched if accelerate has offloaded it."""
+        layer: Any = self.get_base_layer()
+        bias = getattr(layer, "bias", None)
+        offloaded = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+        if isinstance(bias, Tensor) and bias.is_meta and offloaded is not None:
+            bias = offloaded["bias"]
+        return whole(bias).detach() if isinstance(bias, Tensor) else None
 
     def _swap(self, weight: Tensor) -> Tensor:
         layer = self.get_base_layer()
@@ -183,7 +192,8 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         slot = dict(self.smidgen_slots.items()).get(adapter_name)
-        return isinstance(slot, Slot) and slot.transform is None and isinstance(self.get_base_layer(), nn.Linear)
+        plain = isinstance(slot, Slot) and slot.transform is None and slot.output is None
+        return plain and isinstance(self.get_base_layer(), nn.Linear)
 
     # ---- strengths, as diffusers calls them ------------------------------------------------------------------------
 

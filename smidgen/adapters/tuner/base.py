@@ -64,8 +64,8 @@ def compare_base(config: SmidgenConfig, layers: dict[str, nn.Module], model: nn.
 
 def travels(config: SmidgenConfig, lock: base_lock.LockReport) -> bool:
     """Whether an adapter may go on a base of the right shapes and other weights: its file holds the factors, and it has no
-    transform, which would make something else of these weights."""
-    return config.store_factors and not config.transform and lock.difference < float("inf")
+    transform of either side, which would make something else of these weights."""
+    return config.store_factors and not config.transform and not config.output and lock.difference < float("inf")
 
 
 def warn_of_base(lock: base_lock.LockReport) -> None:

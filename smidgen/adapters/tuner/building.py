@@ -51,14 +51,13 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
     if r is not None and config.residual:
         options["r"] = r
     try:
-        members = methods.make_members(
-            config.transform, config.residual, config.transform_options, options, width, rows, cols
-        )
+        stacked = kind.name == "experts"  # whose rows are those of one
+        members = methods.make_members(config, options, width, rows, cols, 1 if stacked else groups)
         trained = sum(member.count() for member in members if member is not None)
     except SmidgenError:
         raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
-        given = shown(config.transform_options | options)
+        given = shown(config.transform_options | options | config.output_options)
         raise ConfigError(f"An option of {config.label()} has a value of the wrong type: {given} ({error}).") from error
     if trained > _MOST_NUMBERS * rows * cols + 2**20:
         raise ConfigError(
@@ -66,7 +65,7 @@ def members_of(config: SmidgenConfig, layer: nn.Module, target: str) -> Members:
         )
     if config.old and isinstance(members[1], DiagonalInBasis):
         _check_alpha_of_old(members[1], target)
-    return Members(*members, groups, stacked=kind.name == "experts")
+    return Members(*members, groups, stacked)
 
 
 def _check_alpha_of_old(residual: DiagonalInBasis, target: str) -> None:

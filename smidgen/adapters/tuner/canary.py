@@ -77,7 +77,7 @@ def check_deltas(config: Any, layers: Mapping[str, ShiftLayer], adapter_name: st
 
 def moving_advice(config: Any) -> str:
     """What would move an adapter to this base, where something would."""
-    if config.transform or config.store_factors:
+    if config.transform or config.output or config.store_factors:
         return ""
     return (
         " To move it here, save it with smidgen.save(..., store_factors=True) from a model on which it works: such a file "

@@ -41,10 +41,10 @@ class SmidgenConfig(PeftConfig):
     """Config of one adapter, an ordinary :class:`peft.PeftConfig`.
 
     Args:
-        method: name of the pair, for people; ``transform`` and ``residual`` decide.
-        transform, residual: names of the members; at least one.
+        method: name of the members together, for people; ``transform``, ``residual`` and ``output`` decide.
+        transform, residual, output: names of the members; at least one.
         r: rank of the residual (a whole number, "full" or, for spectral, "energy:0.99").
-        transform_options, residual_options: the members' own options.
+        transform_options, residual_options, output_options: the members' own options.
         rank_pattern: r by target module (a name or the end of one), as in peft's LoRA.
         seed: seed of the start values; they depend on nothing else than it and the target's name.
         target_modules: names or ends of names, one regular expression, or "all-linear".
@@ -65,9 +65,11 @@ class SmidgenConfig(PeftConfig):
     method: str | None = None
     transform: str | None = None
     residual: str | None = None
+    output: str | None = None
     r: int | str | None = None
     transform_options: dict[str, Any] = field(default_factory=dict)
     residual_options: dict[str, Any] = field(default_factory=dict)
+    output_options: dict[str, Any] = field(default_factory=dict)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     target_modules: list[str] | set[str] | str | None = None
@@ -100,12 +102,12 @@ class SmidgenConfig(PeftConfig):
         self._check_forms()
         if self.target_modules is None and self.base_lock:  # as a file of ours says it, see text()
             self.target_modules = set(read_lock(self.base_lock).targets)
-        if not self.transform and not self.residual:
-            raise errors.ConfigError("An adapter needs a transform, a residual or both; the config names neither.")
-        for kind, name, options in (
-            ("transform", self.transform, self.transform_options),
-            ("residual", self.residual, self.residual_options),
-        ):
+        if not any(self.members.values()):
+            raise errors.ConfigError(
+                "An adapter needs a transform, a residual or an output transform; the config names none."
+            )
+        for kind, name in self.members.items():
+            options = getattr(self, f"{kind}_options")
             known = methods.member_options(kind, name) if name else {}
             for option in options:
                 if option not in known:
@@ -118,6 +120,11 @@ class SmidgenConfig(PeftConfig):
                 f"bias must be 'none', got {self.bias!r}; list a module in modules_to_save instead."
             )
         self._check_options()
+
+    @property
+    def members(self) -> dict[str, str | None]:
+        """Side -> member, None where there is none."""
+        return {side: getattr(self, side) for side in methods.SIDES}
 
     def _check_forms(self) -> None:
         for name, (fits, form) in _FORMS.items():
@@ -206,7 +213,7 @@ class SmidgenConfig(PeftConfig):
 
     def label(self) -> str:
         """Short text for tables, e.g. ``"svfit r=64"``."""
-        parts = [self.method or "+".join(filter(None, (self.transform, self.residual)))]
+        parts = [self.method or "+".join(filter(None, self.members.values()))]
         parts += [f"R_T={self.transform_options['rank']}"] if "rank" in self.transform_options else []
         parts += [f"r={self.r}"] if self.r is not None else []
         return " ".join(parts)
@@ -326,9 +333,11 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "method": _NAME,
     "transform": _NAME,
     "residual": _NAME,
+    "output": _NAME,
     "r": (lambda v: v is None or _whole(v) or _text(v), "a whole number, 'full' or 'energy:SHARE'"),
     "transform_options": _OPTIONS,
     "residual_options": _OPTIONS,
+    "output_options": _OPTIONS,
     "rank_pattern": _RANKS,
     "seed": (_whole, "a whole number"),
     "target_modules": _NAMES,
@@ -385,14 +394,14 @@ _FIELDS = (
 
 
 def config(method: str | None = None, **options: Any) -> SmidgenConfig:
-    """Config of an adapter: a method by name, or any transform with any residual.
+    """Config of an adapter: a method by name, or any transform, residual and output transform together.
 
     Args:
-        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``seeded``, ``oft`` (see ``smidgen methods``), the
-            papers' notation such as ``"tlora(2,6)"``, a pair such as ``"rotation+spectral"``, or None when ``transform``
-            and ``residual`` are named.
+        method: ``tlora``, ``tlora_star``, ``svfit``, ``loldu``, ``lora``, ``seeded``, ``oft``, ``dora``, ``ia3``, ``oft_out`` (see
+            ``smidgen methods``), the papers' notation such as ``"tlora(2,6)"``, members such as ``"rotation+spectral"`` or
+            ``"low_rank+magnitude"``, or None when ``transform``, ``residual`` or ``output`` are named.
         **options: ``r`` (residual rank; also ``residual_rank``), ``transform_rank``, ``alpha``, ``transform``,
-            ``residual``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
+            ``residual``, ``output``, ``init``, ``store_factors``, ``target_modules`` and the other fields of
             :class:`SmidgenConfig`, and the members' own options (``atoms``, ``std``, ``blocks``, ...).
 
     Returns:
@@ -410,41 +419,39 @@ def config(method: str | None = None, **options: Any) -> SmidgenConfig:
     fields: dict[str, Any] = {name: options.pop(name) for name in _FIELDS if name in options}
     if method is None:
         pair, merged = None, dict(options)
-        transform, residual = merged.pop("transform", None), merged.pop("residual", None)
-        if not transform and not residual:
+        members = {side: merged.pop(side, None) for side in methods.SIDES}
+        if not any(members.values()):
             raise errors.ConfigError(
-                f"Give a method ({', '.join(methods.METHODS)}), or name a transform and a residual."
+                f"Give a method ({', '.join(methods.METHODS)}), or name a transform, a residual or an output transform."
             )
     else:
         pair, spelled = methods.parse_method(method)
-        transform = options.pop("transform", pair.transform)
-        residual = options.pop("residual", pair.residual)
+        members = {side: options.pop(side, getattr(pair, side)) for side in methods.SIDES}
         fields = {name: value for name, value in pair.defaults.items() if name in _FIELDS} | fields
-        merged = _relevant(pair.defaults, transform, residual) | spelled | options
+        merged = _relevant(pair.defaults, members) | spelled | options
         _one_rank(merged, spelled | options)
-    own_transform, own_residual = methods.split_options(transform, residual, merged)
-    r = own_residual.pop("r", None)
-    # A pair is a pair however it was spelled; only a row of METHODS gives it a name.
-    named = (
-        pair is not None and pair.name in methods.METHODS and (transform, residual) == (pair.transform, pair.residual)
-    )
+    own = methods.split_options(members, merged)
+    r = own["residual"].pop("r", None)
+    # Members are the same however they were spelled; only a row of METHODS gives them a name.
+    there = {side: name for side, name in members.items() if name}
+    named = pair is not None and pair.name in methods.METHODS and there == pair.members
     return SmidgenConfig(
         method=pair.name if pair and named else None,
-        transform=transform,
-        residual=residual,
         r=r,
-        transform_options=own_transform,
-        residual_options=own_residual,
+        **members,  # type: ignore[arg-type]
+        transform_options=own["transform"],
+        residual_options=own["residual"],
+        output_options=own["output"],
         **fields,
     )
 
 
-def _relevant(defaults: Mapping[str, Any], transform: str | None, residual: str | None) -> dict[str, Any]:
+def _relevant(defaults: Mapping[str, Any], members: Mapping[str, str | None]) -> dict[str, Any]:
     """Defaults of a method that still mean something after one of its members was replaced."""
     kept = {}
     for option, value in defaults.items():
         try:
-            methods.split_options(transform, residual, {option: value})
+            methods.split_options(members, {option: value})
         except errors.ConfigError:
             continue
         kept[option] = value

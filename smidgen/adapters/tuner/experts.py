@@ -2,7 +2,7 @@
 
 No layer is called there: the module that owns the parameter sends tokens to experts by kernels of its own (in
 transformers one of several, chosen by name). An adapter therefore acts on the weight: while a model carries one,
-the parameter is a layer of its own (:class:`ExpertStack`), and the owner's forward pass runs on W T + D, made once a call
+the parameter is a layer of its own (:class:`ExpertStack`), and the owner's forward pass runs on S (W T + D), made once a call
 whatever the kernel. The parameter is itself again when the last adapter is taken off.
 """
 

@@ -70,8 +70,12 @@ class LinearKind:
         return matrix if matrix.dim() == 3 else matrix[None]
 
     def transform(self, apply: Map, x: Tensor, layer: Layer) -> Tensor:
-        """T x: the transform applied over the feature axis of the activations."""
+        """T x: a map applied over the feature axis of the activations, of the input or of the output."""
         return laid_like(x, apply(x))
+
+    def as_outputs(self, features: Tensor) -> Tensor:
+        """One number for each output feature as it meets the outputs."""
+        return features
 
     def output_shift(self, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         """D x from its factors; computed in the dtype of x."""
@@ -163,6 +167,9 @@ class Conv2dKind:
         pieces = channels_last.unflatten(-1, (layer.groups, -1))
         return laid_like(x, apply(pieces).flatten(-2).movedim(-1, -3))
 
+    def as_outputs(self, features: Tensor) -> Tensor:
+        return features[:, None, None]
+
     def output_shift(self, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
         groups, (kh, kw) = layer.groups, layer.kernel_size
         kernel = factors.down.to(x.dtype).reshape(factors.down.shape[0], -1, kh, kw)
@@ -184,9 +191,9 @@ class Conv2dKind:
 
 
 class ExpertsKind(LinearKind):
-    """Fused experts (:class:`~smidgen.adapters.tuner.experts.ExpertStack`): [experts, out, in], each with its own T and D.
+    """Fused experts (:class:`~smidgen.adapters.tuner.experts.ExpertStack`): [experts, out, in], each with its own T, D and S.
 
-    Their activations are inside the owner's kernels: the layer gives the owner the weight W T + D instead.
+    Their activations are inside the owner's kernels: the layer gives the owner the weight S (W T + D) instead.
     """
 
     name = "experts"

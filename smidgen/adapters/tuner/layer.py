@@ -1,8 +1,9 @@
 """The adapted layer: one base layer and any number of adapters, by the shift law.
 
-    y = base(x + sum_k s_k (T_k - I) x) + sum_k s_k D_k x
+    y = base(x + sum_k s_k (T_k - I) x) + sum_k s_k ((S_k - I) W T_k x + S_k D_k x)
 
-One call of the base layer whatever the number of adapters; nothing reads the base weight, so quantised layers work;
+One call of the base layer whatever the number of adapters, and one more for each output transform S_k whose W T_k x is not
+what that call gave without its bias; nothing reads the base weight but what follows its norms, so quantised layers work;
 switched off it is exactly the base layer; the base weight is never rewritten except by an explicit merge, from which
 ``unmerge`` restores the kept bits.
 """
@@ -24,7 +25,8 @@ from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
 from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.shards import whole
-from smidgen.adapters.tuner.slot import Slot
+from smidgen.adapters.tuner.slot import NORMS, Slot
+from smidgen.errors import SmidgenError
 
 logger = logging.getLogger("smidgen")
 
@@ -54,6 +56,21 @@ class Term(NamedTuple):
         """Whether its rows are the whole batch at weight one, so that T x stands for x + (T - I) x."""
         return self.weight == 1 and self.places is None and (self.at is None or self.at.weight is None)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it has weight one wherever it has any."""
+        return self.weight == 1 and not (self.at is not None and self.at.partial)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows of activations that it is for."""
+        return x if self.places is None else x[self.places]
+
+    def apart(self, other: Term) -> bool:
+        """Whether it is for other rows than another."""
+        if self.places is None or other.places is None:
+            return False
+        return not bool(torch.isin(self.places, other.places).any())
+
 
 class ShiftLayer(nn.Module):
     """The engine of an adapted layer, free of peft.
@@ -62,15 +79,22 @@ class ShiftLayer(nn.Module):
         base_layer: the frozen layer.
         kind: how its weight and activations read.
         read_weight: gives the (dequantised) base weight.
+        read_bias: gives the base layer's bias, None where it has none.
         swap_weight: puts a tensor in the place of the base weight's own and gives that back.
     """
 
     base_layer: nn.Module
 
-    def setup(self, kind: Kind, read_weight: Callable[[], Tensor], swap_weight: Callable[[Tensor], Tensor]) -> None:
+    def setup(
+        self,
+        kind: Kind,
+        read_weight: Callable[[], Tensor],
+        read_bias: Callable[[], Tensor | None],
+        swap_weight: Callable[[Tensor], Tensor],
+    ) -> None:
         """Completes construction once ``base_layer`` is set."""
         self.kind = kind
-        self._read_weight, self._swap_weight = read_weight, swap_weight
+        self._read_weight, self._read_bias, self._swap_weight = read_weight, read_bias, swap_weight
         self.smidgen_slots = nn.ModuleDict({})
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}
@@ -166,15 +190,102 @@ class ShiftLayer(nn.Module):
         return Term(self.slot(name), self.scaling[name], places)
 
     def law(self, x: Tensor, terms: Sequence[Term], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
-        """The shift law: x + sum of (T - I) x through the base layer, plus the sum of D x, in one call of the base."""
-        terms = [term for term in terms if term.weight != 0]
+        """The shift law: x + sum of (T - I) x through the base layer, plus the sums of (S - I) W T x and S D x."""
+        terms = [self._normed(term) for term in terms if term.weight != 0]
         if len(terms) == 1 and not args and not kwargs and self._composes(terms[0], x):
             return self._composed(terms[0], x)
-        y = self._base(self._input(x, terms), *args, **kwargs)
+        y = base = self._base(self._input(x, terms), *args, **kwargs)
+        of_x: Tensor | None = None  # what the base layer gives for x itself
         for term in terms:
+            if term.slot.output is not None:
+                if self._saw(term, terms):
+                    seen = term.rows(base)
+                elif term.slot.transform is not None:
+                    seen = self._base(self._transformed(term.rows(x), term), *args, **kwargs)
+                else:
+                    of_x = self._base(x, *args, **kwargs) if of_x is None else of_x
+                    seen = term.rows(of_x)
+                y = self._with_output(y, self._without_bias(seen), term)
             if term.slot.residual is not None:
                 y = self._with_residual(y, x, term)
         return y
+
+    def _normed(self, term: Term) -> Term:
+        """A term with the norms that its output transform follows among its tensors."""
+        if term.slot.output is None or not term.slot.output.normed:
+            return term
+        trained, rows = term.slot.trained() if term.trained is None else term.trained, term.at
+        if rows is not None:
+            norms = torch.vmap(lambda own: self.norms(term.slot, own))(dict(trained))
+        else:
+            norms = self.norms(term.slot, trained)
+        return term._replace(trained={**trained, **norms})
+
+    def norms(self, slot: Slot, trained: Tensors, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """|W| and |W T + D| row by row, [rows] or [groups, rows]; the same bits where T = I and D = 0. Without T no dense D is
+        made: |W_i + D_i|^2 = |W_i|^2 + 2 <W_i, D_i> + |D_i|^2.
+
+        Args:
+            slot, trained: of the adapter.
+            weight: in place of the base weight [rows, cols].
+        """
+        w = self.base_matrix().detach() if weight is None else weight
+        if not w.numel():
+            raise SmidgenError(
+                "A magnitude (dora) needs the base weight in each forward pass, and it is not here whole (DeepSpeed ZeRO-3 keeps it in "
+                "pieces): train with ZeRO-2, FSDP2 or on one device, or take lora or ia3."
+            )
+        device = w.device.type
+        with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
+            wide = torch.promote_types(w.dtype, torch.float32)
+            before = torch.linalg.vector_norm(w, dim=-1, dtype=wide).square()
+            if slot.transform is not None:
+                moved = self._moved(slot, trained, w.to(wide))
+                after = before + ((2 * w + moved) * moved).sum(-1)
+            elif slot.residual is not None:
+                own = slot.factors(trained).weighed()
+                up = own.up if own.diagonal is None else own.up * own.diagonal[..., None, :]
+                both = 2 * (w @ own.down.to(w.dtype).mT) + up @ (own.down @ own.down.mT)
+                after = before + (both * up).sum(-1)
+            else:
+                after = before
+        lead = (slot.groups, -1) if slot.groups > 1 else (-1,)
+        return {f"output_{name}": _root(t).reshape(lead) for name, t in zip(NORMS, (before, after), strict=True)}
+
+    def _moved(self, slot: Slot, trained: Tensors, w: Tensor, strength: float = 1.0) -> Tensor:
+        """s (W (T - I) + D) of a base weight [rows, cols] in fp32 or better."""
+        total = torch.zeros_like(w)
+        if slot.transform is not None:
+            moved = self.kind.transform_matrix(w, slot.transform_excess(trained).to(w.dtype), self.base_layer)
+            total = moved if strength == 1 else strength * moved
+        return total if slot.residual is None else total + slot.factors(trained).weighed(strength).dense().to(w.dtype)
+
+    @staticmethod
+    def _saw(term: Term, terms: Sequence[Term]) -> bool:
+        """Whether the base layer's one call saw T x of a term, wherever that goes."""
+        moved = [other for other in terms if other is not term and other.slot.transform is not None]
+        return (term.slot.transform is None or term.whole) and all(term.apart(other) for other in moved)
+
+    def _without_bias(self, y: Tensor) -> Tensor:
+        bias = self._read_bias()
+        return y if bias is None else y - self.kind.as_outputs(bias).to(y.device, y.dtype)
+
+    def _with_output(self, y: Tensor, plain: Tensor, term: Term) -> Tensor:
+        """y + (S - I) W T x, given W T x of the rows that the term is for."""
+        if term.places is not None:
+            some = self._with_output(y[term.places], plain, term._replace(places=None))
+            return y.index_copy(0, term.places, some)
+        slot, rows = term.slot, term.at
+
+        def shift(a: Tensor, trained: Tensors | None) -> Tensor:
+            return self.kind.transform(lambda b: slot.output_shift(b, trained), a, self.base_layer)
+
+        if rows is None:
+            moved = shift(plain, term.trained)
+            return y + (moved if term.weight == 1 else term.weight * moved)
+        assert term.trained is not None
+        moved = rows.weighed(rows.apply(shift, rows.leading(plain), term.trained))
+        return y + rows.leading(moved)
 
     def _base(self, x: Tensor, *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
         """The base layer, with its own weight when adapters are merged into it."""
@@ -214,9 +325,11 @@ class ShiftLayer(nn.Module):
             return y.index_copy(0, term.places, some)
         slot, rows = term.slot, term.at
         if rows is None:
-            return self.kind.add_output_shift(y, slot.factors(term.trained).weighed(term.weight), x, self.base_layer)
+            return self.kind.add_output_shift(
+                y, slot.shaped_factors(term.trained).weighed(term.weight), x, self.base_layer
+            )
         assert term.trained is not None and slot.residual is not None
-        if isinstance(self.kind, LinearKind) and slot.residual.stacks:
+        if isinstance(self.kind, LinearKind) and slot.residual.stacks and slot.output is None:
             factors = slot.residual.stacked(slot.factors(term.trained))
             if factors.diagonal is None:
                 factors = factors._replace(up=rows.weighed(factors.up))
@@ -226,7 +339,7 @@ class ShiftLayer(nn.Module):
         weight = torch.ones(len(rows.index)) if rows.weight is None else rows.weight
 
         def of_run(run: Tensor, own: Tensors) -> Tensor:
-            return self.kind.output_shift(slot.factors(own).weighed(own["weight"]), run, self.base_layer)
+            return self.kind.output_shift(slot.shaped_factors(own).weighed(own["weight"]), run, self.base_layer)
 
         shift = rows.apply(of_run, rows.leading(x), {**term.trained, "weight": weight.to(x.device)})
         return y + rows.leading(shift).to(y.dtype)
@@ -234,7 +347,9 @@ class ShiftLayer(nn.Module):
     def _composes(self, term: Term, x: Tensor) -> bool:
         """Whether the composed form is exact here and cheaper: a plain frozen linear layer, a diagonal, many tokens."""
         slot = term.slot
-        if slot.transform is not None or type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
+        if slot.transform is not None or slot.output is not None:
+            return False
+        if type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
             return False
         if "weight" not in self.base_layer._parameters:  # made by the layer's call
             return False
@@ -266,7 +381,7 @@ class ShiftLayer(nn.Module):
     def delta_matrix(
         self, name: str, trained: Tensors | None = None, weight: Tensor | None = None, strength: float = 1.0
     ) -> Tensor:
-        """s (W (T - I) + D) as a matrix [rows, cols] in fp32 or better, at strength one unless given.
+        """s (S (W T + D) - W) as a matrix [rows, cols] in fp32 or better, at strength one unless given.
 
         Args:
             name: of the adapter.
@@ -277,18 +392,16 @@ class ShiftLayer(nn.Module):
         slot = self.slot(name)
         device = next(slot.parameters()).device
         trained = {n: whole(v).to(device) for n, v in (slot.trained() if trained is None else trained).items()}
-        total = None
-        if slot.transform is not None:
-            excess = slot.transform_excess(trained)
-            w = self.base_matrix(weight).detach().to(excess.device)
-            w = w.to(torch.promote_types(torch.promote_types(w.dtype, excess.dtype), torch.float32))
-            total = self.kind.transform_matrix(w, excess.to(w.dtype), self.base_layer)
-            total = total if strength == 1 else strength * total
-        if slot.residual is not None:
-            dense = slot.factors(trained).weighed(strength).dense()
-            total = dense if total is None else total + dense.to(total.dtype)
-        assert total is not None
-        return total
+        if slot.transform is None and slot.output is None:
+            return slot.factors(trained).weighed(strength).dense()
+        some = next(iter(trained.values()))
+        w = self.base_matrix(weight).detach().to(some.device)
+        w = w.to(torch.promote_types(torch.promote_types(w.dtype, some.dtype), torch.float32))
+        total = self._moved(slot, trained, w, strength)
+        if slot.output is None:
+            return total
+        norms = self.norms(slot, trained, w) if slot.output.normed else {}
+        return total + slot.output_excess(strength * w + total, {**trained, **norms})
 
     def shifted_weight(self, names: Sequence[str]) -> Tensor:
         """W + the deltas of the named adapters that this layer carries, in the weight's own layout and number format,
@@ -342,6 +455,12 @@ class ShiftLayer(nn.Module):
 def _following(kept: Tensor, now: Tensor) -> Tensor:
     """A kept weight in the number format and on the device of the one in its place; meta holds nothing to follow."""
     return kept.to(device=kept.device if now.is_meta else now.device, dtype=now.dtype)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Square roots, zero with a finite gradient where rounding left nothing or less."""
+    there = squares > 0
+    return squares.where(there, 1.0).sqrt().where(there, 0.0)
 
 
 def _each(function: Callable[[Tensor], Tensor], x: Tensor, rows: Rows) -> Tensor:

@@ -88,6 +88,11 @@ class Rows:
         places = (kept[:, None] * self.length + torch.arange(self.length)).flatten()
         return places, replace(self, index=self.index[kept], weight=weight, whole=False)
 
+    @cached_property
+    def partial(self) -> bool:
+        """Whether some row has a weight other than one and none."""
+        return self.weight is not None and bool(((self.weight != 0) & (self.weight != 1)).any())
+
     def pick(self, value: Tensor) -> Tensor:
         """The adapters' tensors [adapters, ...] -> the runs' [runs, ...]; any adapter's for a run of the base model."""
         if self.whole and len(value) == len(self.index):

@@ -2,12 +2,12 @@
 
 Trained numbers are fp32 parameters, constants and factors are buffers that are rebuilt. Pins are in the state dict but are
 neither: whole numbers that what averages, broadcasts or casts a model's buffers must leave alone. Names start with
-``transform_`` or ``residual_``. Allocation is separate from initialisation: factors are decomposed when they are first needed, from the pins if a file brought them, so loading never decomposes for nothing.
+``transform_``, ``residual_`` or ``output_``. Allocation is separate from initialisation: factors are decomposed when they are first needed, from the pins if a file brought them, so loading never decomposes for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -15,34 +15,37 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.checkpoint.base_groups import samples
-from smidgen.adapters.member import Factors, Member, Residual, Tensors, Transform
+from smidgen.adapters.member import Factors, Member, Output, Residual, Tensors, Transform
 from smidgen.errors import AdapterFileError
 
 Spec = tuple[tuple[int, ...], torch.dtype]
+NORMS = ("base_norms", "norms")  # |W| and |W T + D| row by row, for an output transform that follows them
 
 
 class Members(NamedTuple):
     """The members of an adapter at one layer.
 
     Attributes:
-        transform, residual: either may be None.
-        groups: how many matrices the layer has: the groups of a convolution, or experts; above one the transform's
-            trained tensors have a leading axis [groups].
+        transform, residual, output: any may be None.
+        groups: how many matrices the layer has: the groups of a convolution, or experts; above one the trained tensors of the
+            two transforms have a leading axis [groups].
         stacked: whether the residual's tensors have that axis too (experts), or it is one for the whole weight.
     """
 
     transform: Transform | None
     residual: Residual | None
+    output: Output | None = None
     groups: int = 1
     stacked: bool = False
 
     def lead(self, prefix: str) -> tuple[int, ...]:
         """The leading axis of a member's tensors."""
-        return (self.groups,) if self.groups > 1 and (prefix == "transform" or self.stacked) else ()
+        return (self.groups,) if self.groups > 1 and (prefix != "residual" or self.stacked) else ()
 
     def each(self) -> list[tuple[str, Member]]:
         """(prefix, member) of those that are there."""
-        return [(p, m) for p, m in (("transform", self.transform), ("residual", self.residual)) if m is not None]
+        sides = (("transform", self.transform), ("residual", self.residual), ("output", self.output))
+        return [(prefix, member) for prefix, member in sides if member is not None]
 
     def trained(self) -> int:
         """How many numbers train."""
@@ -89,7 +92,7 @@ class Slot(nn.Module):
     ) -> None:
         super().__init__()
         self.parts, self.size = members, size
-        self.transform, self.residual, self.groups, _ = members
+        self.transform, self.residual, self.output, self.groups, _ = members
         self.seed, self.store_factors = seed, store_factors
         self.ready = self.residual is None or not self.residual.decomposes
         for name, value in self.starts().items():
@@ -304,12 +307,28 @@ class Slot(nn.Module):
     def transformed(self, x: Tensor, trained: Tensors | None = None) -> Tensor:
         """T x over features-last activations [..., width], or [..., groups, width] in a grouped convolution."""
         assert self.transform is not None
-        tensors = self.tensors("transform", trained)
+        return self._each_group(self.transform.apply, x, self.tensors("transform", trained), self.transform.shapes())
+
+    def output_shift(self, y: Tensor, trained: Tensors | None = None) -> Tensor:
+        """(S - I) y over features-last outputs [..., width], or [..., groups, width] in a grouped convolution; for an output
+        transform that follows norms they are among ``trained``."""
+        assert self.output is not None
+        own = {*self.output.shapes(), *NORMS}
+        return self._each_group(self.output.shift, y, self.tensors("output", trained), own)
+
+    def _each_group(self, function: Callable[..., Tensor], x: Tensor, tensors: Tensors, own: Container[str]) -> Tensor:
+        """A function of features, with each group's own tensors in a grouped convolution."""
         if self.groups == 1:
-            return self.transform.apply(x, tensors)
-        names = [n for n in tensors if n in self.transform.shapes()]
-        dims = {n: 0 if n in names else None for n in tensors}
-        return torch.vmap(self.transform.apply, in_dims=(-2, dims), out_dims=-2)(x, tensors)
+            return function(x, tensors)
+        dims = {name: 0 if name in own else None for name in tensors}
+        return torch.vmap(function, in_dims=(-2, dims), out_dims=-2)(x, tensors)
+
+    def output_excess(self, matrix: Tensor, trained: Tensors | None = None) -> Tensor:
+        """(S - I) M of a matrix [rows, n], or of each of [groups, rows, n]."""
+        if self.groups == 1:
+            return self.output_shift(matrix.mT, trained).mT
+        pieces = matrix.reshape(self.groups, -1, matrix.shape[-1])
+        return self.output_shift(pieces.permute(2, 0, 1), trained).permute(1, 2, 0).reshape(matrix.shape)
 
     def transform_excess(self, trained: Tensors | None = None) -> Tensor:
         """T - I in the trained dtype: [width, width], or [groups, width, width] in a grouped convolution."""
@@ -336,3 +355,8 @@ class Slot(nn.Module):
 
         found = torch.vmap(each, in_dims=(dims,))(tensors)
         return Factors(found["up"], found.get("diagonal"), found["down"])
+
+    def shaped_factors(self, trained: Tensors | None = None) -> Factors:
+        """The factors of S D; norms as in :meth:`output_shift`."""
+        found = self.factors(trained)
+        return found if self.output is None else found._replace(up=found.up + self.output_excess(found.up, trained))

@@ -85,7 +85,7 @@ class Word:
 @dataclass(frozen=True)
 class Limits:
     """What held-out photos stay under: both distances, and how far the latents of two photos of one person are apart. Above
-    ``search`` another framing is tried."""
+    ``search``, which nine in ten stay under, another framing is tried."""
 
     features: float
     colours: float
@@ -190,17 +190,20 @@ class Reader:
             if sure < self.words[name].floor
         ]
 
+    def unusual(self, seen: Seen) -> bool:
+        """Whether it is accepted, but further from training photos than nearly all held-out ones, in its best framing."""
+        return self.limits.search < seen.features <= self.limits.features
+
     def two_people(self, generator: Generator, seen: Sequence[Seen]) -> tuple[int, int] | None:
-        """Which two of some photos show different people: their latents are further apart than those of one person, or a word is
-        surely read as another. None if no two do."""
+        """Which two of some photos show different people: a word is surely read as another, or their latents are further apart than
+        those of one person and not all words are the same. None if no two do."""
         latents = latents_alone(generator, [one.image for one in seen])
         far = torch.cdist(latents, latents) > self.limits.people
         for one, other in combinations(range(len(seen)), 2):
-            if far[one, other] or any(
-                own[0] != seen[other].words[name][0]
-                and min(own[1], seen[other].words[name][1]) >= self.words[name].floor
-                for name, own in seen[one].words.items()
-            ):
+            pairs = {name: (seen[one].words[name], seen[other].words[name]) for name in seen[one].words}
+            differ = [name for name, (a, b) in pairs.items() if a[0] != b[0]]
+            surely = [name for name in differ if min(sure for _, sure in pairs[name]) >= self.words[name].floor]
+            if surely or (far[one, other] and (differ or not pairs)):
                 return one, other
         return None
 

@@ -270,7 +270,8 @@ def photo_task(
 
 def _rates(base: ImageBase, layout: Layout, config: Refine) -> tuple[float, float]:
     """Learning rate of the residual, and that of the transform over it."""
-    usual = member_rates(layout.config.get("transform"), layout.config.get("residual"), learning_kind(base.name))
+    transform, residual, output = (layout.config.get(side) for side in ("transform", "residual", "output"))
+    usual = member_rates(transform, residual, learning_kind(base.name), output)
     return config.learning_rate or SHARE * usual.residual, usual.transform / usual.residual
 
 

@@ -180,6 +180,11 @@ class Sampler:
         told = [f"{photo.path}: {', '.join(words)}"] if words else []
         if seen.framing != Framing():
             told.append(f"{photo.path} is read in another framing, {seen.framing}.")
+        if self.reader.unusual(seen):
+            told.append(
+                f"{photo.path} is unusual for this generator ({seen.features:.1f}; nine in ten held-out photos have at most "
+                f"{self.reader.limits.search:.1f}): compare the drawings with it."
+            )
         if unsure := self.reader.unsure(seen):
             told.append(f"{photo.path}: not sure of {', '.join(unsure)}; look whether the drawings are right there.")
         return told

@@ -30,7 +30,8 @@ from smidgen.errors import AdapterFileError, BaseLockError, DataError, did_you_m
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CONFIG = (
-    "method", "transform", "residual", "r", "transform_options", "residual_options", "rank_pattern", "seed",
+    "method", "transform", "residual", "output", "r", "transform_options", "residual_options", "output_options",
+    "rank_pattern", "seed",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "store_factors", "store_dtype",
 )  # fmt: skip
 
@@ -137,7 +138,7 @@ class Layout:
                 f"{what} were trained on another base (weights {_short(other.base)}, here {_short(self.base)}); a zoo "
                 "holds adapters of one base, to the bit."
             )
-        for name in ("residual", "transform"):
+        for name in ("residual", "transform", "output"):
             if self.config.get(name) != other.config.get(name):
                 raise DataError(f"{what} have {name} {other.config.get(name)!r}, here it is {self.config.get(name)!r}.")
         mine, theirs = ({(e.key, e.side): e for e in layout.entries} for layout in (self, other))
@@ -183,7 +184,7 @@ class Layout:
 
 def is_lora(layout: Layout) -> bool:
     """Whether adapters of ``layout`` are plain LoRA."""
-    return layout.config.get("transform") is None and bool(list(layout.factor_pairs()))
+    return not (layout.config.get("transform") or layout.config.get("output")) and bool(list(layout.factor_pairs()))
 
 
 def layout_of(model: nn.Module, config: smidgen.SmidgenConfig, dtype: str = "float32") -> Layout:

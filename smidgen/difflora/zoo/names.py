@@ -65,7 +65,7 @@ class Names:
         """AdapterFileError unless the factors fit the module and are finite."""
         module = self.modules[target]
         _, rows, cols, _ = kind_of(module).geometry(module)  # type: ignore[union-attr]
-        b, a, _ = lora
+        b, a = lora.b, lora.a
         if (b.shape[0], a.shape[1]) != (rows, cols) or b.shape[1] != a.shape[0]:
             raise AdapterFileError(
                 f"{where}: {target!r} has factors {tuple(b.shape)} and {tuple(a.shape)}, the base's layer is "

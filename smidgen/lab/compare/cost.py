@@ -51,7 +51,7 @@ def measure(experiment: Experiment, rate: float, seed: int) -> Record:
             torch.manual_seed(derive(seed, "init"))
             engine.adapt(model, setup, heads)
         rates = make_rates(own, rate, head_rate)
-        groups = engine.groups(model, rates.residual, rates.transform, 0.0, heads, rates.head)
+        groups = engine.groups(model, rates, 0.0, heads)
         model.train()
         return _Steps(prepared.task, model, torch.optim.AdamW(groups))
 

@@ -6,20 +6,33 @@ from pathlib import Path
 
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME
 from smidgen.adapters.checkpoint.formats.diffusers import Diffusers
-from smidgen.adapters.checkpoint.formats.format import Format, Lora, Place, Rotation, Source
+from smidgen.adapters.checkpoint.formats.format import Format, Lora, Place, Rotation, Scales, Source
 from smidgen.adapters.checkpoint.formats.full_diff import FullDiff
 from smidgen.adapters.checkpoint.formats.gguf import Gguf
 from smidgen.adapters.checkpoint.formats.kohya import Kohya
 from smidgen.adapters.checkpoint.formats.merged import Merged
 from smidgen.adapters.checkpoint.formats.mlx import ADAPTERS_NAME, Mlx
 from smidgen.adapters.checkpoint.formats.peft import Peft
+from smidgen.adapters.checkpoint.formats.peft_ia3 import PeftIa3
 from smidgen.adapters.checkpoint.formats.peft_oft import PeftOft
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (Peft(), Diffusers(), Kohya(), Gguf(), Mlx(), PeftOft(), FullDiff(), Merged())
+    format.name: format
+    for format in (Peft(), Diffusers(), Kohya(), Gguf(), Mlx(), PeftOft(), PeftIa3(), FullDiff(), Merged())
 }
 
-__all__ = ["ADAPTERS_NAME", "FORMATS", "Format", "Lora", "PeftOft", "Place", "Rotation", "Source", "read_lora"]
+__all__ = [
+    "ADAPTERS_NAME",
+    "FORMATS",
+    "Format",
+    "Lora",
+    "PeftOft",
+    "Place",
+    "Rotation",
+    "Scales",
+    "Source",
+    "read_lora",
+]
 
 
 def read_lora(path: Path) -> dict[str, Lora]:

@@ -25,9 +25,11 @@ from smidgen.adapters.checkpoint.formats.format import (
     as_weights,
     both,
     check_layers,
+    check_magnitude,
     check_pair,
     sides,
 )  # fmt: skip
+from smidgen.adapters.checkpoint.formats.peft import MAGNITUDE, magnitude
 from smidgen.errors import AdapterFileError
 
 ENDINGS = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -44,6 +46,7 @@ class Diffusers(Format):
     name = "diffusers"
     summary = f"{LORA_NAME} for diffusers' pipe.load_lora_weights; of a transformer for ComfyUI too"
     holds = "lora"
+    magnitudes = True
     file = LORA_NAME
 
     def refusal(self, place: Place, source: Source) -> str | None:
@@ -59,18 +62,20 @@ class Diffusers(Format):
         tensors: dict[str, Tensor] = {}
         for place, lora in content.items():
             tensors |= pair(place, lora)
+            tensors |= {f"{layer_name(place)}.{end}": value for end, value in magnitude(lora, place).items()}
         write_file(path, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
         """diffusers takes each component's keys by its prefix, wants ``lora`` in all of them, and the layers' own names."""
         tensors, alpha = read_tensors(path)
-        found = sides(tensors, ENDINGS, path)
+        found = sides(tensors, ENDINGS | MAGNITUDE, path)
         if alpha is not None:
             raise AdapterFileError(f"{path.name} names an alpha in its header, and its scale is in the factors.")
         wanted = {layer_name(place): place for place in content}
         count = check_layers(found, wanted, path, "diffusers")
         for name, place in wanted.items():
             check_pair(place, name, found[name], content[place], path)
+            check_magnitude(place, found[name].get("magnitude"), content[place], path)
         return count
 
     @staticmethod

@@ -1,7 +1,7 @@
 """What a format is: a kind of file that another program reads, with that program's own rules of names.
 
-A format holds one of four things of each layer: a product of two factors (``lora``), a rotation of the input (``rotation``), the
-difference of the weight (``change``), or the weight itself (``weight``). Its ``write`` is checked by ``check``, which looks into the
+A format holds one of five things of each layer: a product of two factors (``lora``), a rotation of the input (``rotation``), a factor
+for each feature (``scales``), the difference of the weight (``change``), or the weight itself (``weight``). Its ``write`` is checked by ``check``, which looks into the
 file as the program does that will read it: a key that this program would not look for is an error, not a log line.
 """
 
@@ -25,11 +25,13 @@ EXACT = 1e-6  # |change in the file - change of the adapter| / |change of the ad
 
 
 class Lora(NamedTuple):
-    """A change scale * b @ a of a layer's weight as a matrix: b [rows, r], a [r, cols]."""
+    """A change scale * b @ a of a layer's weight as a matrix: b [rows, r], a [r, cols]. With a magnitude [rows] it is DoRA's: the rows
+    of the changed weight have these norms."""
 
     b: Tensor
     a: Tensor
     scale: float = 1.0
+    magnitude: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -41,6 +43,13 @@ class Rotation(NamedTuple):
 
     q: Tensor
     block: int
+
+
+class Scales(NamedTuple):
+    """What each feature of a layer's outputs, or of its input, is multiplied by [features]."""
+
+    factors: Tensor
+    of_input: bool
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ class Format(ABC):
     Class attributes:
         name: the word that asks for it.
         summary: what it is and who reads it.
-        holds: "lora", "rotation", "change" or "weight".
+        holds: "lora", "rotation", "scales", "change" or "weight".
+        magnitudes: whether its LoRA may have DoRA's magnitude.
         heads: whether it holds heads too.
         task: the task type of the models that it is for (peft's word), None for any.
         file: what the one file is called ("{name}": as its folder), None for a format of several.
@@ -113,6 +123,7 @@ class Format(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     holds: ClassVar[str]
+    magnitudes: ClassVar[bool] = False
     heads: ClassVar[bool] = False
     task: ClassVar[str | None] = None
     file: ClassVar[str | None] = None
@@ -186,6 +197,18 @@ def check_change(place: Place, found: Lora, wanted: Lora, where: Path) -> None:
         raise AdapterFileError(
             f"{where.name}: the change at {place} is another than the adapter's (off by {error / max(float(here.norm()), 1e-30):.1e} of it)."
         )
+
+
+def check_magnitude(place: Place, found: Tensor | None, wanted: Lora, where: Path) -> None:
+    """Holds the magnitude in a file against the one that was to be written, where there is one.
+
+    Raises:
+        AdapterFileError: it is missing, or another.
+    """
+    if wanted.magnitude is None:
+        return
+    if found is None or not torch.equal(found.flatten(), wanted.magnitude):
+        raise AdapterFileError(f"{where.name}: the magnitude at {place} is not the adapter's.")
 
 
 def sides(

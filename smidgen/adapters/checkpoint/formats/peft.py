@@ -33,12 +33,14 @@ from smidgen.adapters.checkpoint.formats.format import (
     both,
     check_change,
     check_layers,
+    check_magnitude,
     sides,
 )  # fmt: skip
 from smidgen.errors import AdapterFileError
 
 WRAP = "base_model.model."  # what peft puts before the names of a model's modules
 ENDINGS = {"lora_A.weight": "a", "lora_B.weight": "b"}
+MAGNITUDE = {"lora_magnitude_vector": "magnitude"}
 _DENOISERS = ("unet", "transformer")
 
 
@@ -119,8 +121,9 @@ class Peft(PeftFolder):
     name = "peft"
     summary = "a folder of peft's LoRA, for peft, transformers, vLLM and whatever reads those"
     holds = "lora"
+    magnitudes = True
     peft_type = "LORA"
-    endings = ENDINGS
+    endings = ENDINGS | MAGNITUDE
 
     def refusal(self, place: Place, source: Source) -> str | None:
         if place.kind == "experts":
@@ -140,12 +143,16 @@ class Peft(PeftFolder):
             rank_pattern=pattern,
             alpha_pattern=dict(pattern),
             fan_in_fan_out=transposed,
+            use_dora=any(lora.magnitude is not None for lora in places.values()),
             **options,
         )
 
     def layers(self, places: Mapping[Place, Lora]) -> dict[Place, dict[str, Tensor]]:
-        pairs = {place: as_weights(lora, place) for place, lora in places.items()}
-        return {p: {"lora_A.weight": _spread(a, p.groups), "lora_B.weight": b} for p, (a, b) in pairs.items()}
+        found: dict[Place, dict[str, Tensor]] = {}
+        for place, lora in places.items():
+            a, b = as_weights(lora, place)
+            found[place] = {"lora_A.weight": _spread(a, place.groups), "lora_B.weight": b, **magnitude(lora, place)}
+        return found
 
     def check_layer(
         self, place: Place, own: Mapping[str, Tensor], value: Lora, config: Mapping[str, Any], where: Path
@@ -160,6 +167,7 @@ class Peft(PeftFolder):
             )
         a = _gathered(own["a"].float(), place).flatten(1)
         check_change(place, Lora(b, a, scale_of(config, place.layer, r)), value, where)
+        check_magnitude(place, own.get("magnitude") if config.get("use_dora") else None, value, where)
 
     @staticmethod
     def read(folder: Path) -> dict[str, Lora]:
@@ -176,6 +184,14 @@ class Peft(PeftFolder):
             a, b = both(name, own, folder)
             found[name] = Lora(b, a, scale_of(config, name, len(a)))
         return found
+
+
+def magnitude(lora: Lora, place: Place) -> dict[str, Tensor]:
+    """DoRA's magnitude by the end of its key, where there is one, in the shape that peft has it in."""
+    if lora.magnitude is None:
+        return {}
+    shape = (1, -1, 1, 1) if place.kind == "conv2d" else (-1,)
+    return {end: lora.magnitude.reshape(shape) for end in MAGNITUDE}
 
 
 def own_options(folder: Path) -> dict[str, Any] | None:
