@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from smidgen.adapters.checkpoint.files import as_folder, check_file, parse_config, public_name, read_config
+from smidgen.adapters.checkpoint.formats.peft import own_options
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
 from smidgen.bases.embedded import EMBEDDED
 from smidgen.bases.families import load_base
@@ -90,7 +91,7 @@ def read_origin(path: str | Path) -> Origin:
             raise AdapterFileError(
                 f"{folder} does not say which classes it sorts into; it was saved without its labels."
             )
-    method, run = _method(config), _run(folder)
+    method, run = _method(folder, config), _run(folder)
     if task == IMAGES:  # peft and diffusers write where the denoiser lay
         config = {"base_model_name_or_path": EMBEDDED}
     settings, base_config = told.get("settings"), run.get("base_config")
@@ -146,10 +147,13 @@ def adapted_tokenizer(origin: Origin, base: str | None = None) -> Any:
     return tokenizer
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def _method(folder: Path, config: Mapping[str, Any]) -> str:
     kind = str(config.get("peft_type") or "")
-    if kind != PEFT_TYPE_NAME:
-        return f"peft:{kind.lower()}" if kind else ""
+    if kind and kind != PEFT_TYPE_NAME:
+        own = own_options(folder)  # a plain LoRA of ours in peft's form, as predicted ones are
+        if own is None:
+            return f"peft:{kind.lower()}"
+        config = own
     members = (config.get("transform"), config.get("residual"), config.get("output"))
     return str(config.get("method") or "+".join(str(member) for member in members if member))
 

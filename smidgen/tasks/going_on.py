@@ -15,7 +15,7 @@ from torch import nn
 
 from smidgen.adapters.checkpoint.files import WEIGHTS_NAME
 from smidgen.adapters.components import component_folders
-from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.config import SmidgenConfig, is_ours, read_smidgen_config
 from smidgen.adapters.tuner.matching import matched_layers
 from smidgen.bases.origin import Origin, read_origin
 from smidgen.errors import ConfigError
@@ -36,7 +36,12 @@ def starting(settings: Any, folder: Path) -> Any:
 
     origin = read_origin(folder)
     base = next(field.name for field in fields(settings) if field.name in ("model", "base"))
-    adapter = type(settings.adapter)(**({"method": origin.method} if origin.method else {}))
+    try:
+        adapter = type(settings.adapter)(**({"method": origin.method} if origin.method else {}))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} holds an adapter of {origin.method}, which this command does not train on: {error}"
+        ) from error
     settings = replace(settings, adapter=adapter, **({base: origin.base} if origin.base else {}))
     return settings.as_in(origin.folder) if hasattr(settings, "as_in") else settings
 
@@ -71,7 +76,7 @@ def check_start(
         )
     if origin.task != task:
         raise ConfigError(f"{folder} is an adapter for {origin.task}, and this is {task}.")
-    own = PeftConfig.from_pretrained(str(folder))
+    own = read_smidgen_config(folder) if is_ours(folder) else PeftConfig.from_pretrained(str(folder))
     if _kind(own) != _kind(wanted):
         raise ConfigError(
             f"{folder} is a {origin.method} adapter, and the settings ask for {_name(wanted)}: leave --method out."
