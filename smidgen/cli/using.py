@@ -152,7 +152,7 @@ def merge(adapter: Path, /, out: Path, base: str | None = None, overwrite: bool 
 def export(
     adapter: Path,
     /,
-    to: Literal["peft", "diffusers", "kohya", "gguf", "mlx", "peft-oft", "full-diff", "merged"],
+    to: Literal["peft", "diffusers", "kohya", "gguf", "mlx", "peft-oft", "peft-ia3", "full-diff", "merged"],
     out: Path,
     base: str | None = None,
     strength: float = 1.0,
@@ -170,8 +170,8 @@ def export(
     Args:
         adapter: the adapter's folder.
         to: peft: a folder of a peft LoRA; diffusers: pytorch_lora_weights.safetensors; kohya: for ComfyUI and A1111; gguf: for
-            llama.cpp; mlx: for mlx-lm; peft-oft: of the method oft; full-diff: whole differences, for ComfyUI and LyCORIS; merged:
-            the model with the adapter in it.
+            llama.cpp; mlx: for mlx-lm; peft-oft: of the method oft; peft-ia3: of ia3 and diagonal; full-diff: whole
+            differences, for ComfyUI and LyCORIS; merged: the model with the adapter in it.
         out: a folder, or the name of a .safetensors (.gguf) file where the format is one file.
         base: another place of the base (none: as the adapter's folder says).
         strength: what the adapter is multiplied with in the file.

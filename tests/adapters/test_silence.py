@@ -293,7 +293,7 @@ def test_a_pickle_beside_the_file_is_not_opened(folder: Path) -> None:
         ({"residual": "triangel"}, "Did you mean 'triangular'"),
         ({"residual": "../../etc/passwd"}, "Unknown residual"),
         ({"residual": "__import__('os').system('true')"}, "Unknown residual"),
-        ({"residual": None}, "names neither"),
+        ({"residual": None}, "names none"),
         ({"residual": ["low_rank"]}, "residual"),
         ({"residual_options": {"atom": "raw"}}, "Did you mean 'atoms'"),
         ({"residual_options": {"atoms": {"x": 1}}}, "atoms"),

@@ -19,6 +19,7 @@ REFUSED = {  # what is refused late: when the base is there, or is looked for
     "zoo import": [["pictures"], ["pictures", "--base", "embeded"]],
     "generator train": [["--adapter.target-modules", "nowhere"], ["--base", "embeded"]],
     "predict": [[PHOTO, "--base", "embeded"], ["nobody.png"]],
+    "load": [["nowhere.recipe"], [PHOTO]],
     "edit": [[PHOTO, "--set", "skin=dark:1", "--base", "embeded"], [PHOTO, "--set", "skin=darkk:1"]],
     "blend": [[PHOTO, PHOTO, "--base", "embeded"], [PHOTO, "nobody.png"]],
     "invert": [[PHOTO, "--base", "embeded"], ["nobody.png"]],
@@ -32,7 +33,13 @@ REFUSED = {  # what is refused late: when the base is there, or is looked for
     "subject": [["--num-pictures", "0"]],
     "pairs": [["--num-pictures", "1"]],
 }
-READ_ONLY = {"zoo status", "zoo evaluate", "generator directions"}  # they take a folder that is there
+READ_ONLY = {
+    "zoo status",
+    "zoo evaluate",
+    "generator directions",
+    "generator calibrate",
+}  # they take a folder that is there
+READ_ONLY |= {"serve", "ui"}  # and so do these, whose refusals have tests of their own
 
 
 @pytest.fixture(scope="module")
