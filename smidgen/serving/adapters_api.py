@@ -85,7 +85,7 @@ async def listed(service: The, key: Asker) -> Adapters:
 
 @router.get("/v1/adapters/{name:path}", summary="Say what an adapter is")
 async def one(name: str, service: The, key: Asker) -> Described:
-    service.check(key, name)
+    await service.check(key, name)
     return described(await run_in_threadpool(service.library.info, name))
 
 
@@ -109,7 +109,7 @@ async def upload(
 
 @router.delete("/v1/adapters/{name:path}", summary="Delete an adapter")
 async def delete(name: str, request: Request, service: The, key: Writer) -> Deleted:
-    service.check(key, name)
+    await service.check(key, name)
     request.state.facts |= {"adapter": name}
     async with service.writing:
         await run_in_threadpool(service.library.remove, name)
@@ -154,7 +154,7 @@ async def load(body: LoadRequest, request: Request, service: The, key: Writer) -
 )
 async def unload(body: UnloadRequest, request: Request, service: The, key: Writer) -> str:
     name = body.lora_name
-    service.check(key, name)
+    await service.check(key, name)
     if name not in service.brought:
         raise Refusal(
             400,

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from smidgen.serving.answers import Refusal, busy, late, refuse
 from smidgen.serving.settings import Server
 
+LIMITED = ("/v1/", "/classify")  # paths of the API; what is mounted beside it has limits of its own
 UPLOADS = ("/v1/adapters/", "/v1/predict")  # paths that take files
 OPEN = ("/health", "/ready")  # paths that are always answered, whoever asks
 GRACE = 5.0  # seconds beyond the time for an answer, for a stream to end in words
@@ -25,7 +26,7 @@ class Limits:
         self.running = self.uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        if scope["type"] != "http" or not scope["path"].startswith(LIMITED):
             await self.app(scope, receive, send)
             return
         upload = scope["method"] in ("POST", "PUT") and scope["path"].startswith(UPLOADS)

@@ -15,11 +15,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.concurrency import run_in_threadpool
 
-from smidgen.errors import ConfigError, did_you_mean
+from smidgen.errors import did_you_mean
 from smidgen.serving.answers import ErrorAnswer, Refusal, as_refusal, error_body
 from smidgen.serving.following import EventStream, events, results
 from smidgen.serving.handles import Handle
 from smidgen.serving.requests import (
+    AdapterInfo,
+    BaseInfo,
     ClassifyRequest,
     EmbedRequest,
     ImageRequest,
@@ -249,7 +251,7 @@ async def _text(
     choice: Choice,
 ) -> Response:
     _note(service, request, prompt=prompts)
-    model = service.model(key, body.model, body.adapters)
+    model = await service.model(key, body.model, body.adapters)
     handles = await service.ask(request, service.library.generate, body.questions(model, prompts))
     adapters = handles[0].adapters
     head = {
@@ -322,7 +324,7 @@ def _usage(found: Sequence[TextResult], n: int) -> dict[str, int]:
 @router.post("/v1/images/generations", summary="Draw images")
 async def draw(body: ImagesRequest, request: Request, service: The, key: Asker) -> Response:
     _note(service, request, prompt=body.prompt)
-    model = service.model(key, body.model, body.adapters)
+    model = await service.model(key, body.model, body.adapters)
     handles = await service.ask(request, service.library.draw, body.questions(model, service.settings.max_pixels))
     found: list[ImageResult] = await results(request, handles, service.settings.request_seconds)
     files = await run_in_threadpool(lambda: [_png(one, body, model) for one in found])
@@ -358,7 +360,7 @@ def _png(one: ImageResult, body: ImagesRequest, model: Model) -> bytes:
 async def embed(body: EmbeddingsRequest, request: Request, service: The, key: Asker) -> Response:
     texts = [body.input] if isinstance(body.input, str) else body.input
     _note(service, request, prompt=texts)
-    model = service.model(key, body.model, body.adapters)
+    model = await service.model(key, body.model, body.adapters)
     handles = await service.ask(request, service.library.embed, [EmbedRequest(model, text) for text in texts])
     found = await results(request, handles, service.settings.request_seconds)
     as_text = body.encoding_format == "base64"
@@ -382,7 +384,7 @@ def _packed(vector: Sequence[float]) -> str:
 async def classify(body: ClassifyBody, request: Request, service: The, key: Asker) -> Response:
     texts = [body.input] if isinstance(body.input, str) else body.input
     _note(service, request, prompt=texts)
-    model = service.model(key, body.model, body.adapters)
+    model = await service.model(key, body.model, body.adapters)
     handles = await service.ask(request, service.library.classify, [ClassifyRequest(model, text) for text in texts])
     found = await results(request, handles, service.settings.request_seconds)
     data = [
@@ -411,21 +413,22 @@ async def models(service: The, key: Asker) -> Models:
 
 @router.get("/v1/models/{model:path}", summary="Say what a model is")
 async def one_model(model: str, service: The, key: Asker) -> Listed:
-    service.check(key, model)
-    found = next((one for one in await run_in_threadpool(_listed, service) if one.id == model), None)
-    if found is None:
-        raise ConfigError(
-            f"The adapter {model!r} cannot be served: {service.library.refused().get(model, 'it is gone')}"
-        )
-    return found
+    await service.check(key, model)
+    base = next((base for base in service.library.bases() if base.name == model), None)
+    return _of_base(base) if base else _of_adapter(await run_in_threadpool(service.library.info, model))
 
 
 def _listed(service: Service) -> list[Listed]:
-    adapters = [
-        Listed(id=info.name, created=int(info.created), parent=info.base, fingerprint=info.fingerprint)
-        for info in service.library.adapters()
-    ]
-    return adapters + [Listed(id=base.name, fingerprint=base.fingerprint) for base in service.library.bases()]
+    library = service.library
+    return [*map(_of_adapter, library.adapters()), *map(_of_base, library.bases())]
+
+
+def _of_adapter(info: AdapterInfo) -> Listed:
+    return Listed(id=info.name, created=int(info.created), parent=info.base, fingerprint=info.fingerprint)
+
+
+def _of_base(base: BaseInfo) -> Listed:
+    return Listed(id=base.name, fingerprint=base.fingerprint)
 
 
 def _note(service: Service, request: Request, **said: Any) -> None:

@@ -38,20 +38,15 @@ class Service:
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
     brought: set[str] = field(default_factory=set)
 
-    def names(self, key: Key) -> list[str]:
-        """The models that a key may use: adapters, then bases."""
-        library = self.library
-        every = [info.name for info in library.adapters()] + [base.name for base in library.bases()]
-        return [name for name in every if key.may_use(name)]
-
     def unknown(self, key: Key, name: str) -> UnknownAdapterError:
         """What is said of a model that there is not, or not for this key: the same, with names that it may know."""
-        hint = did_you_mean(name, self.names(key))
+        every = [*self.library.shelf.names(), *(base.name for base in self.library.bases())]
+        hint = did_you_mean(name, [one for one in every if key.may_use(one)])
         return UnknownAdapterError(
             f"There is no model {name[:100]!r}.{hint}" + ("" if hint else " GET /v1/models lists those that there are.")
         )
 
-    def model(self, key: Key, name: str, adapters: Mapping[str, float] | None = None) -> Model:
+    async def model(self, key: Key, name: str, adapters: Mapping[str, float] | None = None) -> Model:
         """Who answers ``name``, or ``adapters`` with their weights, of which ``name`` is one.
 
         Raises:
@@ -61,17 +56,15 @@ class Service:
         if adapters is not None and name not in adapters:
             raise Refusal(400, f"adapters has no {name!r}; it says the weight of model, and of others.", "adapters")
         for one in adapters or {name: 1.0}:
-            self.check(key, one)
+            await self.check(key, one)
         return name if adapters is None else dict(adapters)
 
-    def check(self, key: Key, name: str) -> None:
-        """Refuses a model that there is not, or not for this key."""
-        try:
-            if not key.may_use(name):
-                raise UnknownAdapterError(name)
-            self.library.check(name)
-        except UnknownAdapterError:
-            raise self.unknown(key, name) from None
+    async def check(self, key: Key, name: str) -> None:
+        """Refuses a model that there is not, or not for this key. To look for names that are near takes a while where there are
+        thousands, so that is done beside the event loop."""
+        is_there = any(base.name == name for base in self.library.bases()) or self.library.shelf.place(name) is not None
+        if not is_there or not key.may_use(name):
+            raise await run_in_threadpool(self.unknown, key, name)
 
     async def ask(self, request: Request, ask: Callable[[T], Handle[Any]], questions: Sequence[T]) -> list[Handle[Any]]:
         """Hands requests to the library; all of them, or none."""
@@ -87,7 +80,8 @@ class Service:
             for handle in handles:
                 handle.cancel()
             if isinstance(error, UnknownAdapterError):  # removed since it was looked for
-                raise self.unknown(request.state.key, str(getattr(questions[0], "model", ""))) from None
+                name = str(getattr(questions[0], "model", ""))
+                raise await run_in_threadpool(self.unknown, request.state.key, name) from None
             raise
         request.state.facts |= {"adapter": adapter_header(handles[0].adapters) or "", "rows": len(handles)}
         return handles

@@ -40,7 +40,8 @@ def client(**settings: Any) -> httpx.AsyncClient:
         return response_of(error)
 
     routes = [
-        Route(path, read, methods=["POST", "GET"]) for path in ("/v1/completions", "/v1/adapters/ann", "/health")
+        Route(path, read, methods=["POST", "GET"])
+        for path in ("/v1/completions", "/v1/adapters/ann", "/health", "/page")
     ] + [Route("/v1/dribble", dribble)]
     inner = Starlette(routes=routes, exception_handlers={Refusal: refused})
     app = Limits(inner, Server(**{"max_body": 1000, "max_upload": 5000, "body_seconds": 0.2} | settings))
@@ -70,6 +71,9 @@ def test_too_large_is_413_told_or_not() -> None:
             assert code(await http.post("/v1/completions", content=pieces(11))) == (413, "too_large")
             assert (await http.post("/v1/adapters/ann", content=pieces(50))).json() == 5000
             assert code(await http.post("/v1/adapters/ann", content=pieces(70))) == (413, "too_large")
+            assert (await http.post("/page", content=pieces(70))).json() == 7000, (
+                "what is mounted beside has its own limits"
+            )
             said = {"content-length": "9" * 30}
             assert code(await http.post("/v1/completions", headers=said, content=pieces(1))) == (413, "too_large")
 
