@@ -1,12 +1,14 @@
 """What the page says of pictures and tables, what it makes of settings, and how it shows them; without a browser."""
 
 import io
+import shutil
 import zipfile
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smidgen[ui]'")
 
@@ -121,6 +123,32 @@ def test_a_prediction_is_a_run(ann):
     folder, run = ann
     assert run.finished and run.status().state == runs.DONE and run.about == "from one picture"
     assert [one.name for one in making.drawable(folder)] == [one.name for one in making.people(folder)] == ["ann"]
+
+
+def test_a_prediction_is_trained_further(ann, monkeypatch):
+    """Up to the child, which is not started: its settings are the adapter's own."""
+    folder, run = ann
+    asked = []
+    monkeypatch.setattr(runs, "start", lambda *given: asked.append(given) or runs.note(*given[1:4]))
+    made = making.train_on(folder, run, 10)
+    try:
+        config = asked[0][4]
+        assert (config.from_adapter, config.adapter.method, config.train.max_train_steps) == (run.folder, "lora", 10)
+        assert config.data.folder == made.pictures and [path.name for path in made.pictures.iterdir()] == ["000.png"]
+    finally:
+        runs.discard(made.folder)
+
+
+def test_what_peft_made_is_not_trained_further(ann, tmp_path):
+    _, run = ann
+    shutil.copytree(run.folder, tmp_path / "runs" / "plain")
+    file = tmp_path / "runs" / "plain" / "adapter_model.safetensors"
+    save_file(load_file(run.folder / file.name), file)  # without the header that says it is ours
+    plain = runs.read_run(file.parent)
+    assert making.trainable(tmp_path / "runs") == []
+    with pytest.raises(ConfigError, match="Ann was made by peft"):
+        making.train_on(tmp_path / "runs", plain, 10)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["plain"]
 
 
 def test_a_picture_without_a_person_leaves_nothing(ann, tmp_path):

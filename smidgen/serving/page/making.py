@@ -124,12 +124,17 @@ def train_on(folder: Path, run: Run, steps: int) -> Run:
     """Go on from a finished run's adapter with the same pictures and settings, in a folder of its own."""
     if not run.finished:
         raise ConfigError(f"{run.title} has no finished adapter to continue from; resume it instead.")
+    if run not in trainable(folder):
+        raise ConfigError(
+            f"{run.title} was made by peft, which training does not go on from; drop pictures under Make and train."
+        )
     if not run.pictures.is_dir():
         raise ConfigError(
             f"The pictures of {run.title} are not kept here; drop pictures under Make and start from it there."
         )
-    old, title = run.folder / runs.SETTINGS, f"{run.title}, continued"
-    config = load_yaml(PersonalizeConfig, old) if old.is_file() else Wanted(title).config()
+    title = f"{run.title}, continued"
+    settings = [run.folder / name for name in (runs.SETTINGS, "config.yaml")]
+    config = next((load_yaml(PersonalizeConfig, path) for path in settings if path.is_file()), Wanted(title).config())
     loop = replace(config.train, **_rhythm(steps))
     config = replace(starting(replace(config, train=loop), run.folder), from_adapter=run.folder)
     return _start(folder, title, config, f"from {run.title}", lambda place: shutil.copytree(run.pictures, place))
@@ -244,6 +249,11 @@ def download(run: Run, wanted: str) -> tuple[Path, str]:
     shutil.rmtree(out, ignore_errors=True)
     words = export_folder(run.folder, FORMATS[wanted], out)[1]
     return next(out.glob("*.safetensors")), words.replace(f"{out}: ", "").replace(str(run.folder), run.title)
+
+
+def trainable(folder: Path) -> list[Run]:
+    """Runs that a training can go on from: trained and predicted ones, not what peft itself made."""
+    return [run for run in drawable(folder) if not read_origin(run.folder).method.startswith("peft:")]
 
 
 def people(folder: Path) -> list[Run]:

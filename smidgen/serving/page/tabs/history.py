@@ -40,7 +40,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
 
     def actions(run: Run | None) -> dict[Any, Any]:
         drawable = run is not None and run.name in [one.name for one in making.drawable(context.folder)]
-        again = drawable and run is not None and run.pictures.is_dir()
+        again = run is not None and run.pictures.is_dir() and run in making.trainable(context.folder)
         return {draw: gr.update(visible=drawable), more: gr.update(visible=again)}
 
     def refresh(value: str | None) -> Updates:

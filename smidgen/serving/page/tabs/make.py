@@ -174,14 +174,14 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
         found = [run for run in runs.list_runs(context.folder) if run.kind == "personalize"]
         busy = runs.at_work(context.folder)
         run = busy if busy in found else found[0] if found else None
-        starts = {start: chosen(making.drawable(context.folder), "", blank=True)}
+        starts = {start: chosen(making.trainable(context.folder), "", blank=True)}
         if run is None:
             yield starts
             return
         yield starts | live.show(run) | {blank: "", draw: gr.update(visible=run.finished)}
 
     def refresh(value: str | None) -> Updates:
-        yield {start: chosen(making.drawable(context.folder), value, blank=True)}
+        yield {start: chosen(making.trainable(context.folder), value, blank=True)}
 
     looked = [dropped, seen, found_words, again, notice]
     files.upload(told(notice, add), [files, dropped, base], [*looked, files], **QUIET)
