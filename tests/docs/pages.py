@@ -252,10 +252,10 @@ shutil.copy("pictures/001.png", "photo.png")
 """,
         slow=True,
         runs_commands=True,
-        # personalize refuses to go on from a predicted LoRA, which is in peft's own form: "Unknown method 'peft:lora'"
-        parsed=("/models/", "--resume-from-checkpoint", "--from-adapter ann"),
+        parsed=("/models/", "--resume-from-checkpoint"),
         smaller={
             "--method svfit --out me\n": f"--method svfit {SHORT} --out me\n",
+            "--max-train-steps 50 --out ann-trained": f"{SHORT} --out ann-trained",
             'rank="full"), out=Path("me"))': 'rank="full"), out=Path("full"), train=PRESETS["debug"].train, show=PRESETS["debug"].show)',
         },
         reads=(
