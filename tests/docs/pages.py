@@ -244,9 +244,9 @@ import shutil
 from PIL import Image
 from pathlib import Path
 from dataclasses import replace
-from smidgen.bases.embedded.judge import load_judge
+from smidgen.bases.families import load_base
 from smidgen.tasks.personalize.settings import PRESETS, Data
-my_judge = load_judge()
+my_judge = load_base("embedded").judge()
 config = replace(PRESETS["debug"], data=Data(Path("pictures")), base="embedded", out=Path("judged"))
 shutil.copy("pictures/001.png", "photo.png")
 """,
@@ -267,11 +267,11 @@ from smidgen import cli
 from smidgen.tasks.personalize.settings import Data
 from smidgen.tasks.personalize.subjects import read_subjects
 for name, color in (("ann", "red"), ("bob", "blue"), ("bob_masks", "white")):
-    Path(name).mkdir()
-    Image.new("RGB", (64, 64), color).save(Path(name) / "1.png")
-Path("ann/1.txt").write_text("a portrait of a person")
-Path("people.yaml").write_text(text)
-found = read_subjects(Data(subjects=Path("people.yaml")), 64, 8)
+    (Path("two") / name).mkdir(parents=True)
+    Image.new("RGB", (64, 64), color).save(Path("two") / name / "1.png")
+Path("two/ann/1.txt").write_text("a portrait of a person")
+Path("two/people.yaml").write_text(text)
+found = read_subjects(Data(subjects=Path("two/people.yaml")), 64, 8)
 assert [one.phrase for one in found.subjects] == ["sks person", "ohwx person"]
 """,
         ),
