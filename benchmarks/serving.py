@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -284,18 +285,21 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
 
 
 def main() -> None:
+    global PEOPLE
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--people", type=int, nargs="+", default=PEOPLE, help="how many adapters a batch has")
     parser.add_argument("--part", choices=PARTS, help="this part alone; the figures of the others stay")
     given = parser.parse_args()
+    PEOPLE = tuple(given.people)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="peft")
     file = RESULTS / "serving.json"
     figures = dict(json.loads(file.read_text())["figures"]) if given.part and file.is_file() else {}
     for part in [given.part] if given.part else PARTS:
         figures |= {name: round(value, 4) for name, value in PARTS[part](given).items()}
-        write_result("serving", figures, "make bench NAME=serving")
+        write_result("serving", figures, " ".join(["python -m benchmarks.serving", *sys.argv[1:]]))
 
 
 if __name__ == "__main__":
