@@ -321,9 +321,9 @@ Path("tweets.csv").write_text("text\\nwhat a day\\n")
             "emoji --model vit-s14 --resolution 70": "debug-image --model debug-image",
             "wordnet --model smollm2 --max-length 128": "debug-chat --model debug-chat --max-length 48",
             'in one sentence."': 'in one sentence." --prompt "What is a dog?" --max-new-tokens 8',
-            "--num-train-epochs 3 --learning-rate": "--num-train-epochs 1 --max-length 32 --learning-rate",
+            "--num-train-epochs 3 --learning-rate": "--num-train-epochs 1 --max-length 32 --no-load-best --learning-rate",
             'TextData("tweets"), adapter=Adapter("loldu"), out=Path("mood"))': (
-                'TextData("debug-text"), model="debug-text", adapter=Adapter("loldu"), out=Path("mood-3"))'
+                'TextData("debug-text", max_length=32), model="debug-text", adapter=Adapter("loldu"), out=Path("mood-3"))'
             ),
         },
     ),
