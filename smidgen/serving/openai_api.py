@@ -356,13 +356,20 @@ def _png(one: ImageResult, body: ImagesRequest, model: Model) -> bytes:
 # ---- vectors and classes ---------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/embeddings", summary="Embed texts")
-async def embed(body: EmbeddingsRequest, request: Request, service: The, key: Asker) -> Response:
+async def _of_texts(
+    body: EmbeddingsRequest | ClassifyBody, request: Request, service: Service, key: Any, call: Any, kind: Any
+) -> tuple[Any, list[Any]]:
+    """The model that a body names, and what it says of each of its texts."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     _note(service, request, prompt=texts)
     model = await service.model(key, body.model, body.adapters)
-    handles = await service.ask(request, service.library.embed, [EmbedRequest(model, text) for text in texts])
-    found = await results(request, handles, service.settings.request_seconds)
+    handles = await service.ask(request, call, [kind(model, text) for text in texts])
+    return model, await results(request, handles, service.settings.request_seconds)
+
+
+@router.post("/v1/embeddings", summary="Embed texts")
+async def embed(body: EmbeddingsRequest, request: Request, service: The, key: Asker) -> Response:
+    model, found = await _of_texts(body, request, service, key, service.library.embed, EmbedRequest)
     as_text = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": number, "embedding": _packed(one.vector) if as_text else list(one.vector)}
@@ -382,11 +389,7 @@ def _packed(vector: Sequence[float]) -> str:
 @router.post("/v1/classify", summary="Sort texts into the classes of an adapter")
 @router.post("/classify", include_in_schema=False)  # where vLLM has it
 async def classify(body: ClassifyBody, request: Request, service: The, key: Asker) -> Response:
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    _note(service, request, prompt=texts)
-    model = await service.model(key, body.model, body.adapters)
-    handles = await service.ask(request, service.library.classify, [ClassifyRequest(model, text) for text in texts])
-    found = await results(request, handles, service.settings.request_seconds)
+    model, found = await _of_texts(body, request, service, key, service.library.classify, ClassifyRequest)
     data = [
         {
             "index": number, "label": one.answer, "probs": list(one.probabilities.values()),

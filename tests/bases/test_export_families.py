@@ -28,6 +28,20 @@ def trained(model, targets, method="lora") -> int:
     return moved(model)
 
 
+def same_answer(base, fresh):
+    """Holds that another reader's base answers as ours does; ours, and without the adapter."""
+    latents = torch.randn(1, *base.latent_shape(16), generator=torch.Generator().manual_seed(1))
+    timesteps = base.schedule.timesteps(torch.tensor([0.5]))
+    with torch.no_grad():
+        ours, theirs = (
+            b.predict(b.model, latents, timesteps, b.encode_prompts(["a red person"])) for b in (base, fresh)
+        )
+        with smidgen.disabled(base.pipe):
+            plain = base.predict(base.model, latents, timesteps, base.encode_prompts(["a red person"]))
+    assert (ours - theirs).norm() <= TOLERANCE * (ours - plain).norm()
+    return ours, plain
+
+
 @pytest.mark.parametrize(("to", "family"), CASES)
 def test_the_genuine_pipeline_reads_every_layer_and_draws_the_same(to, family, tmp_path):
     folder = made(family, tmp_path / "base")
@@ -45,15 +59,7 @@ def test_the_genuine_pipeline_reads_every_layer_and_draws_the_same(to, family, t
         theirs = {n: m for n, m in getattr(fresh.pipe, name).named_modules() if len(getattr(m, "lora_A", ()))}
         assert len(theirs) == count, name
         same_changes(getattr(base.pipe, name), theirs)
-    latents = torch.randn(1, *base.latent_shape(16), generator=torch.Generator().manual_seed(1))
-    timesteps = base.schedule.timesteps(torch.tensor([0.5]))
-    with torch.no_grad():
-        ours, theirs = (
-            b.predict(b.model, latents, timesteps, b.encode_prompts(["a red person"])) for b in (base, fresh)
-        )
-        with smidgen.disabled(base.pipe):
-            plain = base.predict(base.model, latents, timesteps, base.encode_prompts(["a red person"]))
-    assert (ours - theirs).norm() <= TOLERANCE * (ours - plain).norm()
+    ours, plain = same_answer(base, fresh)
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
@@ -64,15 +70,7 @@ def test_diffusers_reads_dora(family, tmp_path):
     trained(base.model, base.targets, "dora")
     export(base.pipe, tmp_path / "lora.safetensors", "diffusers")
     fresh.pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    latents = torch.randn(1, *base.latent_shape(16), generator=torch.Generator().manual_seed(1))
-    timesteps = base.schedule.timesteps(torch.tensor([0.5]))
-    with torch.no_grad():
-        ours, theirs = (
-            b.predict(b.model, latents, timesteps, b.encode_prompts(["a red person"])) for b in (base, fresh)
-        )
-        with smidgen.disabled(base.pipe):
-            plain = base.predict(base.model, latents, timesteps, base.encode_prompts(["a red person"]))
-    assert (ours - theirs).norm() <= TOLERANCE * (ours - plain).norm()
+    same_answer(base, fresh)
     smidgen.set_strength(base.pipe, 0.5)
     with pytest.raises(SmidgenError, match=r"has a magnitude, and peft's DoRA has no strength.*--to full-diff"):
         export(base.pipe, tmp_path / "half.safetensors", "diffusers")

@@ -35,6 +35,16 @@ class Context:
     classifiers: Classifiers = field(default_factory=Classifiers)
 
 
+def galleries(columns: int, *labels: str) -> list[gr.Gallery]:
+    """Pictures beside pictures, hidden until there are some."""
+    options: dict[str, Any] = {
+        "visible": False, "interactive": False, "columns": columns, "height": "auto", "object_fit": "contain",
+        "buttons": ["download", "fullscreen"], "elem_classes": "sm-gallery",
+    }  # fmt: skip
+    with gr.Row():
+        return [gr.Gallery(label=label, **options) for label in labels]
+
+
 def told(notice: gr.HTML, handler: Callable[..., Updates]) -> Callable[..., Updates]:
     """``handler`` with errors as words in ``notice``: what is wrong and what to do."""
 

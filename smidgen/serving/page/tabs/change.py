@@ -9,7 +9,7 @@ import gradio as gr
 
 from smidgen.errors import ConfigError
 from smidgen.serving.page import html, making, runs
-from smidgen.serving.page.context import QUIET, Context, Updates, chosen, told
+from smidgen.serving.page.context import QUIET, Context, Updates, chosen, galleries, told
 
 SCENES = 2  # drawn of each try
 
@@ -47,12 +47,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
                 ),
                 padding=False,
             )
-            with gr.Row():
-                options: dict[str, Any] = {
-                    "visible": False, "interactive": False, "columns": 1, "height": "auto", "object_fit": "contain",
-                    "buttons": ["download", "fullscreen"], "elem_classes": "sm-gallery",
-                }  # fmt: skip
-                before, after = gr.Gallery(label="Before", **options), gr.Gallery(label="After", **options)
+            before, after = galleries(1, "Before", "After")
             with gr.Row(visible=False, equal_height=True) as keeping:
                 title = gr.Textbox(label="Name", placeholder="Ann, darker skin", max_length=60, scale=3)
                 keep = gr.Button("Keep it", scale=1, elem_id="sm-keep")

@@ -8,7 +8,7 @@ import gradio as gr
 
 from smidgen.adapters.export import size
 from smidgen.serving.page import html, making, runs
-from smidgen.serving.page.context import QUIET, Context, Updates, chosen, told
+from smidgen.serving.page.context import QUIET, Context, Updates, chosen, galleries, told
 from smidgen.serving.page.tabs.make import PROMPTS
 
 NONE = "base"  # in place of the second adapter: the base alone
@@ -42,12 +42,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> gr.Dropdown:
                 ),
                 padding=False,
             )
-            with gr.Row():
-                options: dict[str, Any] = {
-                    "visible": False, "interactive": False, "columns": 2, "height": "auto", "object_fit": "contain",
-                    "buttons": ["download", "fullscreen"], "elem_classes": "sm-gallery",
-                }  # fmt: skip
-                left, right = gr.Gallery(label="First", **options), gr.Gallery(label="Second", **options)
+            left, right = galleries(2, "First", "Second")
             gr.HTML(html.heading("", "Take it with you", "One file, for the program you draw with."), padding=False)
             wanted = gr.Radio(list(making.FORMATS), value="Smidgen", label="For")
             make_file = gr.Button("Make the file", elem_id="sm-file")
