@@ -6,6 +6,7 @@
 * commands.py    a page for each command, from its own ``--help``
 * api.py         a page for each package, from its docstrings; docstrings.py: how these are read
 * members.py     what a method's page says of formula, options and rates; measured.py: tables from benchmarks/results
+* claims.py     docs/claims.md, which lies in the repository: the papers' claims beside our figures, from claims.toml
 * text.py        prose that is not to become markup
 * checks.py      links, anchors, requests, tags and figures of the finished pages
 """

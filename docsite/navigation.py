@@ -43,6 +43,7 @@ SECTIONS: dict[str, list[str]] = {
         "packaged.md",
     ],
     "Measured": [
+        "claims.md",
         "comparisons.md",
         "counts.md",
         "coverage.md",
