@@ -12,14 +12,14 @@ import os
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smidgen.adapters import api
-from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.tuner import calls, renames
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.building import make_slot, members_of
@@ -91,6 +91,7 @@ class Bank:
         self._named = {module: name for name, module in (*self.layers.items(), *self._wrappers.items())}
         self._tested: set[tuple[Any, ...]] = set()
         self._fittings: dict[str, api.Fitting] = {}  # by the configs of files that were found to fit
+        self._resting: dict[str, list[tuple[str, Tensor]]] = {}
         self._model = weakref.ref(model)
         self._around = frozenset(_around(model, self._named))
         handles = [handle for module in self._around for handle in _watch(module)]
@@ -155,6 +156,44 @@ class Bank:
                     key: value.detach().to(like[key], copy=True) for key, value in heads[name_].items()
                 }
         self._filled.add(name)
+
+    @torch.no_grad()
+    def check(self, name: str) -> None:
+        """Refuses a member whose own numbers change no layer: what ``smidgen.verify`` finds out with passes of the model, without
+        any, where another adapter of the config has shown that its layers are called.
+
+        Of a residual it is seen in D x of a fixed x, of transforms in whether they left their start.
+
+        Raises:
+            SmidgenError: it is off, or a head of it is.
+        """
+        row = self.index(name)
+        if not any(self._moves(target, slot, row) for target, slot in self.slots.items()):
+            raise SmidgenError("Every delta is zero: the adapter does nothing (it was saved before any training step).")
+        for where, head in self._wrappers.items():
+            values = [value for value in self._heads[head].get(row, {}).values() if value.numel()]
+            if values and not any(bool(value.any()) for value in values):
+                raise SmidgenError(f"Head {where!r} holds nothing but zeros: it gives the same answer to every input.")
+
+    def _moves(self, target: str, slot: Slot, row: int) -> bool:
+        """Whether a member changes a layer."""
+        own = {key: value[row] for key, value in slot.trained().items()}
+        if any(not torch.equal(own[key], value.to(own[key])) for key, value in self._at_rest(target)):
+            return True
+        if slot.residual is None:
+            return False
+        found = self.layers[target].prepared(slot).factors(own).weighed()
+        hidden = found.down @ _signs(found.down.shape[-1]).to(found.down)
+        return bool((found.up @ (hidden if found.diagonal is None else hidden * found.diagonal)).any())
+
+    def _at_rest(self, target: str) -> list[tuple[str, Tensor]]:
+        """The numbers at which the transforms of a layer do nothing, by name."""
+        if target not in self._resting:
+            slot = self.slots[target]
+            sides = [(prefix, member) for prefix, member in slot.members() if prefix != "residual"]
+            starts = slot.starts() if sides else {}
+            self._resting[target] = [(n, v) for n, v in starts.items() if not n.startswith("residual_")]
+        return self._resting[target]
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """Members at their start, where they change nothing: for training. All that were not put yet unless named."""
@@ -482,6 +521,12 @@ def _take_off(layers: Sequence[AdaptedLayer], label: str, handles: Sequence[Any]
             del layer.banks[label]
     for handle in handles:
         handle.remove()
+
+
+@cache
+def _signs(width: int) -> Tensor:
+    """An input [width] of +-1 that no layer has reason to map to 0."""
+    return base_lock.signs(width, 1)[:, 0].float()
 
 
 def _register(slot: Slot, name: str, value: Tensor) -> None:

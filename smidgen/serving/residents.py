@@ -16,7 +16,7 @@ from smidgen.adapters.api import load_parts, set_active
 from smidgen.adapters.bank import Bank, MisfitError
 from smidgen.adapters.tuner.injection import remove
 from smidgen.adapters.verify import verify
-from smidgen.errors import AdapterFileError
+from smidgen.errors import AdapterFileError, SmidgenError
 from smidgen.serving.requests import BusyError, ReplacedError
 from smidgen.serving.shelf import Entry
 
@@ -53,8 +53,8 @@ class Residents:
         return sum(4 * p.numel() for bank in list(self._banks.values()) for p in bank.parameters())
 
     def put(self, entry: Entry) -> None:
-        """Puts an adapter into the bank of its config. The first of a config is verified on the model, all others by their
-        files, base lock included: they share its factors.
+        """Puts an adapter into the bank of its config. The first of a config is verified on the model, by passes of it; of all
+        others the files are, base lock included, and that their own numbers move a layer: they share layers and factors.
 
         Raises:
             SmidgenError: it is refused; nothing changed.
@@ -69,6 +69,11 @@ class Residents:
                     bank.put(entry.fingerprint, entry.folder)
                 except MisfitError:
                     continue
+                try:
+                    bank.check(entry.fingerprint)
+                except SmidgenError as error:
+                    bank.evict(entry.fingerprint)
+                    raise AdapterFileError(f"The adapter {entry.name!r} is OFF: {error}") from error
                 break
             else:
                 known = self._open(entry)

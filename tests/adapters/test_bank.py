@@ -44,6 +44,20 @@ def test_a_bank_filled_from_other_models(method: str) -> None:
     testing.same(model(inputs()).detach(), plain.detach(), "outside of the block")
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["tlora(2,2)", "tlora_star", "svfit", "loldu", "lora", "oft", "seeded", "diagonal", "ia3", "dora", "oft_out"],
+)
+def test_a_member_that_changes_nothing_is_told(method: str) -> None:
+    model = smidgen.adapt(Net(), method, target_modules=["q_proj", "v_proj"])
+    bank = smidgen.Bank(model, model.peft_config["default"])
+    bank.put("idle", model)
+    bank.put("own", trained(method, seed=1))
+    bank.check("own")
+    with pytest.raises(SmidgenError, match="Every delta is zero"):
+        bank.check("idle")
+
+
 def test_a_batch_of_several_halves_repeats_the_names() -> None:
     model, outputs, bank = zoo("svfit", ["a", "b"])
     x = inputs(rows=2)

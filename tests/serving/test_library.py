@@ -213,14 +213,21 @@ def _of_another_base(folder: Path) -> Path:
 def test_an_adapter_that_does_nothing_is_refused_as_off(tmp_path: Path) -> None:
     import smidgen
     from serving.helpers import LAYERS, config
+    from smidgen import testing
     from smidgen.bases.transformers import load_language_model
 
     model = load_language_model(CHAT, "no", None).model
     smidgen.adapt(model, config("svfit", LAYERS[CHAT], task_type="CAUSAL_LM"))
     smidgen.save(model, tmp_path / "idle")
+    testing.perturb(model, 0)
+    smidgen.save(model, tmp_path / "good")
     with Library(tmp_path / "root", bases=[CHAT]) as library:
-        with pytest.raises(AdapterFileError, match="is OFF"):
-            library.add("idle", tmp_path / "idle")
+        for first_of_its_config in (True, False):
+            with pytest.raises(AdapterFileError, match="is OFF"):
+                library.add("idle", tmp_path / "idle")
+            assert [info.name for info in library.adapters()] == ([] if first_of_its_config else ["good"])
+            if first_of_its_config:
+                library.add("good", tmp_path / "good")
         assert library.generate(TextRequest(CHAT, PROMPT, 3)).result(60).completion_tokens == 3
 
 
