@@ -17,8 +17,10 @@ import yaml
 from smidgen.adapters.checkpoint.files import as_folder, check_file, parse_config, public_name, read_config
 from smidgen.adapters.checkpoint.formats.peft import own_options
 from smidgen.adapters.tuner.config import PEFT_TYPE_NAME
-from smidgen.bases.embedded import EMBEDDED
+from smidgen.bases import packaged
+from smidgen.bases.embedded import EMBEDDED, FOLDERS
 from smidgen.bases.families import load_base
+from smidgen.bases.packaged import debug
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.transformers import AUTO, Head, load_classifier, load_language_model, load_tokenizer
 from smidgen.errors import AdapterFileError, ConfigError
@@ -67,7 +69,7 @@ def read_origin(path: str | Path) -> Origin:
     """What an adapter's folder says of where it comes from. Nothing is loaded.
 
     Raises:
-        AdapterFileError: it is no adapter's folder, or a file in it is damaged.
+        AdapterFileError: it is no adapter's folder, a file in it is damaged, or it is of a text model and names no task.
     """
     folder = as_folder(path)
     config = {} if (folder / engine.CONTROL).is_file() else read_config(folder)
@@ -92,8 +94,8 @@ def read_origin(path: str | Path) -> Origin:
                 f"{folder} does not say which classes it sorts into; it was saved without its labels."
             )
     method, run = _method(folder, config), _run(folder)
-    if task == IMAGES:  # peft and diffusers write where the denoiser lay
-        config = {"base_model_name_or_path": EMBEDDED}
+    if task == IMAGES:
+        config = {"base_model_name_or_path": _drawn_by(folder, config, told)}
     settings, base_config = told.get("settings"), run.get("base_config")
     return Origin(
         folder,
@@ -168,6 +170,31 @@ def _base(folder: Path, config: Mapping[str, Any], told: Mapping[str, Any], run:
         return local
     revision = config.get("revision")
     return f"{given}@{revision}" if isinstance(revision, str) and "/" in given and not Path(given).is_dir() else given
+
+
+def _drawn_by(folder: Path, config: Mapping[str, Any], told: Mapping[str, Any]) -> str:
+    """The base of an adapter that names no task, and so draws, as far as its config can say: ``embedded``, unless it names another
+    one. What peft and diffusers write there is where the denoiser lay.
+
+    Raises:
+        AdapterFileError: the config names a model of transformers.
+    """
+    named = str(config.get("base_model_name_or_path") or "")
+    name = named.partition("@")[0]
+    if told.get("base") or not named or Path(name).is_absolute():
+        return EMBEDDED
+    if name in packaged.MODELS or name in debug.NAMES or _of_transformers(Path(name)):
+        raise AdapterFileError(
+            f"{folder} is for {named!r} and does not say for which task: its adapter_config.json has no task_type, and no report.json "
+            f"lies beside it. Save it again from a config with one, such as smidgen.config(..., task_type={TASK_TYPES['instruction']!r})."
+        )
+    return named if name in FOLDERS else ""
+
+
+def _of_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers; a denoiser's config says ``_class_name``."""
+    file = folder / "config.json"
+    return file.is_file() and "model_type" in parse_config(file.read_bytes(), str(file))
 
 
 def _run(folder: Path) -> dict[str, Any]:

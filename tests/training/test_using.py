@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import smidgen
 from smidgen.bases.origin import read_origin
 from smidgen.bases.packaged import debug
-from smidgen.bases.transformers import Head, load_classifier, source
+from smidgen.bases.transformers import Head, load_classifier, load_language_model, source
 from smidgen.errors import AdapterFileError, ConfigError, DataError
 from smidgen.tasks import classifying
 from smidgen.tasks.chatting import Chat, talk
@@ -129,6 +129,24 @@ def test_a_folder_that_says_nothing(tmp_path, capsys) -> None:
         assert status == 2 and "use smidgen generate" in err
     status, _, err = call(capsys, "chat", tmp_path)
     assert status == 2 and "adapter_config.json" in err
+
+
+def test_an_adapter_of_a_text_model_without_a_task_is_not_taken_for_a_drawing_one(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    lay = tmp_path / "my-llama"
+    shutil.copytree(debug.model_folder("debug-chat"), lay)
+    for number, named in enumerate(("debug-chat", "my-llama", "somebody/llama", "")):
+        found = load_language_model("debug-chat", "no", None).model
+        found.name_or_path = named
+        smidgen.save(smidgen.adapt(found, "svfit", r=2, target_modules=["q_proj"]), tmp_path / str(number))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("0", "1"):
+        with pytest.raises(AdapterFileError, match="does not say for which task: its adapter_config"):
+            read_origin(folder)
+    assert read_origin("2").base == ""
+    status, _, err = call(capsys, "generate", "0", "--prompt", "a cat", "--out", tmp_path / "cat.png")
+    assert status == 2 and "no task_type" in err
 
 
 # ---- other programs ----------------------------------------------------------------------------------------------------
