@@ -89,7 +89,7 @@ def features(model: Any, task: Any) -> dict[str, Tensor]:
             data = task.splits[split]
             parts: list[tuple[Tensor, ...]] = []
             for start in range(0, size, 50):
-                rows = data.rows[start : start + 50]
+                rows = data.rows[start : min(start + 50, size)]
                 padded = task.tokenizer.pad(rows, padding="max_length", max_length=LENGTH, return_tensors="pt")
                 padded = {name: padded[name] for name in task.tokenizer.model_input_names if name in padded}
                 with mixed():
