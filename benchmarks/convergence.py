@@ -137,27 +137,17 @@ def losses(model: Tail, data: dict[str, Tensor], split: str) -> tuple[list[float
 def run(method: str, rate: float, seed: int) -> dict[str, Any]:
     """Losses on test tweets by step, or on the seed of the search the last one on validation tweets; kept in a file."""
     path = WORK / f"{method}-{rate:g}-{seed}.json"
-    if not path.is_file():
-        model, data = trained(method, rate, seed, found := {})
-        if seed == SEARCH:
-            found["validation"] = float(np.mean(losses(model, data, "validation")[0]))
-        replace_file(path, json.dumps(found))
-        told = {key: round(float(np.mean(value[0] if key.isdigit() else value)), 4) for key, value in found.items()}
-        print(path.name, told, flush=True)
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
-
-
-def trained(method: str, rate: float, seed: int, found: dict[str, Any]) -> tuple[Tail, dict[str, Tensor]]:
-    """(the trained model, what is computed once); losses by step go into ``found``."""
+    if path.is_file():
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
     layers, data, probe = ready()
     model = Tail(copy.deepcopy(layers), probe).eval()
     torch.manual_seed(seed)
     METHODS[method][1](model.layers)
     own = [p for p in model.layers.parameters() if p.requires_grad]
-    found["numbers"] = sum(p.numel() for p in own)
     groups = [{"params": own, "lr": rate}, {"params": [model.head_weight, model.head_bias], "lr": HEAD_RATE}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
+    found: dict[str, Any] = {"numbers": sum(p.numel() for p in own)}
     for step in range(STEPS):
         picks = examples(seed, step, BATCH, SIZES["train"])
         logits = model(data["train_hidden"][picks], data["train_mask"][picks])
@@ -167,28 +157,12 @@ def trained(method: str, rate: float, seed: int, found: dict[str, Any]) -> tuple
         schedule.step()
         if step + 1 in SEEN and seed != SEARCH:
             found[str(step + 1)] = losses(model, data, "test")
-    return model, data
-
-
-def fine_tuned() -> dict[str, tuple[Tensor, Tensor]]:
-    """Weights [out, in] of the query and value projections before and after every weight of the two layers was trained."""
-    path = WORK / "fine_tuned.safetensors"
-    if not path.is_file():
-        before = _projections(ready()[0])
-        after = _projections(trained("full", best_rate("full"), 0, {})[0].layers)
-        with new_file(path) as beside:
-            save_file(
-                {f"{name} before": w for name, w in before.items()} | {f"{name} after": w for name, w in after.items()},
-                beside,
-            )
-    found = load_file(path)
-    names = sorted({name.partition(" ")[0] for name in found})
-    return {name: (found[f"{name} before"], found[f"{name} after"]) for name in names}
-
-
-def _projections(layers: nn.Module) -> dict[str, Tensor]:
-    ends = (".query.weight", ".value.weight")
-    return {name: p.detach().clone() for name, p in layers.named_parameters() if name.endswith(ends)}
+    if seed == SEARCH:
+        found["validation"] = float(np.mean(losses(model, data, "validation")[0]))
+    replace_file(path, json.dumps(found))
+    told = {key: round(float(np.mean(value[0] if key.isdigit() else value)), 4) for key, value in found.items()}
+    print(path.name, told, flush=True)
+    return found
 
 
 def best_rate(method: str) -> float:
