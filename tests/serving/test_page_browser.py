@@ -266,6 +266,22 @@ def test_edit_and_blend(visit, place, people):
     at.says("is kept. It is under Draw and Runs now")
     kept = [path for path in (place / "runs").iterdir() if path.name.startswith("bob-")]
     assert len(kept) == 1 and (kept[0] / "recipe.json").is_file()
+    for label, name in (("First", "Bob"), ("Second", "Bob, skin dark 1")):
+        at.page.get_by_label(label, exact=True).locator("visible=true").click()
+        at.page.get_by_role("option", name=name, exact=True).locator("visible=true").click()
+    at.page.get_by_label("number input for How much of the second").fill("0.4")
+    at.page.get_by_label("number input for How much of the second").press("Tab")
+    at.click("Show the blend")
+    at.says("Mixing the two", browser.QUIET)
+    at.says("The person between the two", 400_000)
+    at.says("60% Bob, 40% Bob, skin dark 1")
+    at.shot("blended")
+    assert at.accessible() == [] and at.wide() <= 0
+    at.click("Keep it")
+    at.says("Bob and Bob, skin dark 1 is kept")
+    assert any(
+        (path / "recipe.json").is_file() for path in (place / "runs").iterdir() if path.name.startswith("bob-and")
+    )
 
 
 def test_training_outlives_the_tab(visit, place, people):

@@ -198,12 +198,45 @@ def test_edit_blend_and_keep(ann, tmp_path):
     kept = making.keep_try(folder, place, "edit", "Ann, dark", "Ann, skin dark 1")
     try:
         assert kept.finished and kept.kind == "edit"
-        with pytest.raises(ConfigError, match="two different people"):
+        with pytest.raises(ConfigError, match="two different ones"):
             making.blend(run, run, tmp_path / "x", 0.5)
-        making.blend(run, kept, tmp_path / "blend", 0.5)
-        assert (tmp_path / "blend" / "recipe.json").is_file()
+        between = making.blend(run, kept, tmp_path / "blend", 0.5)
+        assert between.folder == tmp_path / "blend" and (tmp_path / "blend" / "recipe.json").is_file()
     finally:
         runs.discard(kept.folder)
+
+
+def test_any_two_that_draw_are_blended(tmp_path):
+    """Of one method: one adapter, which draws what both draw together; of two: both are drawn with, and nothing is to be kept."""
+    import smidgen
+    from smidgen import testing
+    from smidgen.adapters.tuner.injection import remove
+
+    bases, prompt, made = making.Bases(), ["a portrait of a person"], {}
+    with bases.using("embedded") as base:
+        for seed, (name, method) in enumerate((("ann", "svfit"), ("bob", "svfit"), ("style", "lora"))):
+            smidgen.adapt(base.model, method)
+            smidgen.save(testing.perturb(base.model, seed, size=0.5), tmp_path / "runs" / name)
+            remove(base.model, "default")
+            (tmp_path / "runs" / name / "report.json").write_text('{"base": "embedded"}')
+            made[name] = runs.note(tmp_path / "runs" / name, "personalize", name.title())
+    assert {run.name for run in making.drawable(tmp_path / "runs")} == set(made) and making.people(
+        tmp_path / "runs"
+    ) == []
+    one = making.blend(made["ann"], made["bob"], tmp_path / "one", 0.25)
+    assert one.folder == tmp_path / "one" and one.parts == {tmp_path / "one": 1.0}
+    both = {made["ann"].folder: 0.75, made["bob"].folder: 0.25}
+    pair = [making.draw(bases, parts, 1.0, prompt)[0][0] for parts in (one.parts, both)]
+    mixed, beside = (np.asarray(Image.open(path)).astype(int) for path in pair)
+    assert abs(mixed - beside).max() <= 1
+    kept = making.keep_try(tmp_path / "runs", one.folder, "blend", "Ann and Bob", "")
+    assert kept in making.drawable(tmp_path / "runs")
+    two = making.blend(made["ann"], made["style"], tmp_path / "two", 0.5)
+    assert two.folder is None and not (tmp_path / "two").exists() and "make no one file" in two.words
+    assert two.parts == {made["ann"].folder: 0.5, made["style"].folder: 0.5}
+    (made["bob"].folder / "report.json").write_text('{"base": "embedded-flow"}')
+    with pytest.raises(ConfigError, match="and Bob for embedded-flow: adapters of one base"):
+        making.blend(made["ann"], made["bob"], tmp_path / "three", 0.5)
 
 
 # ---- texts

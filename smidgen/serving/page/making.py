@@ -5,6 +5,7 @@ One base is kept in memory and one call at a time uses it.
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import uuid
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from smidgen.adapters.atomic import new_file
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, public_name
+from smidgen.adapters.combine import combine
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.export import size
 from smidgen.bases.families import load_base, located
@@ -185,12 +187,43 @@ def edit(source: Run, out: Path, wanted: Mapping[str, float]) -> Path:
     return out
 
 
-def blend(first: Run, second: Run, out: Path, share: float) -> Path:
-    """The adapter between two, in the folder ``out``."""
+@dataclass(frozen=True)
+class Blend:
+    """Two adapters mixed: adapters with the weight of each, and a sentence on what they are."""
+
+    parts: Mapping[Path, float]
+    words: str
+
+    @property
+    def folder(self) -> Path | None:
+        """The one adapter that the mixture is, which can be kept; None for two that only draw together."""
+        return next(iter(self.parts)) if len(self.parts) == 1 else None
+
+
+def blend(first: Run, second: Run, out: Path, share: float) -> Blend:
+    """Two adapters of one base, of the second the given share. Predicted people: the person between the two; others: their sum at
+    these weights, one adapter in the folder ``out`` where there is an exact one.
+
+    Raises:
+        SmidgenError: they are the same, or of two bases.
+    """
     if first.folder == second.folder:
-        raise ConfigError("Choose two different people to blend.")
-    blend_command(first.folder, second.folder, _output(out), share)
-    return out
+        raise ConfigError("Choose two different ones to blend.")
+    if all((run.folder / RECIPE).is_file() for run in (first, second)):
+        blend_command(first.folder, second.folder, _output(out), share)
+        return Blend({out: 1.0}, "The person between the two.")
+    origin, other = (read_origin(run.folder) for run in (first, second))
+    if origin.base != other.base:
+        raise ConfigError(
+            f"{first.title} is for {origin.base}, and {second.title} for {other.base}: adapters of one base add up."
+        )
+    weights = {first.folder: round(1 - share, 6), second.folder: share}
+    try:
+        combine(list(weights), list(weights.values()), out=out)
+    except SmidgenError:
+        return Blend(weights, "Both at once; adapters that differ in method, rank or layers make no one file.")
+    (out / "report.json").write_text(json.dumps({"kind": IMAGES, "base": public_name(origin.base)}))
+    return Blend({out: 1.0}, "Both at once, in one adapter.")
 
 
 def keep_try(folder: Path, out: Path | None, kind: str, title: str, about: str) -> Run:
@@ -217,14 +250,23 @@ def check_prompts(prompts: Sequence[str], each: int = 1) -> list[str]:
 
 
 def draw(
-    bases: Bases, adapter: Path, weight: float, prompts: Sequence[str], seed: int = 0, each: int = 1
+    bases: Bases,
+    adapter: Path | Mapping[Path, float],
+    weight: float,
+    prompts: Sequence[str],
+    seed: int = 0,
+    each: int = 1,
 ) -> list[tuple[Path, str]]:
-    """Pictures of each prompt with an adapter at a weight, kept below the adapter's folder, with their prompts."""
+    """Pictures of each prompt with an adapter, or several with weights of their own, at a weight; kept below the first one's
+    folder, with their prompts."""
     asked = check_prompts(prompts, each)
+    parts = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    adapter = next(iter(parts))
     origin = read_origin(adapter)
     with bases.using(origin.named(), origin.base_config) as base:
         paths = generate(
-            adapter, asked, out=adapter / "drawn" / uuid.uuid4().hex[:12], num_images=each, seed=seed, strength=weight, loaded=base,
+            list(parts), asked, out=adapter / "drawn" / uuid.uuid4().hex[:12], num_images=each, seed=seed, strength=weight, loaded=base,
+            weights=list(parts.values()),
         )  # fmt: skip
     return list(zip(paths, [prompt for prompt in asked for _ in range(each)], strict=True))
 
@@ -257,7 +299,7 @@ def trainable(folder: Path) -> list[Run]:
 
 
 def people(folder: Path) -> list[Run]:
-    """Runs that a generator made, which can be edited and blended."""
+    """Runs that a generator made, which can be edited."""
     return [run for run in drawable(folder) if (run.folder / RECIPE).is_file()]
 
 

@@ -1,7 +1,8 @@
-"""The tab Change: move a predicted person along attributes, or blend two."""
+"""The tab Change: move a predicted person along attributes, or blend two adapters."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,12 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
                 rows += [what, amount]
             edit = gr.Button("Show the edit", variant="primary", elem_id="sm-edit")
             edited = gr.HTML(padding=False)
-            gr.HTML(html.heading("", "Blend two people"), padding=False)
+            gr.HTML(
+                html.heading(
+                    "", "Blend two", "Any two that draw: the person between two predicted ones, or both at once."
+                ),
+                padding=False,
+            )
             with gr.Row():
                 one = gr.Dropdown([], label="First", min_width=140)
                 two = gr.Dropdown([], label="Second", min_width=140, elem_id="sm-two")
@@ -54,8 +60,8 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
             kept = gr.HTML(padding=False)
     tried = gr.State(None)  # folder, kind, what it came from
 
-    def show(folders: dict[Any, Path], place: Path) -> Updates:
-        """The same scenes from the same noise, each adapter's in its gallery."""
+    def show(folders: dict[Any, Path | Mapping[Path, float]], place: Path) -> Updates:
+        """The same scenes from the same noise, each adapter's, or mixture's, in its gallery."""
         shown: dict[Any, list[tuple[str, str]]] = {gallery: [] for gallery in folders}
         for prompt in making.scenes(context.bases, place, SCENES):
             for gallery, folder in folders.items():
@@ -91,13 +97,18 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
     def make_blend(first: str | None, second: str | None, share: float) -> Updates:
         a, b = runs.find(context.folder, first), runs.find(context.folder, second)
         yield start(blended, "Mixing the two.")
-        place = making.blend(a, b, runs.scratch(context.folder), share)
+        made = making.blend(a, b, runs.scratch(context.folder), share)
         about = f"{1 - share:.0%} {a.title}, {share:.0%} {b.title}"
-        yield {tried: (str(place), "blend", about), before: gr.update(label=a.title), after: gr.update(label=about)}
-        yield from show({before: a.folder, after: place}, place)
         yield {
-            blended: html.good("Same scenes, same noise. Keep it if you like it."),
-            keeping: gr.update(visible=True),
+            tried: (str(made.folder), "blend", about) if made.folder else None,
+            before: gr.update(label=a.title),
+            after: gr.update(label=about),
+        }
+        yield from show({before: a.folder, after: made.parts}, made.folder or a.folder)
+        ending = "Keep it if you like it." if made.folder else ""
+        yield {
+            blended: html.good(f"{made.words} Same scenes, same noise. {ending}".strip()),
+            keeping: gr.update(visible=bool(made.folder)),
             title: f"{a.title} and {b.title}"[:60],
         }
 
@@ -105,21 +116,22 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
         if not found:
             raise ConfigError("There is nothing to keep yet: try it first.")
         run = making.keep_try(context.folder, Path(found[0]), found[1], name, found[2])
-        people = making.people(context.folder)
-        updates = {part: gr.update(choices=[(r.title, r.name) for r in people]) for part in (source, one, two)}
+        people, all_that_draw = making.people(context.folder), making.drawable(context.folder)
+        parts = {source: people, one: all_that_draw, two: all_that_draw}
+        updates = {part: gr.update(choices=[(r.title, r.name) for r in found]) for part, found in parts.items()}
         yield {
             kept: html.good(f"{run.title} is kept. It is under Draw and Runs now."),
             keeping: gr.update(visible=False),
         } | updates
 
     def refresh(name: str | None, first: str | None, second: str | None) -> Updates:
-        found = making.people(context.folder)
+        people, found = making.people(context.folder), making.drawable(context.folder)
         names = [run.name for run in found]
         second = second if second in names else names[1] if len(names) > 1 else None
-        few = "Predict a person under Make first." if not found else "Predict a second person under Make to blend two."
+        few = "Make one under Make first." if not found else "Make a second one under Make to blend two."
         words = html.note(few) if len(found) < 2 else ""
         updates = {
-            source: chosen(found, name),
+            source: chosen(people, name),
             one: chosen(found, first),
             two: chosen(found, second) | {"value": second},
             blended: words,
