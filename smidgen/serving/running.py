@@ -40,7 +40,7 @@ def run(library: Library, settings: Server) -> None:
     """
     server, listener = prepared(library, settings)
     with listener:
-        _log_to_stderr()
+        log_to_stderr()
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         count = len(library.shelf.names())
         bases = ", ".join(base.name for base in library.bases()) or "no base yet"
@@ -84,7 +84,8 @@ def _listening(settings: Server) -> socket.socket:
     return listener
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """Has the log of requests written to stderr, a line of JSON each."""
     log = logging.getLogger("smidgen.serving.access")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -303,7 +303,10 @@ Path("adapters/cat/report.json").write_text(json.dumps({"base": "embedded"}))
             'base_url="http://127.0.0.1:8000/v1"': "base_url=served()",
             '"steps": 20': '"steps": 2',
         },
-        needs={"openai": ("openai", "fastapi", "prometheus_client")},
+        needs={
+            "openai": ("openai", "fastapi", "prometheus_client"),
+            "smidgen.serving.ray": ("ray", "fastapi", "prometheus_client"),
+        },
     ),
     "docs/train.md": Page(
         before="""
