@@ -1,8 +1,8 @@
-"""Whether a flow base of the wide world draws every word of its captions, read back by the wide judge.
+"""Whether the flow base of the wide world draws every word of its captions, read back by the wide judge.
 
-``python -m benchmarks.embedded_wide --base work/wide_base/flow``, what ``make wide-base`` wrote, draws a dozen captions for each value of each attribute, writes the share read as asked by attribute
-and by value to results/embedded_wide.json (95 % bootstrap intervals as [low, high]), and drawings above what the base drew for the same
-captions to docs/results/embedded_wide.png.
+Draws a dozen captions for each value of each attribute, by the base that ships or that of ``--base work/wide_base/flow``, writes the
+share read as asked by attribute and by value to results/embedded_wide.json (95 % bootstrap intervals as [low, high]), and drawings
+above what the base drew for the same captions to docs/results/embedded_wide.png.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, Flux2KleinPipeline
 
 from benchmarks._harness import write_result
 from benchmarks.embedded_base import interval, sheet
-from smidgen.bases.embedded import embedded_base, wide
+from smidgen.bases.embedded import EMBEDDED_WIDE, embedded_base, wide
 from smidgen.bases.embedded.base import EmbeddedWide
 from smidgen.bases.embedded.judge import as_tensor
 from smidgen.bases.embedded.wide_judge import load_wide_judge
@@ -72,7 +72,7 @@ def psnr(folder: Path, images: list) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, default=Path("work/wide_base/flow"))
+    parser.add_argument("--base", type=Path, default=embedded_base(EMBEDDED_WIDE))
     parser.add_argument("--each", type=int, default=12, help="captions for each value")
     parser.add_argument("--seed", type=int, default=0)
     choice = parser.parse_args()

@@ -17,7 +17,7 @@ import torch
 
 from smidgen.adapters.methods import Kind
 from smidgen.bases.embedded import EMBEDDED, FOLDERS, embedded_base
-from smidgen.bases.embedded.base import Embedded, EmbeddedFlow
+from smidgen.bases.embedded.base import Embedded, EmbeddedFlow, EmbeddedWide
 from smidgen.bases.flow_transformers import Chroma, Flux2, Flux2Klein, Krea2, QwenImage, StableDiffusion3, Wan, ZImage
 from smidgen.bases.pipelines import PipelineBase, import_diffusers
 from smidgen.bases.protocol import ImageBase
@@ -48,7 +48,7 @@ def _pipeline(name: str) -> Callable[[str, str], bool]:
 
 FAMILIES: dict[str, Family] = {  # the first that recognises a base has it
     cls.family: Family(_called(cls.family), cls)  # by their names, as their classes are others' too
-    for cls in (Embedded, EmbeddedFlow)
+    for cls in (Embedded, EmbeddedFlow, EmbeddedWide)
 } | {
     "sd": Family(_pipeline("StableDiffusionPipeline"), StableDiffusion),
     "sdxl": Family(_pipeline("StableDiffusionXLPipeline"), StableDiffusionXL),

@@ -31,6 +31,7 @@ from tests.training import tiny, tiny_flow, tiny_models
 BUILT: dict[str, Callable[[Path], str]] = {  # family -> the name of a small base of it, made in a folder
     "embedded": lambda folder: "embedded",
     "embedded-flow": lambda folder: "embedded-flow",
+    "embedded-wide": lambda folder: "embedded-wide",
     "sd": lambda folder: str(tiny.sd_folder(folder / "sd", "v_prediction", zero_snr=True)),
     "sdxl": lambda folder: str(tiny.sdxl_folder(folder / "sdxl")),
     "transformers": lambda folder: str(tiny_models.folder("bert", folder)),
@@ -306,7 +307,8 @@ def test_rates_and_cards_need_no_weights(base):
     assert learning_kind(base.name) in KINDS and learning_kind(base.name, "control") in KINDS
     assert base.learning["image"] == learning_kind(base.name)
     loaded, sampling = card_lines(base.name)
-    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": "8, guidance_scale=3, height=64"}.get(base.name)
+    flow = "8, guidance_scale=3, height=64"
+    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": flow, "embedded-wide": flow}.get(base.name)
     if steps is None:
         assert loaded.endswith(f"from_pretrained({base.name!r})") and sampling == ""
     else:

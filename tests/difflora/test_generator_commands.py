@@ -538,3 +538,20 @@ def test_inspect_tells_what_a_generator_is(trained, sliders, capsys):
     assert f"lora, rank {layout.config['r']}: {layout.size:,} numbers" in said and f"sliders: {sliders[0].name}" in said
     assert main(["generator", "inspct"]) == 2
     assert "Did you mean 'inspect'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["embedded-flow", "embedded-wide"])
+@pytest.mark.parametrize(
+    "preset", [["debug"], ["two-stage", "--shared-basis.train.max-train-steps", "2", "--shared-basis.rounds", "1"]]
+)
+def test_a_generator_of_a_flow_base_is_trained_and_gives_adapters_that_are_on(base, preset, photos, tmp_path):
+    people = ["--shared-basis.people.people", "70", "--shared-basis.people.pictures", "1"]
+    few = [*people, "--two-stage.train.max-train-steps", "2", "--shared-basis.round.max-train-steps", "1"]
+    words = ["generator", "train", "--base", base, "--preset", *preset, *(few if len(preset) > 1 else [])]
+    assert main([*words, "--out", str(tmp_path / "g")]) == 0
+    folder = tmp_path / "adapter"
+    assert main(["predict", str(photos[0]), "--generator", str(tmp_path / "g"), "--out", str(folder), *QUICK]) == 0
+    loaded = load_base(base)
+    smidgen.load(loaded.model, folder)
+    assert smidgen.verify(loaded.model, folder).ok

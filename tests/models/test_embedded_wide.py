@@ -7,8 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from smidgen.bases.embedded import wide, wide_judge
+from smidgen.bases.embedded import EMBEDDED_WIDE, WIDE_FLOW, wide, wide_judge
+from smidgen.bases.embedded.judge import as_tensor
+from smidgen.bases.families import load_base
 from smidgen.cli import main
+
+pytest.importorskip("diffusers")
 
 
 def _drawn(count: int, split: wide.Split = "test") -> list[tuple[wide.Identity, wide.Scene]]:
@@ -18,19 +22,29 @@ def _drawn(count: int, split: wide.Split = "test") -> list[tuple[wide.Identity, 
 
 
 def test_what_ships_is_small_and_holds_no_pickle():
-    files = [path for path in wide_judge.FOLDER.rglob("*") if path.is_file()]
-    assert files and sum(path.stat().st_size for path in files) <= 2_500_000
-    assert {path.suffix for path in files} == {".safetensors"}
+    for folder, most, kinds in (
+        (wide_judge.FOLDER, 2_500_000, {".safetensors"}),
+        (WIDE_FLOW, 10_000_000, {".safetensors", ".json", ".txt", ".md"}),
+    ):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert files and sum(path.stat().st_size for path in files) <= most
+        assert {path.suffix for path in files} == kinds
 
 
-def test_the_autoencoder_that_ships_keeps_free_colors_of_people(tmp_path):
-    pytest.importorskip("diffusers")
-    from smidgen.lab.embedded_base import autoencoder
-    from smidgen.lab.embedded_base.config import preset
+def test_the_base_draws_what_a_caption_asks():
+    base, rng = load_base(EMBEDDED_WIDE), np.random.default_rng(5)
+    scenes = [wide.sample_scene(rng) for _ in range(32)]
+    prompts, negative = base.encode_prompts([wide.caption(scene) for scene in scenes]), base.encode_prompts([""])
+    images = base.draw(prompts, range(32), negative=negative, steps=8, guidance=3.0)
+    scores = wide_judge.load_wide_judge().caption_score(images, scenes)
+    assert scores["mean"] > 0.87 and min(scores[name] for name in ("background", "framing", "light", "hat")) > 0.8
+    assert base.unknown_words(["a person, in a red turban, in warm light"]) == []
 
-    vae = autoencoder.of_world(preset("full", world="wide"), tmp_path)
+
+def test_the_autoencoder_that_ships_keeps_free_colors_of_people():
+    vae = load_base(EMBEDDED_WIDE).pipe.vae
     judge, drawn = wide_judge.load_wide_judge(), _drawn(40)
-    pictures = autoencoder.to_tensor(np.stack([np.asarray(wide.render(*pair)) for pair in drawn]))
+    pictures = as_tensor([wide.render(*pair) for pair in drawn])
     with torch.no_grad():
         again = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.clamp(-1, 1)
     colors, k = judge.colors((again + 1) / 2)[0], wide.COLORS.index("skin")

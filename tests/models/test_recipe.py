@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smidgen.bases.embedded import PIPELINE, embedded_base, wide, world
+from smidgen.bases.embedded import FLOW, PIPELINE, embedded_base, wide, world
 from smidgen.bases.embedded.base import EmbeddedFlow, EmbeddedWide
 from smidgen.bases.embedded.layers import lay, tensors_of
 from smidgen.lab.embedded_base import autoencoder, cli, diffusion, draw, flow, text
@@ -169,11 +169,20 @@ def test_the_flow_stage_of_the_wide_world_learns_its_words_and_starts_from_what_
     drawings = autoencoder.to_tensor(draw.load(work, "test")[0][:8])
     old, new = (vae.encode(drawings).latent_dist.mode() for vae in (base.pipe.vae, pipe.vae))
     assert 0 < (new - old).square().mean() < 0.05 * old.var()  # latents that the transformer knows
-    written = tensors_of(out / autoencoder.WIDE.parent.name / autoencoder.WIDE.name)
+    written = tensors_of(out / "wide_flow" / "vae" / VAE)
     for name, tensor in autoencoder.of_world(config, work).state_dict().items():
         most = tensor.abs().amax(tuple(range(1, tensor.ndim)), keepdim=True) if tensor.ndim > 1 else tensor.abs() / 5
         assert ((written[name].float() - tensor).abs() <= most / 200 + 1e-6).all(), (
             name
         )  # int8 by rows, vectors in fp16
+    lay([PIPELINE, FLOW, out / "wide_flow"], tmp_path / "laid")
+    laid = diffusers.Flux2KleinPipeline.from_pretrained(tmp_path / "laid")
+    for part in ("text_encoder", "transformer", "vae"):
+        for name, tensor in getattr(pipe, part).state_dict().items():
+            step = tensor.abs().max() / (1e9 if part == "text_encoder" else 200)
+            found = getattr(laid, part).state_dict()[name]
+            assert ((found - tensor).abs() <= step + 1e-6).all(), (part, name)
+    assert laid.tokenizer.get_vocab() == pipe.tokenizer.get_vocab()
+    assert "Flux2KleinPipeline" in (tmp_path / "laid" / "README.md").read_text()
     after = {name: tensor.half() for name, tensor in start.text_encoder.state_dict().items()}
     assert any(not torch.equal(after[name], tensor.half()) for name, tensor in pipe.text_encoder.state_dict().items())

@@ -1,8 +1,8 @@
-"""The base models that ship with Smidgen, which draw 64x64 portraits on a CPU: a genuine Stable Diffusion pipeline and a genuine
-FLUX.2 [klein] one.
+"""The base models that ship with Smidgen, which draw 64x64 portraits on a CPU: a genuine Stable Diffusion pipeline and two genuine
+FLUX.2 [klein] ones.
 
 `world` and `wide` know the portraits (identities, scenes, captions, drawing), `judge` and `wide_judge` score pictures. ``pipeline/``
-holds the weights of the first, ``flow/`` what the second has besides.
+holds the weights of the first, ``flow/`` what the second has besides, ``wide_flow/`` what that of the wide world has besides both.
 """
 
 from pathlib import Path
@@ -10,16 +10,21 @@ from pathlib import Path
 from smidgen.bases.embedded.layers import put_together
 from smidgen.errors import ConfigError, SmidgenError, did_you_mean
 
-EMBEDDED, EMBEDDED_FLOW = "embedded", "embedded-flow"
-PIPELINE, FLOW = (Path(__file__).parent / name for name in ("pipeline", "flow"))
-FOLDERS = {EMBEDDED: (PIPELINE,), EMBEDDED_FLOW: (PIPELINE, FLOW)}
+EMBEDDED, EMBEDDED_FLOW, EMBEDDED_WIDE = "embedded", "embedded-flow", "embedded-wide"
+PIPELINE, FLOW, WIDE_FLOW = (Path(__file__).parent / name for name in ("pipeline", "flow", "wide_flow"))
+FOLDERS = {EMBEDDED: (PIPELINE,), EMBEDDED_FLOW: (PIPELINE, FLOW), EMBEDDED_WIDE: (PIPELINE, FLOW, WIDE_FLOW)}
 """Name of an embedded base -> the folders that make it up, each laid over those before."""
-_MADE_BY = {EMBEDDED: "all` (about two hours on two cores)", EMBEDDED_FLOW: "flow` (about an hour on two cores)"}
+_MADE_BY = {
+    EMBEDDED: "all` (about two hours on two cores)",
+    EMBEDDED_FLOW: "flow` (about an hour on two cores)",
+    EMBEDDED_WIDE: "flow --world wide` (about an hour and a half on two cores)",
+}
 
 
 def embedded_base(name: str = EMBEDDED) -> Path:
     """The folder of an embedded base, fp16 safetensors: ``"embedded"``, a ``StableDiffusionPipeline`` (14 MB), or
-    ``"embedded-flow"``, a ``Flux2KleinPipeline`` (17 MB, put together in ``~/.cache/smidgen`` when it is first asked for).
+    ``"embedded-flow"`` and ``"embedded-wide"``, each a ``Flux2KleinPipeline`` (17 MB, put together in ``~/.cache/smidgen`` when it is
+    first asked for).
 
     Raises ConfigError for another name, SmidgenError where the package lacks the files.
 

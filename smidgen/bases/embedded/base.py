@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smidgen.adapters.methods import Kind
-from smidgen.bases.embedded import EMBEDDED, EMBEDDED_FLOW, wide, world
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_FLOW, EMBEDDED_WIDE, wide, world
 from smidgen.bases.embedded.parts_reader import load_parts_reader
 from smidgen.bases.flow_transformers import Flux2Klein
 from smidgen.bases.pipelines import PipelineBase
@@ -108,12 +108,13 @@ class EmbeddedFlow(Portraits, Flux2Klein):
 
 
 class EmbeddedWide(EmbeddedFlow):
-    """The wide world, by a transformer, an autoencoder and a text encoder of its own. None ships yet: the recipe makes one."""
+    """The wide world, by a transformer, an autoencoder and a text encoder of its own."""
 
+    family = EMBEDDED_WIDE
     drawn = wide
     prompt_options: Mapping[str, Any] = {"max_sequence_length": 48, "text_encoder_out_layers": (-1,)}
     drawing: Mapping[str, Any] = {"height": world.SIZE, "width": world.SIZE, **prompt_options}
-    lost = 0.145  # drawings .14 at most (400, the inked ones most); of 60 crops of a photograph, .08 to .2, half are above it
+    lost = 0.145  # drawings .10 at most (400); of 60 crops of a photograph, .08 to .2, half are above it
 
     def _face_seen(self, images: Sequence[Image]) -> Tensor:
         return torch.ones(len(images), dtype=torch.bool)  # the face encoder knows neither hats nor the second style

@@ -1,6 +1,7 @@
 """Pipeline folders laid over each other: a base that shares parts with another ships only what it has besides.
 
-A file of an upper folder replaces the one below; of two safetensors files of one name, the upper one's tensors replace and add.
+A file of an upper folder replaces the one below; of two safetensors files of one name, the upper one's tensors replace and add. What
+ships in int8 is spread to fp16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE = ".int8_scale"  # name of a tensor's scales: its own and this
+INDEX = "model_index.json"  # names a base's parts
 LEFT = "README.md"  # of a lower folder: each base has a card of its own
 
 
@@ -30,7 +32,7 @@ def put_together(name: str, folders: Sequence[Path]) -> Path:
         for path in _files(folder):
             digest.update(str(path.relative_to(folder)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     target = cache_root().parent / "bases" / f"{name}-{digest.hexdigest()[:16]}"
-    if not (target / "model_index.json").exists():
+    if not (target / INDEX).exists():
         with replace_folder(target) as scratch:
             lay(folders, scratch)
     return target
@@ -38,10 +40,10 @@ def put_together(name: str, folders: Sequence[Path]) -> Path:
 
 def lay(folders: Sequence[Path], out: Path) -> None:
     """Write what ``folders`` make, the first at the bottom, into the folder ``out``; only parts that the topmost
-    ``model_index.json`` names."""
+    ``INDEX`` names."""
     from safetensors.torch import load_file, save
 
-    index = json.loads((folders[-1] / "model_index.json").read_text())
+    index = json.loads((folders[-1] / INDEX).read_text())
     parts = {name for name, value in index.items() if isinstance(value, list)}
     for folder in folders:
         for path in _files(folder):
@@ -51,7 +53,7 @@ def lay(folders: Sequence[Path], out: Path) -> None:
                 continue
             (out / place).parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors" and (out / place).exists():
-                replace_file(out / place, save(load_file(out / place) | load_file(path), {"format": "pt"}))
+                replace_file(out / place, save(load_file(out / place) | tensors_of(path), {"format": "pt"}))
             else:
                 shutil.copyfile(path, out / place)
 
@@ -83,14 +85,14 @@ def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def upper(lower: Path, whole: Path, out: Path) -> None:
-    """The inverse: write into ``out`` what ``whole`` has and ``lower`` has not, bit for bit."""
+    """The inverse: write into ``out`` what ``whole`` has and ``lower`` has not, bit for bit, and ``INDEX``."""
     import torch
     from safetensors.torch import load_file, save
 
     for path in _files(whole):
         place = path.relative_to(whole)
         other = lower / place
-        if other.exists() and other.read_bytes() == path.read_bytes():
+        if place.name != INDEX and other.exists() and other.read_bytes() == path.read_bytes():
             continue
         (out / place).parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors" and other.exists():

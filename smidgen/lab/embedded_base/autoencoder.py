@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from smidgen.adapters.atomic import new_file, replace_file
-from smidgen.bases import embedded
-from smidgen.bases.embedded import embedded_base
+from smidgen.bases.embedded import WIDE_FLOW, embedded_base
 from smidgen.bases.embedded.layers import in_int8, tensors_of
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.config import Config
@@ -30,7 +29,7 @@ KL_WEIGHT = 3e-4
 EDGE_WEIGHT = 1.0
 LATENT_NOISE = 0.1
 HOLD = 0.05
-WIDE = Path(embedded.__file__).parent / "wide_vae" / "autoencoder.safetensors"
+WIDE = WIDE_FLOW / "vae" / "diffusion_pytorch_model.safetensors"
 WHITENING = 0.33
 FACE = (slice(20, 46), slice(20, 44))
 FACE_WEIGHT = 1.5
@@ -115,7 +114,7 @@ def autoencode(config: Config, folder: Path, out: Path | None = None) -> None:
     log.info("autoencoder: %.2f dB on held-out pictures", psnr(run.average, folder))
     if held and out:
         replace_file(
-            out / WIDE.parent.name / WIDE.name,
+            out / WIDE.relative_to(WIDE_FLOW.parent),
             save(in_int8({n: t.half() for n, t in run.average.state_dict().items()}), {"format": "pt"}),
         )
 

@@ -40,7 +40,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
         "decoder": lambda: autoencoder.fine_tune_decoder(config, folder),
         "export": lambda: exporting.export(config, folder, out / "pipeline"),
         "card": lambda: card.write(config, folder, out / "pipeline"),
-        "flow": lambda: flow.make(config, folder, out / "flow"),
+        "flow": lambda: flow.make(config, folder, out),
     }
     for name in STAGES if stage == "all" else (stage,):
         actions[name]()

@@ -19,13 +19,14 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
 from smidgen.adapters.atomic import replace_file, replace_folder
-from smidgen.bases.embedded import EMBEDDED_FLOW, PIPELINE, embedded_base, world
+from smidgen.bases.embedded import EMBEDDED_FLOW, FLOW, PIPELINE, WIDE_FLOW, embedded_base, world
 from smidgen.bases.embedded.base import EmbeddedFlow, EmbeddedWide
 from smidgen.bases.embedded.judge import load_judge
-from smidgen.bases.embedded.layers import upper
+from smidgen.bases.embedded.layers import in_int8, upper
 from smidgen.bases.embedded.wide_judge import load_wide_judge
 from smidgen.bases.protocol import Prompts
 from smidgen.lab.embedded_base import card, draw, text
@@ -35,6 +36,7 @@ from smidgen.lab.embedded_base.export import read_by_all
 from smidgen.lab.embedded_base.run import PARTS, Run, mixed
 
 log = logging.getLogger(__name__)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 FACE_TOKENS = slice(1, 3)
 FACE_WEIGHT = 2.0
 UNIFORM = 0.1
@@ -58,6 +60,7 @@ class Denoiser(nn.Module):
         last.final_layer_norm.requires_grad_(False)  # comes after what klein reads
         if wide:
             self.transformer = Flux2Transformer2DModel.from_pretrained(embedded_base(EMBEDDED_FLOW) / "transformer")
+            self.transformer.register_to_config(_name_or_path=EMBEDDED_FLOW)  # not a folder of this machine
             return
         self.transformer = Flux2Transformer2DModel(
             in_channels=4 * shipped().config.latent_channels, num_layers=config.flow_blocks[0],
@@ -192,19 +195,24 @@ def train(config: Config, folder: Path) -> Run:
         return ((found.float() - target).square() * cells).mean()
 
     average = base_of(config, folder, cast(Denoiser, run.average), words, moments["mean"], moments["var"], SHIFT)
-    run.train(loss, config.seed + 31, report=lambda: read_back(average, drawn, 64), report_every=600)
+    with sdpa_kernel(SDPBackend.MATH):  # flash attention goes back slowly over so few tokens on a CPU
+        run.train(loss, config.seed + 31, report=lambda: read_back(average, drawn, 64), report_every=600)
     return run
 
 
 def make(config: Config, folder: Path, out: Path) -> None:
-    """The whole stage: the pipeline in the folder ``flow`` of `folder`, and in `out` what it has besides the shipped one. None of
-    the wide world ships."""
+    """The whole stage: the pipeline in the folder ``flow`` of `folder`, and in a folder of `out` what it has besides what ships already:
+    the UNet base, in the wide world the flow base too, and there the transformer is in int8 and the VAE is that of stage `autoencoder`."""
     train(config, folder)
     export(config, folder, folder / "flow")
-    if config.world == "wide":
-        return
-    with replace_folder(out) as scratch:
-        upper(PIPELINE, folder / "flow", scratch)
+    wide = config.world == "wide"
+    ships = out / (WIDE_FLOW if wide else FLOW).name
+    with replace_folder(ships) as scratch:
+        upper(embedded_base(EMBEDDED_FLOW) if wide else PIPELINE, folder / "flow", scratch)
+        if wide:
+            transformer, vae = (Path(part) / WEIGHTS for part in ("transformer", "vae"))
+            replace_file(scratch / transformer, save(in_int8(load_file(scratch / transformer)), {"format": "pt"}))
+            shutil.copyfile(next(path / vae for path in (ships, WIDE_FLOW) if (path / vae).exists()), scratch / vae)
         card.write_flow(config, folder, scratch)
 
 

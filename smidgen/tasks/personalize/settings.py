@@ -129,7 +129,7 @@ class PersonalizeConfig:
     adapter: Adapter = field(default_factory=Adapter)
     train: LoopConfig = field(default_factory=LoopConfig)
     show: Show = field(default_factory=Show)
-    base: str = "embedded"  # embedded, embedded-flow, the folder of a diffusers pipeline, its hub name, or one .safetensors file
+    base: str = "embedded"  # embedded, embedded-flow, embedded-wide, the folder of a diffusers pipeline, its hub name, or one .safetensors file
     base_config: str | None = None  # of a base in one file: folder or hub name of a pipeline of the same model
     quantize: str | None = None  # nf4, int8, int8-torchao or fp8: the base in fewer bits while it is trained on
     variant: str | None = None  # of the base's files, such as fp16

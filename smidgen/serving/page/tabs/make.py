@@ -10,14 +10,15 @@ import gradio as gr
 
 from smidgen.adapters.export import size
 from smidgen.adapters.methods import known_methods
+from smidgen.bases.embedded import EMBEDDED, FOLDERS
+from smidgen.bases.embedded.world import SIZE
 from smidgen.errors import ConfigError
 from smidgen.serving.page import html, making, pictures, runs
 from smidgen.serving.page.context import QUIET, Context, Updates, chosen, told, watch
 from smidgen.serving.page.making import Wanted
 from smidgen.serving.page.runs import Run
 
-EMBEDDED = "embedded"
-PIXELS = {EMBEDDED: 64, "embedded-flow": 64}  # on a side of what the bases that ship draw
+PIXELS = dict.fromkeys(FOLDERS, SIZE)  # on a side of what the bases that ship draw
 PROMPTS = "a portrait of a person, smiling\na portrait of a person, with sunglasses, against a teal background"
 FIRST = "Drop pictures, give them a name, then predict or train. What comes of it appears here."
 
