@@ -305,13 +305,15 @@ def _told(member: type) -> tuple[str, str]:
     return text.partition("\n")[0], text.partition("Count: ")[2].partition("\n")[0].rstrip(".")
 
 
-def learning_rates(method: str, kind: Kind, transform: str | None = None, residual: str | None = None) -> Rates:
+def learning_rates(
+    method: str, kind: Kind, transform: str | None = None, residual: str | None = None, output: str | None = None
+) -> Rates:
     """Where to start: the default learning rates of a method for a kind of task.
 
     Args:
         method: as in :func:`parse_method`, ``peft:NAME``, or ``full``.
         kind: one of ``KINDS``.
-        transform, residual: members that replace the method's.
+        transform, residual, output: members that replace the method's.
 
     Raises:
         ConfigError: an unknown method or member, or one that this kind of task does not train.
@@ -330,10 +332,10 @@ def learning_rates(method: str, kind: Kind, transform: str | None = None, residu
             )
         return other[kind]
     found = parse_method(method)[0]
-    for side, member in (("transform", transform), ("residual", residual)):
+    for side, member in (("transform", transform), ("residual", residual), ("output", output)):
         if member:
             member_options(side, member)  # raises where there is none
-    return member_rates(transform or found.transform, residual or found.residual, kind, found.output)
+    return member_rates(transform or found.transform, residual or found.residual, kind, output=output or found.output)
 
 
 def member_rates(transform: str | None, residual: str | None, kind: Kind, output: str | None = None) -> Rates:

@@ -171,9 +171,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """Refuse to resume when a setting that decides the numbers has changed. Both are compared as JSON would store
-    them."""
+    them; a setting that came after a run was begun and is None now is what it was."""
     found, wanted = json.loads(json.dumps(found)), json.loads(json.dumps(wanted))
-    differing = [key for key in {**found, **wanted} if found.get(key, _ABSENT) != wanted.get(key, _ABSENT)]
+    differing = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     if differing:
         lines = "; ".join(
             f"{key}: {found.get(key, 'absent')!r} then, {wanted.get(key, 'absent')!r} now" for key in differing
@@ -182,9 +182,6 @@ def check_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Pa
             f"{path} belongs to a run with other settings ({lines}). Resume with the settings of that run, or choose "
             "another --out folder."
         )
-
-
-_ABSENT = object()
 
 
 def resolve(folder: str | Path, resume: str | None, keep: int, identity: Mapping[str, Any]) -> Checkpoint | None:

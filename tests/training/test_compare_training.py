@@ -114,11 +114,19 @@ def test_a_rate_is_the_adapters_own():
         (Method("a", "peft.LoraConfig", (0.1,), {"rank": 3}), "refuses its options.*rank"),
         (Method("a", "svfti", (0.1,)), "svfit"),
         (Method("a", "svfit", (0.1,), {"q": 3}), "q"),
+        (Method("a", "pair", (0.1,), {"residual": "low_rank", "output": "scal"}), "output transform 'scal'.*'scale'"),
     ],
 )
 def test_a_method_that_does_not_exist(method, message):
     with pytest.raises(ConfigError, match=message):
         make_setup(load_experiment("debug"), method, 0, None, None)
+
+
+def test_a_pair_may_have_an_output_transform():
+    method = Method("a", "pair", (0.1,), {"residual": "low_rank", "r": 2, "output": "magnitude"})
+    assert make_setup(load_experiment("debug"), method, 0, None, None).members == {
+        "transform": None, "residual": "low_rank", "output": "magnitude",
+    }  # fmt: skip
 
 
 SHARED = {

@@ -106,6 +106,8 @@ def test_other_names_that_are_known_themselves_are_not_offered():
     ("blend a.png b.png --share 1e9 --out o", "--share is a number from -10 to 10"),
     ("sample --seeds 0..99999999999 --out o", "at most 1,000"),
     ("sample --seeds=-1 --out o", "--seeds takes"),
+    ("train instruction x --output runs/me", "folder that everything is written to is out (--out)"),
+    ("personalize x --output scal", "Known: scale, magnitude, output_rotation"),
     ("train instruction x --budget 5potatoes", "A budget is a number of bytes"),
     ("train instruction x --budget=-1", "A budget is a number of bytes"),
     ("train instruction x --budget 0", "A budget is a number of bytes"),

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import smidgen
-from smidgen.adapters.methods import Rates
+from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.bases.packaged import debug
 from smidgen.bases.transformers import Head, load_classifier
 from smidgen.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
-from smidgen.tasks.finetune.settings import Adapter
+from smidgen.tasks.finetune.course import _settled
+from smidgen.tasks.finetune.settings import Adapter, FinetuneConfig, rates, setup
 from smidgen.tasks.image_classification import recipe as image_classification
 from smidgen.tasks.instruction import recipe as instruction
 from smidgen.tasks.text_classification import recipe as text_classification
@@ -144,12 +145,22 @@ def test_peft_lora_with_a_head_comes_back_through_peft_alone(tmp_path):
     assert found == pytest.approx(report.scores["test"], rel=1e-4)
 
 
-def test_any_transform_with_any_residual(tmp_path):
+def test_any_transform_with_any_residual_and_output_transform(tmp_path):
     made = config("text", tmp_path / "out")
-    made = replace(made, adapter=Adapter("svfit", transform="rotation", residual="low_rank", learning_rate=0.01))
-    run("text", made)
+    members = {"transform": "rotation", "residual": "low_rank", "output": "scale"}
+    run("text", replace(made, adapter=Adapter("svfit", **members, learning_rate=0.01)))
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (stored["transform"], stored["residual"]) == ("rotation", "low_rank")
+    assert {side: stored[side] for side in members} == members
+
+
+def test_an_output_transform_is_known_or_refused():
+    assert rates(Adapter("lora", output="scale"), "encoder").output == learning_rates("ia3", "encoder").residual
+    with pytest.raises(ConfigError, match=r"Did you mean 'magnitude'\? Known: .*--out"):
+        Adapter("lora", output="magnitud")
+    with pytest.raises(ConfigError, match="output is for smidgen's own methods, peft:lora has none"):
+        setup(Adapter("peft:lora", output="scale"), ["q"], 0)
+    with pytest.raises(ConfigError, match="leave out output, or the budget"):
+        _settled(FinetuneConfig(adapter=Adapter(budget="5kB", output="scale")))
 
 
 def test_a_budget_decides_ranks_and_targets(tmp_path):

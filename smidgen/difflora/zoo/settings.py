@@ -114,7 +114,7 @@ def rates(config: ZooConfig) -> Rates:
 def adapter_config(config: ZooConfig) -> smidgen.SmidgenConfig:
     """The config of every adapter of the zoo; without targets those are the base's own."""
     chosen = config.adapter
-    named = {"r": chosen.rank, "alpha": chosen.alpha}
+    named = {"r": chosen.rank, "alpha": chosen.alpha, "output": chosen.output}
     named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
     given = {name: value for name, value in named.items() if value is not None}
     targets = None if chosen.target_modules is None else list(chosen.target_modules)

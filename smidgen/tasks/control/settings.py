@@ -97,5 +97,6 @@ def rates(config: ControlConfig) -> Rates:
     chosen, head = config.adapter, config.adapter.head_learning_rate
     if chosen.method == finetune.PROBE:
         return Rates(head, head, head)
-    usual = learning_rates(chosen.method, learning_kind(config.base, "control"), chosen.transform, chosen.residual)
+    members = (chosen.transform, chosen.residual, chosen.output)
+    usual = learning_rates(chosen.method, learning_kind(config.base, "control"), *members)
     return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate, head)

@@ -124,8 +124,7 @@ def _settled(config: FinetuneConfig) -> FinetuneConfig:
         raise ConfigError("The adapter to go on from decides what is trained; leave out --budget, or --from-adapter.")
     if chosen.budget is None:
         return config
-    others = {"rank": chosen.rank, "alpha": chosen.alpha, "transform": chosen.transform, "residual": chosen.residual}
-    clash = [name for name, value in others.items() if value is not None]
+    clash = [name for name in ("rank", "alpha", "transform", "residual", "output") if getattr(chosen, name) is not None]
     if clash or chosen.method not in (Adapter().method, BUDGETED):
         what = clash[0] if clash else f"method {chosen.method}"
         raise ConfigError(f"A budget decides what is trained and how; leave out {what}, or the budget.")

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from smidgen.adapters.budget import parse_bytes
 from smidgen.adapters.methods import Kind, Rates, learning_rates
-from smidgen.errors import ConfigError
+from smidgen.adapters.outputs import OUTPUTS
+from smidgen.errors import ConfigError, did_you_mean
 from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check
 
@@ -20,6 +21,9 @@ class Adapter:
     method: str = "svfit"  # one of `smidgen methods`, rotation+low_rank, peft:lora, linear_probe, or full
     transform: str | None = None  # replaces the method's
     residual: str | None = None  # replaces the method's
+    output: str | None = (
+        None  # output transform behind them, or in place of the method's: scale, magnitude, output_rotation
+    )
     rank: int | str | None = None  # of the residual: a number, full, or energy:0.99 (svfit)
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
@@ -34,6 +38,20 @@ class Adapter:
     def __post_init__(self) -> None:
         if self.budget is not None:
             parse_bytes(self.budget)  # raises where it is no number of bytes
+        check_output(self.output)
+
+
+def check_output(output: str | None) -> None:
+    """Refuse what is no output transform; a folder, which other tools' flag of this name takes, is told where it goes.
+
+    Raises:
+        ConfigError: with the nearest names.
+    """
+    if output is not None and output not in OUTPUTS:
+        raise ConfigError(
+            f"output {output!r} is no output transform.{did_you_mean(output, OUTPUTS)} Known: {', '.join(OUTPUTS)}. The folder "
+            "that everything is written to is out (--out)."
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ def rates(adapter: Adapter, family: Kind) -> Rates:
     head = adapter.head_learning_rate
     if adapter.method == PROBE:
         return Rates(head, head, head)
-    usual = learning_rates(adapter.method, family, adapter.transform, adapter.residual)
+    usual = learning_rates(adapter.method, family, adapter.transform, adapter.residual, adapter.output)
     return usual.chosen(adapter.learning_rate, adapter.transform_learning_rate, head)
 
 
@@ -74,10 +92,10 @@ def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
     import smidgen
     from smidgen.training import engine
 
-    if adapter.store_dtype is not None and (adapter.method in (PROBE, FULL) or adapter.method.startswith("peft:")):
-        raise ConfigError(
-            f"store_dtype is for smidgen's own methods, {adapter.method} is stored as it is; leave it out."
-        )
+    own = ("store_dtype", "transform", "residual", "output")
+    given = [name for name in own if getattr(adapter, name) is not None]
+    if given and (adapter.method in (PROBE, FULL) or adapter.method.startswith("peft:")):
+        raise ConfigError(f"{given[0]} is for smidgen's own methods, {adapter.method} has none; leave it out.")
     if adapter.method == PROBE:
         return engine.LinearProbe()
     if adapter.method == FULL:
@@ -85,6 +103,6 @@ def setup(adapter: Adapter, targets: Any, seed: int) -> Any:
     if adapter.method.startswith("peft:"):
         return engine.peft_config(adapter.method.removeprefix("peft:"), adapter.rank, adapter.alpha, targets)
     named = {"r": adapter.rank, "alpha": adapter.alpha, "transform": adapter.transform, "residual": adapter.residual}
-    named |= {"transform_rank": adapter.transform_rank, "store_dtype": adapter.store_dtype}
-    given = {name: value for name, value in named.items() if value is not None}
-    return smidgen.config(adapter.method, target_modules=targets, seed=seed, **given)
+    named |= {"transform_rank": adapter.transform_rank, "store_dtype": adapter.store_dtype, "output": adapter.output}
+    options = {name: value for name, value in named.items() if value is not None}
+    return smidgen.config(adapter.method, target_modules=targets, seed=seed, **options)

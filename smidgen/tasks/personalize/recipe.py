@@ -182,7 +182,7 @@ def adapter_setup(config: PersonalizeConfig, method: str, targets: list[str]) ->
 
         rank = chosen.rank if chosen.method == "lora" and isinstance(chosen.rank, int) else 4
         return peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    named = {"r": chosen.rank, "alpha": chosen.alpha}
+    named = {"r": chosen.rank, "alpha": chosen.alpha, "output": chosen.output}
     named |= {"transform_rank": chosen.transform_rank, "residual_rank": chosen.residual_rank}
     given = {name: value for name, value in named.items() if value is not None}
     return smidgen.config(method, target_modules=targets, seed=config.train.seed, **given)

@@ -7,6 +7,7 @@ from typing import Literal
 from smidgen.adapters.methods import Rates, learning_rates, parse_method
 from smidgen.bases.families import learning_kind
 from smidgen.errors import ConfigError
+from smidgen.tasks.finetune.settings import check_output
 from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check, check_value
 
@@ -80,6 +81,7 @@ class Adapter:
     """What is trained. None leaves a choice to the method's own defaults."""
 
     method: str = "tlora"  # one of `smidgen methods`, tlora(2,6) and the like, or a pair such as rotation+low_rank
+    output: str | None = None  # output transform behind it, or in place of its own: scale, magnitude, output_rotation
     rank: int | str | None = None  # r of the residual: a number, full, or energy:0.99 (svfit)
     alpha: float | None = None  # strength of the residual at 1.0, where the method has one
     transform_rank: int | None = None  # ring rank of tlora's transform
@@ -98,6 +100,7 @@ class Adapter:
 
     def __post_init__(self) -> None:
         parse_method(self.method)  # raises where there is none
+        check_output(self.output)
         if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
             raise ConfigError("text_encoder_learning_rate is for --train-text-encoder, which is off.")
 
@@ -165,7 +168,8 @@ def rates(config: PersonalizeConfig, method: str) -> Rates:
     chosen, kind = config.adapter, learning_kind(config.base)
     if method == PEFT_LORA:
         return learning_rates("peft:lora", kind)
-    return learning_rates(method, kind).chosen(chosen.learning_rate, chosen.transform_learning_rate)
+    usual = learning_rates(method, kind, output=chosen.output)
+    return usual.chosen(chosen.learning_rate, chosen.transform_learning_rate)
 
 
 def text_rates(config: PersonalizeConfig, method: str) -> Rates:
