@@ -131,7 +131,7 @@ class _Turns:
 
     def _delta(self, trained: dict[str, Tensor], prefix: str) -> Tensor:
         if prefix == "transform":
-            return self.kind.transform_matrix(self.weight, self.slot.transform_excess(trained).double(), self.base)
+            return self.kind.transform_matrix(self.weight, lambda rows: self.slot.row_shift(rows, trained), self.base)
         assert self.slot.residual is not None
         own = {name[len("residual_") :]: v for name, v in trained.items() if name.startswith("residual_")}
         return self.slot.residual.factors(self.frozen["residual"] | own).dense()

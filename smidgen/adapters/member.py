@@ -95,6 +95,12 @@ class Transform(Member):
         """
         raise ConfigError(f"A {self.name!r} transform has no fit, so it cannot be extracted.")
 
+    def row_shift(self, rows: Tensor, tensors: Tensors) -> Tensor:
+        """rows (T - I) over the last axis: [..., width] -> [..., width], which is what T does to the rows of a weight; exactly zero
+        at the start. By the dense T, width^2 a row; a member whose T has a structure says it with that."""
+        dense = self.matrix(tensors)
+        return rows @ (dense - torch.eye(self.width, dtype=dense.dtype, device=dense.device)).to(rows.dtype)
+
     def matrix(self, tensors: Tensors) -> Tensor:
         """T as a dense matrix [width, width]."""
         like = next(iter(tensors.values()))

@@ -28,7 +28,8 @@ from smidgen.adapters.tuner.canary import (
     CANARY_SAME,
     CANARY_TIES,
     delta_error,
-    delta_sketches,
+    delta_sketch,
+    deltas,
     head_sketches,
     moving_advice,
     read_canary,
@@ -379,9 +380,14 @@ def _verify_layers(
                 report.fail(problem)
     named = renames.in_file(called, layers)
     rounded = tensors is not None and own.store_dtype != "float32"
-    sketches = delta_sketches(named, name, _in_file(named, name, own, tensors or {}) if rounded else None)
-    for target, row in zip(sorted(layers, key=lambda n: called.get(n, n)), sketches, strict=True):
-        report.norms[target] = float(row[0] / matrices[target].float().norm().clamp(min=1e-30))
+    found = deltas(named, name, _in_file(named, name, own, tensors or {}) if rounded else None)
+    rows, shifts = list[Tensor](), dict[str, tuple[float, float]]()
+    for target, delta in zip(sorted(layers, key=lambda n: called.get(n, n)), found, strict=True):
+        rows.append(delta_sketch(delta))
+        report.norms[target] = float(rows[-1][0] / matrices[target].float().norm().clamp(min=1e-30))
+        with _unmerged(layers[target]):
+            shifts[target] = output_error(layers[target], name, None if rounded else delta)
+    sketches = torch.stack(rows)
     if not bool(torch.isfinite(sketches).all()):
         report.fail("The adapter's deltas are not finite on this base.")
         return
@@ -396,9 +402,7 @@ def _verify_layers(
                 f"The deltas rebuilt on this base differ by {report.canary_error:.1%} from the ones that were saved "
                 f"(at most {most:.1%} is accepted).{moving_advice(own)}"
             )
-    for target, layer in layers.items():
-        with _unmerged(layer):
-            error, most = output_error(layer, name)
+    for target, (error, most) in shifts.items():
         report.output_error = max(report.output_error, error)
         if not error <= most:
             report.fail(f"Layer {target!r} does not apply its delta: output shift is off by {error:.1%}.")
@@ -454,15 +458,16 @@ def _is_cast(layer: AdaptedLayer) -> bool:
     return any(t.is_floating_point() and t.dtype.itemsize < 4 for t in held)
 
 
-def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
-    """(relative error of the layer's output shift on a fixed probe against x @ delta^T, what its dtype allows)."""
+def output_error(layer: AdaptedLayer, name: str, delta: Tensor | None = None) -> tuple[float, float]:
+    """(relative error of the layer's output shift on a fixed probe against x @ delta^T, what its dtype allows); ``delta`` may be
+    given by who has made it already."""
+    delta = (layer.delta_matrix(name) if delta is None else delta).float()
     base: Any = layer.base_layer
     weight = layer._original()
     if is_stack(layer):
-        return _weight_error(layer, name, weight)
+        return _weight_error(layer, name, weight, delta)
     dtype = _computes_in(base, weight)
     x = probe(layer).to(weight.device, dtype)
-    delta = layer.delta_matrix(name).float()
     if isinstance(layer.kind, LinearKind):
         expected = x.float() @ delta.T
     else:
@@ -480,9 +485,9 @@ def output_error(layer: AdaptedLayer, name: str) -> tuple[float, float]:
     return float((found - expected).norm()) / size, OUTPUT_ERROR.get(dtype, 0.05) + rounding / size
 
 
-def _weight_error(layer: AdaptedLayer, name: str, weight: Tensor) -> tuple[float, float]:
+def _weight_error(layer: AdaptedLayer, name: str, weight: Tensor, delta: Tensor) -> tuple[float, float]:
     """The same of fused experts: of what is added to their weight."""
-    delta, strength = layer.kind.unmatrix(layer.delta_matrix(name).float(), layer.base_layer), layer.scaling[name]
+    delta, strength = layer.kind.unmatrix(delta, layer.base_layer), layer.scaling[name]
     layer.scaling[name] = 1.0
     try:
         found = layer.shifted_weight([name]).float() - weight.float()

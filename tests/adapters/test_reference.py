@@ -114,6 +114,28 @@ def test_diagonal() -> None:
     assert t.count() == 5
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "options"),
+    [
+        ("diagonal", 6, {}),
+        ("rotation", 12, {"block_size": 4}),
+        ("tensor_ring", 24, {}),
+        ("tensor_ring", 29, {"rank": 1}),  # padded
+        ("tensor_ring", 12, {"rank": 2}),  # by the dense T, which costs less here
+        ("tensor_ring", 400, {"rank": 2, "mode_shape": [20, 20]}),  # by halves of the ring
+        ("tensor_ring", 399, {"rank": 2, "init": "paper", "mode_shape": [4, 5, 20]}),
+        ("tensor_ring", 5, {"rank": 1, "order": 1}),
+    ],
+)
+def test_what_a_transform_does_to_the_rows_of_a_weight(name: str, width: int, options: dict[str, object]) -> None:
+    t = build(TRANSFORMS, "transform", name, width, **options)
+    own, rows = numbers(t), noise(2, 3, width, seed=8)
+    excess = t.matrix(own) - torch.eye(width, dtype=torch.float64)
+    testing.close(t.row_shift(rows, own), rows @ excess, "rows (T - I)", torch.float32)  # the paper's start has 1 / R
+    start = {n: value.float() for n, value in t.start("s").items()} | t.constants("s")
+    assert not t.row_shift(rows.float(), start).any()
+
+
 # ---- residuals ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from smidgen.errors import ConfigError
 
+_BLOCK = 2**20  # numbers of an intermediate at a time: inside the caches
+
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
     """The dense matrix T [I, I] of ring cores [bond, bond, I_d, I_d], with I = I_1 ... I_D.
@@ -33,6 +35,53 @@ def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
     left, right = reduce(join_matrices, cores[:split]), reduce(join_matrices, cores[split:])
     dense = torch.einsum("abij,bakl->ikjl", left, right)
     return dense.reshape(left.shape[2] * right.shape[2], left.shape[3] * right.shape[3])
+
+
+def halves(modes: Sequence[int]) -> tuple[int, int]:
+    """Widths of the two halves that cost least: of a ring of these modes; the second is 1 for a single core.
+
+    Example:
+        >>> halves((8, 16, 16))
+        (128, 16)
+    """
+    split = _split(tuple(modes))
+    return math.prod(modes[:split]), math.prod(modes[split:])
+
+
+def ring_rows_difference(rows: Tensor, cores: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """rows (T - T') over the last axis, for the ring matrices T and T' of two lists of cores, in 2 R^2 products with Kronecker
+    factors and without a cancellation of large numbers: T - T' = sum_rs (L - L')[r, s] kron M[s, r] + L'[r, s] kron (M - M')[s, r].
+
+    Example:
+        >>> a, b = ([torch.randn(2, 2, n, n) for n in (2, 3)] for _ in range(2))
+        >>> rows = torch.randn(5, 6)
+        >>> torch.allclose(ring_rows_difference(rows, a, b), rows @ (ring_matrix(a) - ring_matrix(b)), atol=1e-4)
+        True
+    """
+    _check(cores, 4)
+    split = _split(_modes(cores))
+    (left, right), (left0, right0) = (_halved(each, split) for each in (cores, others))
+    lefts = torch.cat([left - left0, left0]).to(rows.dtype)  # [2 R^2, a, a]
+    rights = torch.cat([right, right - right0]).to(rows.dtype)  # [2 R^2, b, b]
+    terms, a, b = len(lefts), lefts.shape[-1], rights.shape[-1]
+    first, second = (
+        rights.transpose(0, 1).reshape(b, -1),
+        lefts.permute(2, 1, 0).reshape(a, -1),
+    )  # [b, terms b], [a, a terms]
+    blocks = rows.reshape(-1, a * b).split(max(1, _BLOCK // (a * b * terms)))
+    moved = [second @ (block.reshape(-1, b) @ first).view(len(block), a * terms, b) for block in blocks]
+    return torch.cat(moved).reshape(rows.shape)
+
+
+def _halved(cores: Sequence[Tensor], split: int) -> tuple[Tensor, Tensor]:
+    """L [R^2, a, a] over (r, s) and M [R^2, b, b] over (s, r), both with (r, s) in the same order."""
+    left = reduce(join_matrices, cores[:split])
+    if split == len(cores):
+        bond = left.shape[0]
+        right = torch.eye(bond, dtype=left.dtype, device=left.device)[:, :, None, None]
+    else:
+        right = reduce(join_matrices, cores[split:])
+    return left.flatten(0, 1), right.transpose(0, 1).flatten(0, 1)
 
 
 def ring_vector_factors(out_cores: Sequence[Tensor], in_cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,9 @@ class Diagonal(Transform):
     def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
         return x + x * tensors["e"].to(x.dtype)
 
+    def row_shift(self, rows: Tensor, tensors: Tensors) -> Tensor:
+        return rows * tensors["e"].to(rows.dtype)
+
     def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         """Each feature by itself."""
         return {"e": (weight * change).sum(0) / weight.square().sum(0).clamp(min=1e-300)}

@@ -82,5 +82,9 @@ class Rotation(BlockRotation, Transform):
     def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
         return x + self.shift(x, tensors)
 
+    def row_shift(self, rows: Tensor, tensors: Tensors) -> Tensor:
+        pieces = rows.unflatten(-1, (self.blocks, self.block))
+        return torch.einsum("...ki,kij->...kj", pieces, self.excess(tensors, rows.dtype)).flatten(-2)
+
     def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         return {"q": self.nearest(weight, change)}

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from smidgen.adapters.linalg.kronecker import kronecker_apply
 from smidgen.adapters.linalg.least_squares import fit_ring_matrix
 from smidgen.adapters.linalg.shapes import MOST_MODES, factorize, smooth_width
-from smidgen.adapters.linalg.tensor_ring import ring_matrix
+from smidgen.adapters.linalg.tensor_ring import halves, ring_matrix, ring_rows_difference
 from smidgen.adapters.member import Tensors, Transform, stable_noise, whole_rank
 from smidgen.errors import ConfigError, shown
 
@@ -76,22 +76,47 @@ class TensorRingTransform(Transform):
         return core
 
     def apply(self, x: Tensor, tensors: Tensors) -> Tensor:
-        padded = F.pad(x, (0, self.padded - self.width)) if self.padded != self.width else x
+        padded = self._padded(x)
         if self.rank == 1:
-            factors = [tensors[f"start{d}"][0, 0] + tensors[f"e{d}"][0, 0] for d in range(len(self.modes))]
-            wide = torch.promote_types(x.dtype, factors[0].dtype)  # E is small beside I: never rounded to 16 bits
-            y = kronecker_apply([f.to(wide) for f in factors], padded.to(wide)).to(x.dtype)
+            wide = torch.promote_types(x.dtype, tensors["e0"].dtype)  # E is small beside I: never rounded to 16 bits
+            y = kronecker_apply([f.to(wide) for f in self._factors(tensors)], padded.to(wide)).to(x.dtype)
         else:
             y = padded + padded @ self.excess(tensors).to(x.dtype).mT
-        return y[..., : self.width].contiguous() if self.padded != self.width else y
+        return self._cut(y)
+
+    def row_shift(self, rows: Tensor, tensors: Tensors) -> Tensor:
+        padded = self._padded(rows)
+        if self.rank == 1:
+            wide = torch.promote_types(rows.dtype, tensors["e0"].dtype)
+            factors = [f.to(wide).mT for f in self._factors(tensors)]
+            return self._cut((kronecker_apply(factors, padded.to(wide)) - padded).to(rows.dtype))
+        cores, start = self._cores(tensors)
+        if 2 * self.rank**2 * sum(halves(self.modes)) < self.padded:
+            return self._cut(ring_rows_difference(padded, cores, start).to(rows.dtype))
+        return self._cut(padded @ self.excess(tensors).to(rows.dtype))
 
     def excess(self, tensors: Tensors) -> Tensor:
         """T - I as a dense matrix in the trained dtype; exactly zero at the start, whatever the ring rank."""
+        cores, start = self._cores(tensors)
+        return ring_matrix(cores) - ring_matrix(start)
+
+    def _cores(self, tensors: Tensors) -> tuple[list[Tensor], list[Tensor]]:
+        """The cores, and those of the start."""
         start = [tensors[f"start{d}"] for d in range(len(self.modes))]
-        return ring_matrix([s + tensors[f"e{d}"] for d, s in enumerate(start)]) - ring_matrix(start)
+        return [s + tensors[f"e{d}"] for d, s in enumerate(start)], start
+
+    def _factors(self, tensors: Tensors) -> list[Tensor]:
+        """The Kronecker factors [I_d, I_d] of rank 1."""
+        return [core[0, 0] for core in self._cores(tensors)[0]]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, (0, self.padded - self.width)) if self.padded != self.width else x
+
+    def _cut(self, y: Tensor) -> Tensor:
+        return y[..., : self.width].contiguous() if self.padded != self.width else y
 
     def fit(self, weight: Tensor, change: Tensor, tensors: Tensors) -> dict[str, Tensor]:
         """A few sweeps of alternating least squares over the cores, from the given ones."""
-        starts = [tensors[f"start{d}"] for d in range(len(self.modes))]
-        cores = fit_ring_matrix(weight, weight + change, [s + tensors[f"e{d}"] for d, s in enumerate(starts)])
+        given, starts = self._cores(tensors)
+        cores = fit_ring_matrix(weight, weight + change, given)
         return {f"e{d}": core - start for d, (core, start) in enumerate(zip(cores, starts, strict=True))}

@@ -7,7 +7,7 @@ not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,11 +23,20 @@ from smidgen.errors import AdapterFileError, BaseLockError
 CANARY_SAME, CANARY_CAST, CANARY_TIES = 2e-3, 0.15, 7e-3
 
 
-def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers | None = None) -> Tensor:
-    """[layers, 2 + PROBES] fp32 over the sorted names: norm and probes of each delta matrix, of the live numbers or others."""
+def deltas(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers | None = None) -> Iterator[Tensor]:
+    """The delta matrix of each layer, one at a time, over the sorted names: of the live numbers or others."""
     own = Numbers({}) if numbers is None else numbers
-    deltas = (layers[n].delta_matrix(adapter_name, own.stored.get(n), own.weights.get(n)) for n in sorted(layers))
-    return torch.stack([sketch(delta.flatten(0, -2)) for delta in deltas])
+    return (layers[n].delta_matrix(adapter_name, own.stored.get(n), own.weights.get(n)) for n in sorted(layers))
+
+
+def delta_sketch(delta: Tensor) -> Tensor:
+    """[2 + PROBES] fp32: norm and probes of a delta matrix."""
+    return sketch(delta.flatten(0, -2))
+
+
+def delta_sketches(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers | None = None) -> Tensor:
+    """[layers, 2 + PROBES] fp32 over the sorted names: :func:`delta_sketch` of each of :func:`deltas`."""
+    return torch.stack([delta_sketch(delta) for delta in deltas(layers, adapter_name, numbers)])
 
 
 def make_canary(layers: Mapping[str, ShiftLayer], adapter_name: str, numbers: Numbers) -> dict[str, Any]:

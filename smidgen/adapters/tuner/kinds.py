@@ -61,9 +61,9 @@ class LinearKind:
         """Inverse of :meth:`matrix`."""
         return matrix
 
-    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
-        """W (T - I) as [rows, cols], given T - I."""
-        return matrix @ excess
+    def transform_matrix(self, matrix: Tensor, shift: Map, layer: Layer) -> Tensor:
+        """W (T - I) as [rows, cols], by a map of rows [groups, n, width] to those rows (T - I)."""
+        return shift(self.transform_rows(matrix, layer)).reshape(matrix.shape)
 
     def transform_rows(self, matrix: Tensor, layer: Layer) -> Tensor:
         """What a transform multiplies, [groups, n, width]: W (T - I) of a matrix [rows, cols] is each group times T - I."""
@@ -148,12 +148,9 @@ class Conv2dKind:
     def unmatrix(self, matrix: Tensor, layer: Layer) -> Tensor:
         return matrix.reshape(layer.weight.shape)
 
-    def transform_matrix(self, matrix: Tensor, excess: Tensor, layer: Layer) -> Tensor:
-        groups = layer.groups
-        if groups == 1:
-            excess = excess[None]
-        w = matrix.reshape(groups, matrix.shape[0] // groups, excess.shape[-1], -1)
-        return torch.einsum("goik,gij->gojk", w, excess).reshape(matrix.shape)
+    def transform_matrix(self, matrix: Tensor, shift: Map, layer: Layer) -> Tensor:
+        moved = shift(self.transform_rows(matrix, layer))
+        return moved.unflatten(1, (matrix.shape[0] // layer.groups, -1)).transpose(2, 3).reshape(matrix.shape)
 
     def transform_rows(self, matrix: Tensor, layer: Layer) -> Tensor:
         groups = layer.groups

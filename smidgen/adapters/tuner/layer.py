@@ -256,7 +256,7 @@ class ShiftLayer(nn.Module):
         """s (W (T - I) + D) of a base weight [rows, cols] in fp32 or better."""
         total = torch.zeros_like(w)
         if slot.transform is not None:
-            moved = self.kind.transform_matrix(w, slot.transform_excess(trained).to(w.dtype), self.base_layer)
+            moved = self.kind.transform_matrix(w, lambda rows: slot.row_shift(rows, trained), self.base_layer)
             total = moved if strength == 1 else strength * moved
         return total if slot.residual is None else total + slot.factors(trained).weighed(strength).dense().to(w.dtype)
 

@@ -316,12 +316,14 @@ class Slot(nn.Module):
         own = {*self.output.shapes(), *NORMS}
         return self._each_group(self.output.shift, y, self.tensors("output", trained), own)
 
-    def _each_group(self, function: Callable[..., Tensor], x: Tensor, tensors: Tensors, own: Container[str]) -> Tensor:
-        """A function of features, with each group's own tensors in a grouped convolution."""
+    def _each_group(
+        self, function: Callable[..., Tensor], x: Tensor, tensors: Tensors, own: Container[str], axis: int = -2
+    ) -> Tensor:
+        """A function of features, with each group's own tensors in a grouped convolution, whose groups are that axis."""
         if self.groups == 1:
             return function(x, tensors)
         dims = {name: 0 if name in own else None for name in tensors}
-        return torch.vmap(function, in_dims=(-2, dims), out_dims=-2)(x, tensors)
+        return torch.vmap(function, in_dims=(axis, dims), out_dims=axis)(x, tensors)
 
     def output_excess(self, matrix: Tensor, trained: Tensors | None = None) -> Tensor:
         """(S - I) M of a matrix [rows, n], or of each of [groups, rows, n]."""
@@ -330,16 +332,12 @@ class Slot(nn.Module):
         pieces = matrix.reshape(self.groups, -1, matrix.shape[-1])
         return self.output_shift(pieces.permute(2, 0, 1), trained).permute(1, 2, 0).reshape(matrix.shape)
 
-    def transform_excess(self, trained: Tensors | None = None) -> Tensor:
-        """T - I in the trained dtype: [width, width], or [groups, width, width] in a grouped convolution."""
+    def row_shift(self, rows: Tensor, trained: Tensors | None = None) -> Tensor:
+        """rows (T - I) of rows [groups, n, width], each group with its own T."""
         assert self.transform is not None
-        width = self.transform.width
-        some = next(iter(self.tensors("transform", trained).values()))
-        eye = torch.eye(width, dtype=some.dtype, device=some.device)
-        if self.groups == 1:
-            return self.transformed(eye, trained).mT - eye
-        stacked = eye[:, None, :].expand(width, self.groups, width)
-        return self.transformed(stacked, trained).permute(1, 2, 0) - eye
+        return self._each_group(
+            self.transform.row_shift, rows, self.tensors("transform", trained), self.transform.shapes(), axis=0
+        )
 
     def factors(self, trained: Tensors | None = None) -> Factors:
         """The residual's factors, leading with an axis [experts] where it has that axis."""
