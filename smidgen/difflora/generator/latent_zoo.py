@@ -25,6 +25,7 @@ from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import DataError
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
+from smidgen.training.quick import quick_attention
 from smidgen.training.randomness import examples, stream
 
 FILE = "zoo.safetensors"
@@ -94,7 +95,9 @@ class AutoDecoderTask:
         self.release()
         owners = [row for row in range(len(rows)) for _ in range(self.shown)]
         self._held.enter_context(self.bank.holding(self.layout.unpack(rows), rows=owners))
-        return self.pictures.errors(self.model, batch).unflatten(0, (len(rows), self.shown)).sum(1)
+        with quick_attention():
+            errors = self.pictures.errors(self.model, batch)
+        return errors.unflatten(0, (len(rows), self.shown)).sum(1)
 
     def release(self) -> None:
         """Lets the last batch's adapters go; they stay until here, as gradient checkpointing runs layers in backward."""

@@ -113,8 +113,8 @@ class Layout:
         """Inverse of :meth:`pack`: [..., size] -> target -> name -> [..., *shape], views with gradients."""
         self.check_width(rows)
         out: dict[str, dict[str, Tensor]] = {}
-        for entry in self.entries:
-            part = rows[..., entry.columns]
+        parts = rows.split([entry.size for entry in self.entries], -1)  # one gradient for all of them
+        for entry, part in zip(self.entries, parts, strict=True):
             out.setdefault(entry.key, {})[entry.side] = part.reshape(*rows.shape[:-1], *entry.shape)
         return out
 

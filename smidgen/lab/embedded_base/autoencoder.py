@@ -22,7 +22,8 @@ from smidgen.bases.embedded import WIDE_FLOW, embedded_base
 from smidgen.bases.embedded.layers import in_int8, tensors_of
 from smidgen.lab.embedded_base import draw
 from smidgen.lab.embedded_base.config import Config
-from smidgen.lab.embedded_base.run import PARTS, Run, mixed
+from smidgen.lab.embedded_base.run import PARTS, Run
+from smidgen.training.quick import mixed
 
 log = logging.getLogger(__name__)
 KL_WEIGHT = 3e-4

@@ -33,7 +33,8 @@ from smidgen.lab.embedded_base import card, draw, text
 from smidgen.lab.embedded_base.autoencoder import of_world, shipped
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.export import read_by_all
-from smidgen.lab.embedded_base.run import PARTS, Run, mixed
+from smidgen.lab.embedded_base.run import PARTS, Run
+from smidgen.training.quick import mixed
 
 log = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model.safetensors"

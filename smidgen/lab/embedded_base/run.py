@@ -37,11 +37,6 @@ def save_weights(path: Path, module: nn.Module, numbers: dict[str, float]) -> No
     replace_file(path, save(tensors, {n: repr(v) for n, v in numbers.items()}))
 
 
-def mixed() -> torch.autocast:
-    """bf16 where the processor multiplies in it; emulated, a step takes twenty times as long as in fp32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-
-
 def step_generator(seed: int, step: int, part: int) -> torch.Generator:
     """The randomness of one part of a step, the same whenever and wherever it is made."""
     return torch.Generator().manual_seed(seed * 1_000_000_007 + step * PARTS + part)
