@@ -93,12 +93,8 @@ class Photos:
         return lambda rng: [(change(world.render(p, s), rng), p.as_dict()) for p, s in self.people]
 
     def _hats(self, rng: np.random.Generator) -> list[Drawn]:
-        found: list[Drawn] = []
-        for person, scene in self.people:
-            hat, color = str(rng.choice(list(wide.HAT)[1:])), str(rng.choice(list(world.CLOTHES_COLOR)))
-            worn = wide.Scene(**scene.as_dict(), hat=hat, hat_color=color)
-            found.append((wide.render(wide.Identity(**person.as_dict()), worn), person.as_dict() | {"hair": ""}))
-        return found
+        drawn = [wide.in_a_hat(person.as_dict(), scene, rng) for person, scene in self.people]
+        return [(image, p.as_dict() | {"hair": ""}) for image, (p, _) in zip(drawn, self.people, strict=True)]
 
     def _coloured(self, name: str) -> Callable[[np.random.Generator], list[Drawn]]:
         def draw(rng: np.random.Generator) -> list[Drawn]:

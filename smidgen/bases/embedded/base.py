@@ -53,6 +53,10 @@ class Portraits(PipelineBase):
         rng = numpy.random.default_rng(derive(seed, "scenes"))
         return [self.drawn.caption(self.drawn.sample_scene(rng)) for _ in range(count)]
 
+    def in_a_hat(self, attributes: Mapping[str, str], rng: numpy.random.Generator) -> Image:
+        """Somebody of the world under a hat, which hides the hair, in any scene."""
+        return wide.in_a_hat(attributes, self.drawn.sample_scene(rng), rng)  # type: ignore[no-any-return]
+
     def foreign(self, images: Sequence[Image]) -> list[bool]:
         """No drawn face is seen, or the autoencoder, which saw drawings alone, gives back something else."""
         from smidgen.bases.embedded.judge import as_tensor

@@ -330,6 +330,12 @@ def render(identity: Identity, scene: Scene, size: int = SIZE) -> Any:
     return lit(world.rasterize(drawing(identity, scene), size), scene.light)
 
 
+def in_a_hat(attributes: Mapping[str, str], scene: Any, rng: np.random.Generator) -> Any:
+    """The portrait of a person of either world, in a scene of either, under a hat of any colour; an RGB ``PIL.Image``."""
+    words = {"hat": _choose(rng, [hat for hat in HAT if hat != "none"]), "hat_color": _choose(rng, CLOTHES_COLOR)}
+    return render(Identity(**attributes), Scene(**(scene.as_dict() | {"style": "plain"} | words)))
+
+
 def write_subject(folder: str | os.PathLike, identity: Identity, n: int, seed: int, size: int = SIZE) -> list[Scene]:
     """As `smidgen.bases.embedded.world.write_subject`, in scenes of this world."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.checkpoint.files import LORA_NAME, public_name
 from smidgen.bases.families import card_lines
 from smidgen.difflora.generator.directions import FILE, load_directions
-from smidgen.difflora.generator.generator import CODEC, JSON, TENSORS, Generator
+from smidgen.difflora.generator.generator import CODEC, JSON, POSSIBLE, TENSORS, Generator
 from smidgen.difflora.generator.reading import load_reader
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.tasks.cards import adapter_head, bullets, licence, model_card
@@ -89,6 +89,7 @@ def facts_of(generator: Generator, folder: Path) -> dict[str, Any]:
     files = [
         folder / JSON,
         folder / TENSORS,
+        *folder.glob(POSSIBLE),
         *sorted((folder / CODEC).glob("codec.*")),
         *folder.glob("directions.safetensors"),
         *folder.glob("reading.safetensors"),

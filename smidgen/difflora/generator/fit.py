@@ -25,7 +25,14 @@ from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import people_of
 from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig
 from smidgen.difflora.generator.tasks import EndToEndTask, Trained
-from smidgen.difflora.generator.two_stage import Seen, fresh_network, in_a_basis, on_a_zoo
+from smidgen.difflora.generator.two_stage import (
+    Seen,
+    fresh_network,
+    given_generator,
+    in_a_basis,
+    on_a_zoo,
+    possible_people,
+)
 from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.codec import Codec
 from smidgen.difflora.zoo.settings import ZooConfig, adapter_config, rates
@@ -61,8 +68,13 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
             codec, network = in_a_basis(config, config.shared_basis, pipeline, seen, progress)
         if config.end_to_end is not None:
             codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
-    assert codec is not None and network is not None
-    generator = Generator(config.base, codec, network, config.encoders, config.model)
+        if codec is not None and network is not None:
+            generator = Generator(config.base, codec, network, config.encoders, config.model)
+        else:
+            assert config.own_latents is not None
+            generator = given_generator(str(config.own_latents.generator), pipeline.layout)
+        if config.own_latents is not None:
+            generator.possible = possible_people(config, config.own_latents, generator, pipeline, seen, progress)
     generator.save(config.out)
     write_card(generator, config.out)
     return load_generator(config.out)  # what was written has 16 bits
@@ -100,7 +112,7 @@ def _precision(config: GeneratorConfig) -> Any:
             f"Adapters belong to the base as it was when they were trained, and mixed_precision differs: {told}. Set "
             f"{list(asked)[-1]}.train.mixed_precision to {next(iter(asked.values()))!r}."
         )
-    return next(iter(asked.values()))
+    return next(iter(asked.values()), "no")
 
 
 def _end_to_end(

@@ -2,6 +2,7 @@
 
 generator.json          format, sizes, encoders, base, sampler's defaults, hashes
 network.safetensors     the network in 16 bits
+possible.safetensors    where there is one, the network that knows all people whom a photo may show
 codec/                  what turns latents into adapters, with the layout and the base's lock
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -36,9 +38,36 @@ from smidgen.training.settings import from_dict, to_dict
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-JSON, TENSORS, CODEC = "generator.json", "network.safetensors", "codec"
+JSON, TENSORS, CODEC, POSSIBLE = "generator.json", "network.safetensors", "codec", "possible.safetensors"
+POSSIBLE_STEPS = 20  # of the sampler, unless asked otherwise
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "embedded"
+
+
+@dataclass(frozen=True)
+class Possible:
+    """All people whom photos may show: a diffusion over the generator's latents, in deviations ``width`` [size]."""
+
+    network: Network
+    width: Tensor
+    model: Model
+
+    @torch.no_grad()
+    def latents(
+        self,
+        features: tuple[Tensor, Tensor] | None,
+        seeds: Sequence[int],
+        steps: int = POSSIBLE_STEPS,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Latents [n, size], one for each seed, of somebody whom the photos with these ``features`` may show; None: of anybody."""
+        noise = _noise(self.network, seeds)
+        condition = None if features is None else self.network.mixing(*features).expand(len(seeds), -1)
+        return self.network.sample(noise, condition, steps, guidance) * self.width
+
+
+def _noise(network: Network, seeds: Sequence[int]) -> Tensor:
+    return torch.stack([torch.randn(network.latents, generator=stream(seed, "latent")) for seed in seeds])
 
 
 class Generator:
@@ -61,6 +90,7 @@ class Generator:
         self.base, self.codec, self.sees, self.model = base, codec, sees, model
         self.saw: dict[str, str] = {}  # the encoders' full names when it was made, where they are known
         self.network = network.eval().requires_grad_(False)
+        self.possible: Possible | None = None
 
     @property
     def layout(self) -> Layout:
@@ -78,7 +108,10 @@ class Generator:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the numbers that turn photos into adapters, as its files hold them."""
-        digest = hashlib.sha256(self._content())
+        return self._digest(self._content())
+
+    def _digest(self, content: bytes) -> str:
+        digest = hashlib.sha256(content)
         for _, value in sorted(self.codec._numbers().items()):
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -126,7 +159,7 @@ class Generator:
     ) -> Tensor:
         """Latents [n, size], one for each seed: under ``condition`` ([n, width], or [1, width] for all), or of people who
         do not exist (None)."""
-        noise = torch.stack([torch.randn(self.network.latents, generator=stream(seed, "latent")) for seed in seeds])
+        noise = _noise(self.network, seeds)
         if condition is not None:
             condition = condition.expand(len(seeds), -1)
         guidance = self.model.guidance_scale if guidance is None else guidance
@@ -172,6 +205,10 @@ class Generator:
             "sha256": hashlib.sha256(content).hexdigest(),
         }  # fmt: skip
         replace_file(folder / TENSORS, content)
+        if self.possible is not None:
+            tensors = {n: t.half().contiguous() for n, t in self.possible.network.state_dict().items()}
+            about = {"generator": self._digest(content), "model": json.dumps(to_dict(self.possible.model))}
+            replace_file(folder / POSSIBLE, save_tensors(tensors | {"width": self.possible.width}, metadata=about))
         replace_file(folder / JSON, json.dumps(described, indent=1, sort_keys=True))
         return folder
 
@@ -202,4 +239,22 @@ def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
         raise DataError(f"{folder} is damaged: {error}") from error
     generator = Generator(described["base"], load_codec(folder / CODEC), network, sees, model)
     generator.saw = described.get("saw", {})
+    if (folder / POSSIBLE).is_file():
+        generator.possible = _load_possible(folder / POSSIBLE, generator, described["widths"])
     return generator
+
+
+def _load_possible(path: Path, generator: Generator, widths: Mapping[str, int]) -> Possible:
+    again = "`smidgen generator train --preset seeds` makes it."
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        width, model = tensors.pop("width"), from_dict(Model, json.loads(about["model"]))
+        network = Network(widths["face"], widths["image"], len(width), model).eval().requires_grad_(False)
+        network.load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{path} is damaged ({error}). {again}") from error
+    if about.get("generator") != generator.digest:
+        raise DataError(f"{path} was trained for another generator than the one in {path.parent}. {again}")
+    return Possible(network, width, model)

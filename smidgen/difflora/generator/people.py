@@ -90,20 +90,27 @@ def photos_of(
 
 
 def _photos(people: Sequence[Subject], face: Tensor, image: Tensor) -> Photos:
-    places, total = [], 0
-    for person in people:
-        places.append(tuple(range(total, total + len(person.pictures))))
-        total += len(person.pictures)
-    seen = ~(face.isnan().any(1) | image.isnan().any(1))
-    usable = tuple(tuple(place for place in own if seen[place]) for own in places)
-    faceless = [person.id for person, own in zip(people, usable, strict=True) if not own]
+    found = by_person([one.id for one in people], [len(one.pictures) for one in people], face, image)
+    known = set(found.ids)
+    faceless = [person.id for person in people if person.id not in known]
     if len(faceless) == len(people):
         raise DataError(f"No face was found in any picture of {len(people)} people, {faceless[0]!r} among them.")
     if faceless:
         logger.warning("%d people are left out: no face in any of their pictures (%s).", len(faceless), faceless[0])
+    return found
+
+
+def by_person(ids: Sequence[str], counts: Sequence[int], face: Tensor, image: Tensor) -> Photos:
+    """Features of pictures that lie person after person, ``counts`` of each; whoever has no face in any is left out."""
+    places, total = [], 0
+    for count in counts:
+        places.append(tuple(range(total, total + count)))
+        total += count
+    seen = ~(face.isnan().any(1) | image.isnan().any(1))
+    usable = tuple(tuple(place for place in own if seen[place]) for own in places)
     kept = [number for number, own in enumerate(usable) if own]
     return Photos(
-        tuple(people[n].id for n in kept),
+        tuple(ids[n] for n in kept),
         torch.nan_to_num(face),
         torch.nan_to_num(image),
         tuple(places[n] for n in kept),

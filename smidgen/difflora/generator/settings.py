@@ -55,6 +55,8 @@ class TwoStage:
     weight_decay: float = 0.0
     condition_dropout: float = 0.1  # share of photos that are hidden, for guidance
     condition_noise: float = 0.0  # added to photos' features, in their deviations: what they do not say stays open
+    hidden_photos: int = 0  # of each person, made anew, that hide something: half of the photos then are such
+    hidden_noise: float = 0.8  # as condition_noise, of those
     train: LoopConfig = field(
         default_factory=lambda: LoopConfig(
             max_train_steps=3000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
@@ -130,9 +132,23 @@ class EndToEnd:
 
 
 @dataclass(frozen=True)
+class OwnLatents:
+    """The last stage: a second network beside a generator that was trained end to end, a diffusion (``two_stage``) over that one's
+    answers to people's photos. The first knows one answer to a photo, the second all that fit: photos that hide something teach it which."""
+
+    generator: str | None = None  # None: that of the end-to-end stage; shipped, or a folder
+    people: Subjects = field(
+        default_factory=lambda: Subjects(people=1000, held_out=300, pictures=6, same_scenes=False, people_seed=1)
+    )
+    model: Model = field(
+        default_factory=lambda: Model(width=88, depth=2)
+    )  # of this network; latents are the generator's
+
+
+@dataclass(frozen=True)
 class GeneratorConfig:
-    """One generator. Without a zoo and without ``shared_basis`` the two stages are left out, without ``end_to_end`` the other one; with
-    both the end-to-end stage goes on from the two stages' weights, and ``adapter`` is that of the zoo."""
+    """One generator. Without a zoo and without ``shared_basis`` the two stages are left out, without ``end_to_end`` the next one; with
+    both the end-to-end stage goes on from the two stages' weights, and ``adapter`` is that of the zoo. ``own_latents`` comes last."""
 
     adapter: Adapter = field(default_factory=lambda: Adapter(method="lora", rank=4))
     shared: Literal["none", "learned", "random"] = "none"  # LoRA's A: predicted, one for all, or one that stays random
@@ -141,15 +157,22 @@ class GeneratorConfig:
     two_stage: TwoStage = field(default_factory=TwoStage)
     shared_basis: SharedBasis | None = None
     end_to_end: EndToEnd | None = field(default_factory=EndToEnd)
+    own_latents: OwnLatents | None = None
     base: str = EMBEDDED  # embedded, the folder of a Stable Diffusion or SDXL pipeline, or its hub name
     out: Path = Path("generator")  # where everything goes
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(self)
-        if self.two_stage.zoo is None and self.shared_basis is None and self.end_to_end is None:
+        own = self.own_latents
+        if self.two_stage.zoo is None and self.shared_basis is None and self.end_to_end is None and own is None:
             raise ConfigError(
                 "Nothing to train: give a zoo for the paper's two stages, a shared_basis for those inside one basis, or keep the "
+                "end-to-end stage."
+            )
+        if own is not None and (own.generator is None) == (self.end_to_end is None):
+            raise ConfigError(
+                f"own_latents.generator is {own.generator!r}: it names a generator that was trained before, and is left out after an "
                 "end-to-end stage."
             )
         if self.two_stage.zoo is not None and self.shared_basis is not None:
@@ -158,8 +181,18 @@ class GeneratorConfig:
             )
 
 
+_POSSIBLE = TwoStage(
+    learning_rate=1.5e-3,
+    weight_decay=1e-2,
+    condition_noise=0.1,
+    hidden_photos=6,
+    hidden_noise=0.6,
+    train=LoopConfig(max_train_steps=2500, lr_warmup_steps=30, checkpointing_steps=500, ema_decay=0.99),
+)
+
 PRESETS = {
-    "default": GeneratorConfig(),
+    "default": GeneratorConfig(two_stage=_POSSIBLE, own_latents=OwnLatents()),
+    "seeds": GeneratorConfig(two_stage=_POSSIBLE, end_to_end=None, own_latents=OwnLatents("shipped")),
     "paper": GeneratorConfig(
         adapter=ZooConfig().adapter,
         model=Model(inference_steps=50, guidance_scale=1.0),

@@ -21,27 +21,48 @@ from smidgen.training.randomness import examples, stream
 
 
 class LatentTask:
-    """The latents [n, size] of a zoo's adapters under photos of their people; satisfies ``training.loop.Task``.
+    """Latents under photos of their people: [people, size], or [pictures, size] where each picture has its own; satisfies
+    ``training.loop.Task``.
 
-    The loss is the mean square of what the transformer should answer less what it answers; a share of the photos is
-    hidden, so that nobody in particular is learnt too. Features get Gaussian noise of ``condition_noise`` times their deviation.
+    The loss is the mean square of what the transformer should answer less what it answers. A share ``dropout`` of the people
+    comes without a photo, so that nobody in particular is learnt too, and half of the others with one of ``hidden``, photos
+    that hide something, where they have any there. Features get Gaussian noise of ``condition_noise`` times their deviation among
+    ``photos``, those of hiding photos of ``hidden_noise`` times it: what a photo does not say of its person, this one's features must not
+    tell by being unlike all others.
     """
 
     def __init__(
-        self, latents: Tensor, photos: Photos, batch_size: int, dropout: float, seed: int, condition_noise: float = 0.0
-    ) -> None:
+        self, latents: Tensor, photos: Photos, batch_size: int, dropout: float, seed: int, condition_noise: float = 0.0,
+        hidden: Photos | None = None, hidden_noise: float = 0.0,
+    ) -> None:  # fmt: skip
         self.latents, self.photos, self.seed = latents, photos, seed
-        self.batch_size, self.dropout = min(batch_size, len(latents)), dropout
-        self.condition_noise = condition_noise
+        self.batch_size, self.dropout = min(batch_size, len(photos)), dropout
+        self.of_pictures = len(latents) == len(photos.face)
+        self.condition_noise, self.hidden_noise = condition_noise, hidden_noise
+        self.hidden = hidden
+        self.hiding = dict(zip(hidden.ids, hidden.usable, strict=True)) if hidden else {}
+        self.widths = {name: getattr(photos, name).std(0) for name in ("face", "image")}
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "latents", index)
-        people = examples(self.seed, index, self.batch_size, len(self.latents))
+        people = examples(self.seed, index, self.batch_size, len(self.photos))
         chosen = [[_pick(self.photos.usable[person], noise)] for person in people]
-        clean, features = self.latents[people], self.photos.batch(chosen)
-        if self.condition_noise:
-            widths = {name: getattr(self.photos, name).std(0) * self.condition_noise for name in features}
-            features = {k: v + widths[k] * torch.randn(v.shape, generator=noise) for k, v in features.items()}
+        clean = self.latents[[own for (own,) in chosen] if self.of_pictures else people]
+        features = self.photos.batch(chosen)
+        amount = torch.full((len(people), 1, 1), self.condition_noise)
+        if self.hidden is not None:
+            for row, person in enumerate(people):
+                own = self.hiding.get(self.photos.ids[person])
+                if own and _toss(noise, 0.5):
+                    place = _pick(own, noise)
+                    features["face"][row, 0], features["image"][row, 0] = (
+                        self.hidden.face[place],
+                        self.hidden.image[place],
+                    )
+                    amount[row] = self.hidden_noise
+        if amount.any():
+            for name, value in features.items():
+                features[name] = value + amount * self.widths[name] * torch.randn(value.shape, generator=noise)
         return features | {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=noise),
@@ -60,6 +81,13 @@ class LatentTask:
 
     def preview(self, model: nn.Module, step: int, folder: Path) -> None:
         """Nothing to look at."""
+
+
+@torch.no_grad()
+def answer(network: Network, face: Tensor, image: Tensor) -> Tensor:
+    """The latents [n, size] that one step from no noise answers to photos' features [n, photos, width]."""
+    last = torch.full((len(face),), network.process.last)
+    return network.clean(face.new_zeros(len(face), network.latents), last, network.mixing(face, image))
 
 
 class Trained(nn.Module):

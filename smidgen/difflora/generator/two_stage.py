@@ -7,6 +7,8 @@ person, and pulled towards it, so that of all latents that draw a person those s
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.encoders import PictureEncoder
-from smidgen.difflora.generator.generator import Generator, load_generator
+from smidgen.difflora.generator.generator import Generator, Possible, load_generator
+from smidgen.difflora.generator.hiding import hidden_photos
 from smidgen.difflora.generator.latent_zoo import (
     AutoDecoderTask,
     LatentTable,
@@ -25,16 +28,16 @@ from smidgen.difflora.generator.latent_zoo import (
     write_latents,
 )
 from smidgen.difflora.generator.network import Network
-from smidgen.difflora.generator.people import Photos, people_of, photos_of
-from smidgen.difflora.generator.settings import LEARNED, SHIPPED_BASIS, GeneratorConfig, SharedBasis
-from smidgen.difflora.generator.tasks import LatentTask
+from smidgen.difflora.generator.people import ENCODED, Photos, people_of, photos_of
+from smidgen.difflora.generator.settings import LEARNED, SHIPPED_BASIS, GeneratorConfig, OwnLatents, SharedBasis
+from smidgen.difflora.generator.tasks import LatentTask, answer
 from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.codec import Codec
 from smidgen.difflora.weightspace.codecs import known_codec
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.zoo.store import Zoo
-from smidgen.difflora.zoo.subjects import read_subjects
+from smidgen.difflora.zoo.subjects import TABLE, make_subjects, read_subjects
 from smidgen.errors import DataError
 from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.checkpoints import CheckpointStore
@@ -59,11 +62,13 @@ def fresh_network(config: GeneratorConfig, photos: Photos, latents: int, seen: S
 
 
 def diffusion(
-    config: GeneratorConfig, latents: Tensor, photos: Photos, seen: Seen, folder: Path, identity: dict[str, Any], progress: bool
+    config: GeneratorConfig, latents: Tensor, photos: Photos, hidden: Photos | None, seen: Seen, folder: Path,
+    identity: dict[str, Any], progress: bool,
 ) -> Network:  # fmt: skip
-    """The transformer trained on latents [people, size] of variance one under their people's photos."""
+    """The transformer trained on latents of variance one ([people, size], or one for each picture) under photos, and ``hidden`` ones."""
     stage, network = config.two_stage, fresh_network(config, photos, latents.shape[1], seen)
-    task = LatentTask(latents, photos, stage.batch_size, stage.condition_dropout, config.seed, stage.condition_noise)
+    sizes = stage.batch_size, stage.condition_dropout, config.seed, stage.condition_noise
+    task = LatentTask(latents, photos, *sizes, hidden, stage.hidden_noise)
     groups = [{"params": list(network.parameters()), "lr": stage.learning_rate, "weight_decay": stage.weight_decay}]
     identity = identity | {"stage": _but(stage, "zoo"), "model": to_dict(config.model)}
     loop = replace(stage.train, seed=config.seed)
@@ -88,7 +93,10 @@ def on_a_zoo(
     place = {name: number for number, name in enumerate(rows.ids)}
     chosen = torch.tensor([place[name] for name in photos.ids]).split(ROWS)
     latents = torch.cat([codec.encode(rows.take(part.tolist())) for part in chosen]).flatten(1)
-    network = diffusion(config, latents, photos, seen, config.out / "two_stage", {"rows": zoo.digest()}, progress)
+    hidden = _hidden(config, folder, pipeline, seen)
+    network = diffusion(
+        config, latents, photos, hidden, seen, config.out / "two_stage", {"rows": zoo.digest()}, progress
+    )
     return codec, network
 
 
@@ -105,6 +113,7 @@ def in_a_basis(
     """The basis, and the transformer on the latents of the last round. ``round_N`` holds each round's generator, and
     everybody's latents."""
     photos, encoded = people_of(config.out / "people", stage.people, pipeline.base, seen[0], seen[1], progress)
+    hidden = _hidden(config, config.out / "people", pipeline, seen)
     bank = pipeline.bank(["start"])
     start = pipeline.layout.pack(bank.get("start"))
     pipeline.base.release_encoders()
@@ -122,7 +131,9 @@ def in_a_basis(
     def taught(number: int) -> Network:
         """The generator of a round."""
         folder = config.out / f"round_{number}"
-        network = diffusion(config, latents, photos, seen, folder / "diffusion", training.identity(number), progress)
+        network = diffusion(
+            config, latents, photos, hidden, seen, folder / "diffusion", training.identity(number), progress
+        )
         Generator(config.base, codec, network, config.encoders, config.model).save(folder)
         write_latents(folder, codec, photos.ids, latents)
         return network
@@ -134,6 +145,17 @@ def in_a_basis(
     return codec, network
 
 
+def given_generator(name: str, layout: Layout) -> Generator:
+    """The shipped generator, or one in a folder.
+
+    Raises:
+        DataError, BaseLockError: it makes other adapters.
+    """
+    generator = load_generator(None if name == SHIPPED_BASIS else name)
+    layout.check_same(generator.layout, f"The adapters of the generator {name!r}")
+    return generator
+
+
 def given_basis(name: str, layout: Layout) -> Basis:
     """The basis of a generator, the shipped one or one in a folder. Latents are counted from the mean of what it samples without a
     photo, in lengths of their basis vectors.
@@ -141,8 +163,7 @@ def given_basis(name: str, layout: Layout) -> Basis:
     Raises:
         DataError, BaseLockError: it makes other adapters, or not by one matrix.
     """
-    generator = load_generator(None if name == SHIPPED_BASIS else name)
-    layout.check_same(generator.layout, f"The adapters of the generator {name!r}")
+    generator = given_generator(name, layout)
     if not isinstance(generator.codec, Basis | PCA):
         raise DataError(f"The generator {name!r} decodes by {generator.codec.name!r}; a basis to share is one matrix.")
     codec = Basis.of(generator.codec)
@@ -153,13 +174,47 @@ def given_basis(name: str, layout: Layout) -> Basis:
 
 
 @torch.no_grad()
-def predicted(network: Network, photos: Photos) -> Tensor:
-    """The latents [people, size] that one step from no noise answers to each photo, the mean over a person's photos."""
+def answers(network: Network, photos: Photos, places: Sequence[int]) -> Tensor:
+    """The latents [n, size] that one step from no noise answers to the photos in some ``places``."""
     found = []
-    for usable in photos.usable:
-        condition = network.mixing(photos.face[list(usable)][:, None], photos.image[list(usable)][:, None])
-        found.append(network.sample(torch.zeros(len(usable), network.latents), condition, 1).mean(0))
-    return torch.stack(found)
+    for part in torch.tensor(list(places)).split(ROWS):
+        found.append(answer(network, photos.face[part][:, None], photos.image[part][:, None]))
+    return torch.cat(found)
+
+
+def predicted(network: Network, photos: Photos) -> Tensor:
+    """Those of people [people, size]: the mean over a person's photos."""
+    return torch.stack([answers(network, photos, usable).mean(0) for usable in photos.usable])
+
+
+# ---- over a generator's own latents -----------------------------------------------------------------------------------
+
+
+def possible_people(
+    config: GeneratorConfig, stage: OwnLatents, generator: Generator, pipeline: AdaptedPipeline, seen: Seen, progress: bool
+) -> Possible:  # fmt: skip
+    """A second network, trained as a diffusion over the generator's own answers to people's photos."""
+    folder = config.out / "people"
+    if not (folder / TABLE).exists():
+        make_subjects(folder, stage.people)
+    people = [person for person in read_subjects(folder) if person.split == "train"]
+    photos = photos_of(folder, people, seen[0], seen[1], pipeline.base.resolution, progress, folder / ENCODED)
+    latents = answers(generator.network, photos, range(len(photos.face)))  # a plain photo has one right answer, its own
+    width = latents.std(0).clamp(min=1e-6)
+    identity = {"generator": generator.digest, "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest()}
+    hidden = _hidden(config, folder, pipeline, seen)
+    config = replace(config, model=replace(stage.model, latents=config.model.latents))
+    network = diffusion(config, latents / width, photos, hidden, seen, config.out / "own_latents", identity, progress)
+    return Possible(network, width, config.model)
+
+
+def _hidden(config: GeneratorConfig, folder: Path, pipeline: AdaptedPipeline, seen: Seen) -> Photos | None:
+    """Photos that hide something, of the training people of the table in ``folder``."""
+    count = config.two_stage.hidden_photos
+    if not count:
+        return None
+    people = [person for person in read_subjects(folder) if person.split == "train"]
+    return hidden_photos(folder, people, count, pipeline.base, *seen)
 
 
 class _Training:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from smidgen.adapters.checkpoint.files import is_recipe
 from smidgen.difflora.generator.directions import load_directions
+from smidgen.difflora.generator.generator import POSSIBLE_STEPS, Generator
 from smidgen.difflora.use.folders import Photo, new_folder, people_in, photos_in, read_photos
 from smidgen.difflora.use.invert import Invert, invert
 from smidgen.difflora.use.recipes import open_recipe
@@ -97,15 +98,21 @@ def _predicted(
     guidance: float | None,
 ) -> list[Adapter]:  # fmt: skip
     """The adapters of one person, one for each seed, in the folder ``name``."""
-    model, many = sampler.generator.model, len(seeds) > 1
+    generator, many = sampler.generator, len(seeds) > 1
+    model, names = generator.model, [str(photo) for photo in photos]
+    usual = (POSSIBLE_STEPS, 1.0) if looked.hiding else (model.inference_steps, model.guidance_scale)
+    steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
     info = {
-        "command": "predict", "photos": [photo.digest for photo in photos], "read": looked.facts,
-        "steps": model.inference_steps if steps is None else steps,
-        "guidance": model.guidance_scale if guidance is None else guidance,
-    }  # fmt: skip
+        "command": "predict", "photos": [photo.digest for photo in photos], "read": looked.facts, "steps": steps,
+        "guidance": guidance,
+    } | ({"by": "one of the people whom the photos may show"} if looked.hiding else {})  # fmt: skip
     with sampler.timed("prediction"):
-        condition = sampler.generator.condition(looked.images, [str(photo) for photo in photos])
-        latents = {seed: sampler.generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds}
+        if looked.hiding and generator.possible is not None:
+            features = generator.features(looked.images, names)
+            latents = {seed: generator.possible.latents(features, [seed], steps, guidance)[0] for seed in seeds}
+        else:
+            condition = generator.condition(looked.images, names)
+            latents = {seed: generator.latents(condition, [seed], steps, guidance)[0] for seed in seeds}
         return [
             sampler.adapter(
                 latent,
@@ -203,12 +210,19 @@ def sample(
         with sampler.timed("prediction"):
             adapters = []
             for seed in seeds:
-                latent = space.sample(seed) if space else sampler.generator.latents(None, [seed], steps)[0]
+                latent = space.sample(seed) if space else _nobody(sampler.generator, seed, steps)
                 info = {"command": "sample", "by": by, "seed": seed} | ({} if space else {"steps": steps})
                 adapters.append(
                     sampler.adapter(latent, f"seed {seed}", f"seed-{seed}" if len(seeds) > 1 else "", **info)
                 )
         return sampler.finish(scratch, adapters, [])
+
+
+def _nobody(generator: Generator, seed: int, steps: int) -> torch.Tensor:
+    """The latent [size] of somebody whom no photo shows, by the generator's diffusion."""
+    if generator.possible is not None:
+        return generator.possible.latents(None, [seed], steps)[0]
+    return generator.latents(None, [seed], steps)[0]
 
 
 def invert_photos(

@@ -88,11 +88,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Looked:
-    """One person's photos as they are read, what a recipe says of each, and what a user should know of them."""
+    """One person's photos as they are read, what a recipe says of each, what a user should know of them, and whether they hide so much
+    that each seed is to be another of the people whom they may show."""
 
     images: list[Image.Image]
     facts: list[dict[str, Any]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    hiding: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,17 +152,23 @@ class Sampler:
         said = [note for photo in photos for note in photo.notes]
         if self.reader is None:
             return Looked(images, notes=tuple(said))
+        hiding = False
         with self.timed("reading"):
             seen = [self.reader.look(self.generator, image) for image in images]
         for photo, one in zip(photos, seen, strict=True):
             self.generator.features([one.image], [str(photo)])  # an error without a face
             if reason := self.reader.refusal(one):
-                self._doubt(f"{photo} is no photo that this generator can read: {reason}.{self._wanted}", said)
+                hint = " With --seeds 0..7 one sees whom it may show." if self.generator.possible else ""
+                self._doubt(f"{photo} is no photo that this generator can read: {reason}.{self._wanted}{hint}", said)
+                hiding = True
             said += self._read(photo, one)
         if (two := self.reader.two_people(self.generator, seen)) is not None:
             self._doubt(_two_people([photos[at] for at in two], [seen[at] for at in two]), said)
         images = [one.image for one in seen]
-        return Looked(images, [one.facts for one in seen], tuple(said))
+        hiding = hiding and self.generator.possible is not None
+        if hiding:
+            said.append("What the photos do not tell is open: each seed is one of the people whom they may show.")
+        return Looked(images, [one.facts for one in seen], tuple(said), hiding)
 
     @property
     def _wanted(self) -> str:
