@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from smidgen.errors import ConfigError
-from smidgen.lab.compare.cells import Cells
+from smidgen.lab.compare.cells import Cells, make_cell
 from smidgen.lab.compare.cost import measure, measure_apart
 from smidgen.lab.compare.experiment import Method, load_experiment
 from smidgen.lab.compare.recipes import prepare
 from smidgen.lab.compare.run import compare
 from smidgen.lab.compare.setups import make_rates, make_setup
-from smidgen.lab.compare.sizes import disk_bytes
 from smidgen.lab.compare.table import gather
 from smidgen.lab.compare.trainer import Trainer
 from smidgen.training import engine
@@ -41,8 +40,8 @@ def records(folder: Path) -> dict[str, dict]:
 
 
 def test_the_debug_experiment_whole_and_killed(tmp_path):
-    one = replace(load_experiment("debug"), cost_steps=0, search=replace(load_experiment("debug").search, extensions=0))
-    one = one.only(["svfit", "peft LoRA"])
+    one = load_experiment("debug")
+    one = replace(one, cost_steps=0, search=replace(one.search, extensions=0))
     page = compare(one, tmp_path / "straight")
     with pytest.raises(KeyboardInterrupt):
         compare(one, tmp_path / "killed", work=Killed(one))
@@ -52,29 +51,35 @@ def test_the_debug_experiment_whole_and_killed(tmp_path):
     assert all(path.read_bytes() == content for path, content in early.items())  # not done again
     assert records(tmp_path / "killed") == records(tmp_path / "straight")
     results = gather(one, Cells(tmp_path / "straight"))
-    svfit, lora = results.row("svfit"), results.row("peft LoRA")
-    assert set(svfit.test) == set(lora.test) == {0, 1} and 0 <= min(svfit.test.values()) <= 1
-    assert (svfit.numbers, lora.numbers) == (128, 512) and svfit.head_numbers == lora.head_numbers == 66
-    assert 4 * 512 < lora.file_bytes < 4 * 512 + 2048 < 6000 and svfit.bytes < lora.bytes
-    assert set(svfit.forgetting) == {0, 1}
-    assert "2 for each method" in page.read_text() and not results.missing
+    assert {(row.method.name, row.format) for row in results.rows} == {
+        ("linear probe", "float32"), *((name, each) for name in ("svfit", "peft LoRA") for each in one.formats)
+    }  # fmt: skip
+    svfit, lora, probe = results.of("svfit"), results.of("peft LoRA"), results.probe
+    assert set(svfit.losses) == set(lora.losses) == set(probe.losses) == {0, 1} and len(lora.scores[0]) == 8
+    assert (svfit.numbers, lora.numbers, probe.numbers) == (128, 256, 0) and svfit.head_numbers == 66
+    assert svfit.head_bytes == probe.head_bytes == 132 and probe.bytes == 0
+    assert 2 * 256 < lora.file_bytes < 2 * 256 + 250 and svfit.bytes < lora.bytes
+    four = next(row for row in results.rows if row.method == svfit.method and row.format == "int4")
+    assert four.bytes < svfit.bytes
+    assert set(svfit.forgetting) == {0, 1} and (probe.losses[0] == probe.losses[1]).all()
+    text = page.read_text()
+    assert "2 for 2 steps, then 1 for 4 steps, on seed 100" in text and not results.missing
+    assert "The papers' claim" in text and "linear probe **" in text
 
 
-def test_sizes_leave_the_head_out(tmp_path):
+def test_every_method_starts_from_one_head_and_is_measured_as_it_is_stored():
     one = load_experiment("debug")
-    prepared = prepare(one.recipe, one.config())
-    found = {}
-    for method in one.methods:
-        model = prepared.fresh()
-        setup = make_setup(one, method, 0, model, prepared.task)
-        engine.adapt(model, setup, prepared.heads)
-        engine.save(model, setup, tmp_path / method.name, prepared.heads)
-        found[method.name] = disk_bytes(tmp_path / method.name, prepared.heads)
-    assert found["linear probe"]["adapter"] == 0 and found["linear probe"]["head"] > 4 * 66
-    lora, folder = found["peft LoRA"], tmp_path / "peft LoRA"
-    whole = (folder / "adapter_model.safetensors").stat().st_size
-    assert lora["file"] + lora["head"] == whole and lora["head"] >= 4 * 66
-    assert lora["adapter"] == lora["file"] + (folder / "adapter_config.json").stat().st_size
+    trainer, seen = Trainer(one), {}
+    for name in ("linear probe", "svfit", "peft LoRA"):
+        rate = 0.0 if name == "linear probe" else 1e-12  # nothing moves
+        steps = 6 if rate else 0
+        still = replace(one, settings=one.settings | {"adapter": {"head_learning_rate": 1e-12}})
+        trainer.experiment = still
+        seen[name] = trainer(make_cell(still, "run", one.method(name), rate, 0, steps))
+    losses = [found["test"]["loss"] for record in seen.values() for found in record["formats"].values()]
+    assert len(losses) == 5 and losses == pytest.approx([losses[0]] * 5, rel=2e-3)
+    assert trainer._known["svfit"] and all("residual_delta" in name for name in trainer._known["svfit"])
+    assert {name.split(".")[-3] for name in trainer._known["peft LoRA"]} == {"lora_B"}  # A starts at random
 
 
 def test_the_cost_of_a_step(monkeypatch):
@@ -102,9 +107,8 @@ def test_two_workers_share_a_folder(tmp_path):
 
 
 def test_a_rate_is_the_adapters_own():
-    probe, lora = Method("p", "linear probe", (0.1,)), Method("l", "peft.LoraConfig", (0.1,))
-    assert make_rates(probe, 0.1, 0.5).head == 0.1
-    assert (make_rates(lora, 0.1, 0.5).residual, make_rates(lora, 0.1, 0.5).head) == (0.1, 0.5)
+    found = make_rates(0.1, 0.5)
+    assert (found.residual, found.head) == (0.1, 0.5) and found.transform == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(

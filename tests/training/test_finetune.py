@@ -393,9 +393,11 @@ def test_what_is_left_behind_can_be_read(tmp_path):
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["verified"] and saved["labels"] == ["bad", "good"] and saved["counts"]["test"] == {"bad": 6, "good": 6}
     assert [entry["step"] for entry in saved["evaluations"]] == [0, 2, 4] and saved["best_step"] in (0, 2, 4)
-    assert set(saved["scores"]) == {"base", "majority", "test", "validation"} and saved["coverage"]["entries"]
+    assert set(saved["scores"]) == {"base", "majority", "head", "test", "validation"} and saved["coverage"]["entries"]
     text = (tmp_path / "out" / "README.md").read_text() + (tmp_path / "out" / "adapter_config.json").read_text()
-    assert str(tmp_path) not in text and "/root" not in text and report.table() in text and "## What it covers" in text
+    assert (
+        str(tmp_path) not in text and "/root" not in text and report.figures() in text and "## What it covers" in text
+    )
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -503,3 +505,44 @@ def test_bf16_bases_train_fp32_numbers(tmp_path):
     run("text", replace(made, train=LoopConfig(4, lr_warmup_steps=1, checkpointing_steps=2, mixed_precision="bf16")))
     stored = load_file(tmp_path / "out" / "checkpoint-4" / "trained.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+# ---- the head and what it can do alone -------------------------------------------------------------------------------
+
+
+def test_the_head_starts_from_a_probe_where_asked(tmp_path):
+    made = config("text", tmp_path / "out")
+    made = replace(made, train=replace(made.train, eval_steps=2, load_best=False))
+    starts = {}
+    for head in ("auto", "probe", "fresh"):
+        report = run("text", replace(made, head=head, out=tmp_path / head))
+        starts[head] = report.evaluations[0]["loss"]
+        assert "head" in report.scores and "| head alone" in report.table()
+    assert starts["auto"] == starts["probe"] < starts["fresh"]
+
+
+def test_an_adapter_worse_than_the_head_alone_says_so_first(tmp_path):
+    made = config("text", tmp_path / "out", "lora")
+    made = replace(made, adapter=replace(made.adapter, learning_rate=20.0), train=replace(made.train, load_best=False))
+    report = run("text", made)
+    assert report.scores["validation"]["accuracy"] < 0.95
+    assert (
+        report.table().startswith("**Worse than the head alone**: accuracy 0.")
+        and "--method linear_probe" in report.headline
+    )
+
+
+def test_a_probe_needs_a_head(tmp_path):
+    with pytest.raises(ConfigError, match="no linear head"):
+        run("chat", config("chat", tmp_path / "out", head="probe"))
+
+
+def test_states_from_memory_and_bf16_change_no_answer_that_matters(tmp_path):
+    made = config("text", tmp_path / "out", "lora", dropout=0.0)
+    made = replace(made, adapter=replace(made.adapter, target_modules=("layer.1.attention.self.value",)))
+    made = replace(made, train=replace(made.train, max_train_steps=12))
+    first = run("text", made)
+    again = run("text", replace(made, cache_mb=0, out=tmp_path / "again"))
+    assert again.scores["test"]["loss"] == pytest.approx(first.scores["test"]["loss"], rel=1e-3)
+    half = run("text", replace(made, frozen_matmuls="bf16", out=tmp_path / "half"))
+    assert half.scores["test"]["loss"] == pytest.approx(first.scores["test"]["loss"], abs=0.05)

@@ -214,7 +214,7 @@ def test_texts_tables_and_their_columns(folder, tmp_path, capsys, caplog) -> Non
     assert rows[0]["prediction"] == rows[1]["prediction"] in ("bad", "good")
     (wanted,) = Classifier(folder("text"))(TEXTS[:1])
     for label in ("bad", "good"):
-        assert float(rows[0][f"logit_{label}"]) == pytest.approx(wanted.logits[label], abs=1e-5)
+        assert float(rows[0][f"logit_{label}"]) == pytest.approx(wanted.logits[label], rel=1e-5)
         assert float(rows[0][f"probability_{label}"]) == pytest.approx(wanted.probabilities[label], abs=1e-6)
     status, out, _ = call(capsys, "classify", folder("text"), table, "--out", tmp_path / "out.jsonl")
     assert status == 0 and "2 predictions" in out

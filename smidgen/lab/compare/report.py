@@ -2,40 +2,47 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from smidgen.adapters.atomic import replace_file
 from smidgen.lab.compare import schema
-from smidgen.lab.compare.experiment import PROBE
+from smidgen.lab.compare.experiment import Claim
 from smidgen.lab.compare.plot import draw_plot
 from smidgen.lab.compare.table import Results, Row
 from smidgen.lab.statistics import (
     AtBudget,
     ClaimResult,
+    Difference,
     Interval,
     Point,
-    at_budget,
-    check_claim,
+    at_budgets,
     front,
     interval,
+    paired,
 )
 from smidgen.tasks import cards
 from smidgen.training.settings import to_dict
 
-DEFINITIONS = """* **Scores** are those of the checkpoint with the best validation score, on the test set. Brackets: 95 %
-  Student t intervals over seeds. Seeds share the order of the data and the start of the head between methods, so
-  differences are paired by seed.
-* **Bytes** are `adapter_model.safetensors` and `adapter_config.json` as written to disk, the safetensors file
-  rewritten without the tensors of the head, which is the same size for every method. The head is listed apart.
-* **Numbers** are the trained numbers of the adapter, again without the head.
+DEFINITIONS = """* **Head.** Every method starts from one head, a logistic regression on the frozen base's features, and trains it on. The row of the
+  head alone is that regression; **gain** is the share of answers that are right, over that of the head alone.
+* **Loss and score** are those of the last checkpoint on the test set, after the adapter was stored and came back. The loss (nats) is what
+  methods are chosen and compared by.
+* **Intervals** are 95 %, of differences paired by seed and example, from a bootstrap that draws both. Two methods of a
+  table whose intervals overlap may still differ: their difference has an interval of its own.
+* **Bytes** are those of the trained numbers in one packed format, the same for all methods (fp16; int4 with a scale for each 64 numbers),
+  and of the config without its defaults. What follows from the base and a seed is not stored. The head, in fp16 with every method, is listed apart.
+* **Rate** was found by successive halving on validation, on a seed of its own, with the same number of rates for every method; the
+  grid grows until the best rate lies inside. `^` marks a best rate that lies at its edge all the same.
 * **Forgetting** is the loss on unrelated data with the adapter on minus off, in nats: less is better.
 * **Memory** is the peak resident memory of a fresh process that loads base and data, adapts and trains some steps.
   **Step** is the CPU time of a training step over that of a step of the head alone on the frozen base, the two timed
-  in turn in one process; the median of several. A model without a head of its own is compared by its forward pass.
-* **Rate** was chosen on validation on a seed of its own, with the same number of rates for every method. `^` marks a
-  best rate at the edge of its grid, extensions included."""
+  in turn in one process; the median of several. A model without a head of its own is compared by its forward pass."""
+QUICK = 1_000  # draws of the bootstrap where nothing is decided
 
 
 def write_report(results: Results, folder: Path, singles: Path, command: str) -> Path:
@@ -51,26 +58,37 @@ def write_report(results: Results, folder: Path, singles: Path, command: str) ->
 
 
 def budgets(results: Results) -> list[AtBudget]:
-    """The best of ours and of peft's at each budget of the experiment; none where it is a smoke test."""
-    if results.experiment.smoke:
+    """The best of ours and of peft's at each budget of the experiment; none while cells are missing."""
+    if results.missing:
         return []
     ours, theirs = _points(results, "ours"), _points(results, "peft")
-    return [at_budget(budget, ours, theirs, results.greater_is_better) for budget in results.experiment.budgets]
+    return at_budgets(results.experiment.budgets, ours, theirs)
 
 
 def claims(results: Results) -> list[ClaimResult]:
-    """The papers' claim for each method it names and for the linear probe, as far as there are scores."""
+    """The papers' claim for each method it names, then for the head alone; none while cells are missing.
+
+    A method holds it only where the head alone fails it: else the experiment cannot tell.
+    """
     claim = results.experiment.claim
-    if claim is None or results.experiment.smoke:
+    baseline = results.of(claim.baseline) if claim else None
+    if claim is None or baseline is None or results.missing:
         return []
-    scored = {row.method.name: row for row in results.rows if row.test}
-    if claim.baseline not in scored:
-        return []
-    scores = {name: row.test for name, row in scored.items()}
-    numbers = {name: row.numbers for name, row in scored.items()}
-    rest = (scores, numbers, claim.times, claim.margin, results.greater_is_better)
-    probes = [row.method.name for row in results.rows if row.method.kind == PROBE]
-    return [check_claim(name, claim.baseline, *rest) for name in (*claim.methods, *probes) if name in scored]
+    probe = results.probe
+    alone = None if probe is None else _claim(claim, probe, baseline, True)
+    told_apart = alone is not None and alone.verdict == "fails"
+    rows = [row for name in claim.methods if (row := results.of(name)) is not None]
+    found = [_claim(claim, row, baseline, told_apart) for row in rows]
+    return found if alone is None else [*found, replace(alone, told_apart=False)]
+
+
+def _claim(claim: Claim, row: Row, baseline: Row, told_apart: bool) -> ClaimResult:
+    difference = paired(row.scores, baseline.scores)
+    assert difference is not None
+    counts = row.numbers, baseline.numbers
+    return ClaimResult(
+        row.method.name, baseline.method.name, difference, *counts, claim.times, claim.margin, told_apart
+    )
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -79,52 +97,55 @@ def as_json(results: Results) -> dict[str, Any]:
         "experiment": to_dict(results.experiment),
         "metric": results.metric,
         "greater_is_better": results.greater_is_better,
-        "interval": "95 % Student t over seeds",
-        "methods": [_row_json(row) for row in results.rows],
-        "front": {f: [p.name for p in front(_points(results, f), results.greater_is_better)] for f in ("ours", "peft")},
+        "interval": "95 %, bootstrap over seeds and examples",
+        "rows": [_row_json(row, results) for row in results.rows],
+        "front": {family: [p.name for p in front(_points(results, family))] for family in ("ours", "peft")},
         "budgets": [_budget_json(found) for found in budgets(results)],
         "claims": [asdict(found) | {"verdict": found.verdict} for found in claims(results)],
         "missing": list(results.missing),
-        "cpu_seconds": results.cpu_seconds,
+        "cpu_seconds": dict(results.cpu_seconds),
+        "cells": results.cells_done,
     }
 
 
 def markdown(results: Results, command: str) -> str:
     """The page for docs/results."""
     experiment, name = results.experiment, results.experiment.name
-    minutes = results.cpu_seconds / 60
+    total, parts = sum(results.cpu_seconds.values()), results.cpu_seconds.items()
+    cost = ", ".join(f"{stage} {seconds / 60:.0f}" for stage, seconds in parts if seconds)
     return cards.page(
         experiment.title or name,
         *_warnings(results),
         _setting(results),
         _table(results),
-        f"![score against bytes]({name}.png)",
-        *([] if experiment.smoke else _verdicts(results)),
+        f"![loss against bytes]({name}.png)",
+        *_verdicts(results),
         ("What went wrong or is missing", cards.bullets(_notes(results))),
         ("What is measured", DEFINITIONS),
         (
             "Again",
-            f"    {command}\n\nAll cells together took {minutes:.0f} minutes of one CPU core: about {minutes / 2:.0f} minutes "
-            "with two workers on two idle cores.",
+            f"    {command}\n\nThe {results.cells_done:,} cells took {total / 60:.0f} minutes of one CPU core together ({cost}), "
+            f"{total / max(1, results.cells_done):.0f} seconds each.",
         ),
     )
 
 
 def _verdicts(results: Results) -> list[tuple[str, str]]:
-    return [
-        ("By budget", f"{_budget_table(results)}\n\n{cards.bullets(_reading(results))}"),
-        ("The papers' claim", cards.bullets(_claim_lines(results))),
-    ]
+    if results.missing:
+        return []
+    found = [("By budget", f"{_budget_table(results)}\n\n{cards.bullets(_reading(results))}")]
+    if results.experiment.claim is not None:
+        found.append(("The papers' claim", cards.bullets(_claim_lines(results))))
+    return found
 
 
 def _warnings(results: Results) -> Iterator[str]:
-    if results.experiment.smoke:
-        yield f"**A smoke test of the harness, which decides nothing about methods.** {results.experiment.smoke}"
     if results.missing:
-        yield (
-            f"**Interim: {len(results.missing)} cells are not done**, so budgets and fronts are those of the finished "
-            "part alone."
-        )
+        yield f"**Interim: {len(results.missing)} cells are not done**, so nothing is decided yet."
+    elif results.probe is not None:
+        behind = [row.name for row in results.family("ours", "peft") if row.loss >= results.probe.loss]
+        if behind:
+            yield f"**No better than the head alone**, by test loss: {', '.join(behind)}."
 
 
 def _points(results: Results, family: str) -> list[Point]:
@@ -134,14 +155,16 @@ def _points(results: Results, family: str) -> list[Point]:
 def _setting(results: Results) -> str:
     experiment = results.experiment
     config, search = experiment.config(), experiment.search
-    grown = f", up to {search.extensions} more where the edge of the grid wins" if search.extensions else ""
+    rates = max(len(method.rates) for method in experiment.methods)
+    counts = [rates, *(each.keep for each in search.rounds[:-1])]
+    rounds = ", then ".join(
+        f"{count} for {each.steps} steps" for count, each in zip(counts, search.rounds, strict=True)
+    )
     return (
         f"`{config.model}` on `{config.data.path}`, {experiment.recipe}: {config.train.max_train_steps} steps of "
-        f"{config.data.train_batch_size}, seeds {', '.join(map(str, experiment.seeds))}. Learning rates: "
-        f"{len(experiment.methods[0].rates)} for each method{grown}, {search.steps} steps each on seed {search.seed}, chosen by validation "
-        f"{'loss' if search.by == 'loss' else 'score'}. "
-        f"The head is trained with every method, at its own rate of {config.adapter.head_learning_rate:g} (the linear "
-        "probe searches it)."
+        f"{config.data.train_batch_size}, seeds {', '.join(map(str, experiment.seeds))}, the last checkpoint. Learning rates: "
+        f"{rounds}, on seed {search.seed}, by the loss on validation. The head is trained on with every method, at its own rate of "
+        f"{config.adapter.head_learning_rate:g}."
     )
 
 
@@ -150,110 +173,137 @@ def _table(results: Results) -> str:
         "forgetting": any(row.forgetting for row in results.rows),
         "cost": any(row.peak_memory is not None for row in results.rows),
     }
-    head = ["method", "family", "bytes", "numbers", f"test {results.metric}", "validation", "rate", "train s"]
+    head = [
+        "method",
+        "family",
+        "bytes",
+        "head bytes",
+        "numbers",
+        "test loss",
+        results.metric,
+        "gain",
+        "rate",
+        "train s",
+    ]
     head += ["forgetting"] if measured["forgetting"] else []
     head += ["memory MB", "step"] if measured["cost"] else []
-    shown = cards.table(head, [_cells(row, measured) for row in results.rows], left=2)
-    sizes = sorted({row.head_bytes for row in results.rows if row.head_numbers})
-    numbers = max(row.head_numbers for row in results.rows)
-    said = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "") if sizes else ""
-    head_line = f"The head, trained and stored beside every adapter: {numbers:,} numbers, {said} bytes."
-    return f"{shown}\n\n{head_line}" if sizes else shown
+    return cards.table(head, [_cells(row, results, measured) for row in results.rows], left=2)
 
 
-def _cells(row: Row, measured: Mapping[str, bool]) -> list[str]:
+def _cells(row: Row, results: Results, measured: Mapping[str, bool]) -> list[str]:
+    if not row.losses:
+        state, length = "failed" if row.failures else "not done", 10 + measured["forgetting"] + 2 * measured["cost"]
+        return [row.name, row.method.family, "-", "-", "-", state, *["-"] * (length - 6)]
     rate = "-" if row.choice is None else f"{row.choice.rate:g}{'^' if row.choice.at_edge else ''}"
-    validation = interval(list(row.validation.values())).mean if row.validation else None
-    found = [row.method.name, row.method.family, f"{row.bytes:,}", f"{row.numbers:,}", _shown(row.score)]
-    found += [_number(validation), rate, f"{row.seconds:.0f}"]
+    scored = fmean(found[results.metric] for found in row.test.values())
+    found = [row.name, row.method.family, f"{row.bytes:,}", f"{row.head_bytes:,}", f"{row.numbers:,}"]
+    found += [_number(row.loss), _number(scored), _shown(_gain(row, results)), rate, f"{row.seconds:.0f}"]
     if measured["forgetting"]:
-        found.append(_shown(interval(list(row.forgetting.values())) if row.forgetting else None, sign=True))
+        found.append(_shown(interval(list(row.forgetting.values())) if row.forgetting else None))
     if measured["cost"]:
         memory = "-" if row.peak_memory is None else f"{row.peak_memory / 1e6:.0f}"
         found += [memory, "-" if row.step_ratio is None else f"{row.step_ratio:.2f}x"]
-    state = "failed" if row.failures else "not done"
-    return found if row.test else [*found[:2], "-", "-", state, *["-"] * (len(found) - 5)]
+    return found
+
+
+def _gain(row: Row, results: Results) -> Difference | None:
+    """What a row scores above the head alone."""
+    if results.probe is None or row is results.probe:
+        return None
+    return paired(row.scores, results.probe.scores, QUICK)
 
 
 def _budget_table(results: Results) -> str:
-    head = ["at most", "ours", "peft", "ours minus peft", "better"]
+    head = [
+        "at most",
+        "ours",
+        "peft",
+        "loss, ours minus peft",
+        f"{results.metric}, ours minus peft",
+        "p (Holm)",
+        "better",
+    ]
     words = {"undecided": "not decided", "none": "-"}
     rows = []
     for found in budgets(results):
         best = [_best(point) for point in (found.ours, found.peft)]
-        verdict = words.get(found.verdict, found.verdict)
-        rows.append([f"{found.budget / 1000:g} kB", *best, _shown(found.difference, sign=True), verdict])
+        verdict, p = words.get(found.verdict, found.verdict), "-" if found.loss is None else f"{found.p:.3f}"
+        rows.append([f"{found.budget / 1000:g} kB", *best, _shown(found.loss), _shown(found.score), p, verdict])
     return cards.table(head, rows, left=3)
 
 
 def _best(point: Point | None) -> str:
     if point is None:
         return "-"
-    return f"{point.name}: {interval(list(point.score.values())).mean:.3f} ({point.bytes:,} B)"
+    return f"{point.name}: {np.mean(list(point.losses.values())):.3f} ({point.bytes:,} B)"
 
 
 def _reading(results: Results) -> Iterator[str]:
     """Where ours lose, win, or nothing is decided, in sentences."""
-    metric = results.metric
     order = ("peft", "undecided", "ours")
     for entry in sorted(budgets(results), key=lambda e: order.index(e.verdict) if e.verdict in order else len(order)):
-        at, gap = f"at {entry.budget / 1000:g} kB", _shown(entry.difference, sign=True)
-        pair = f"{_name(entry.ours)} against peft's {_name(entry.peft)}: {gap} {metric}"
+        at = f"at {entry.budget / 1000:g} kB"
+        pair = f"{_name(entry.ours)} against peft's {_name(entry.peft)}: {_shown(entry.loss)} nats"
         if entry.verdict == "peft":
             yield f"**Ours lose {at}**: {pair}."
-        elif entry.verdict == "undecided" and entry.difference is not None:
-            ahead = "ahead" if (entry.difference.mean > 0) == results.greater_is_better else "behind"
-            yield f"Not decided {at}, ours {ahead}: {pair}."
+        elif entry.verdict == "undecided" and entry.loss is not None:
+            yield f"Not decided {at}, ours {'ahead' if entry.loss.mean < 0 else 'behind'}: {pair}."
         elif entry.verdict == "ours":
             yield f"Ours win {at}: {pair}."
     yield (
-        "In each family the best was chosen by its validation score and compared by its test score. Not decided: the "
-        "interval of the difference holds 0, or there are too few seeds for one."
+        "In each family the best was chosen by its validation loss and compared by its test loss, at .05 after Holm's "
+        "correction over the budgets."
     )
 
 
 def _claim_lines(results: Results) -> Iterator[str]:
-    claim = results.experiment.claim
-    found = claims(results)
+    claim, found = results.experiment.claim, claims(results)
     if claim is None:
         return
-    passing = [one.method for one in found if one.method not in claim.methods and one.verdict != "fails"]
-    if passing:
-        yield f"**Cannot be told here**: {passing[0]}, without an adapter, does not fail it."
-    for result in found:
-        fewer = f", {result.baseline_numbers / result.numbers:.1f} times fewer" if result.numbers else ""
-        size = "" if result.small_enough else f", not the {claim.times:g} times claimed"
+    if results.probe is None:
+        yield "**Cannot tell**: the experiment has no linear probe, which must fail the claim before anything can hold it."
+    elif any(one.method == results.probe.method.name and one.verdict != "fails" for one in found):
+        yield "**Cannot tell**: the head alone, without an adapter, does not fail the claim."
+    for one in found:
+        fewer = f", {one.baseline_numbers / one.numbers:.1f} times fewer" if one.numbers else ""
+        size = "" if one.small_enough else f", not the {claim.times:g} times claimed"
         yield (
-            f"{result.method} **{result.verdict if not passing or result.verdict == 'fails' else 'not decided'}**: {_shown(result.score)} "
-            f"against {result.baseline} ({_shown(result.baseline_score)}), paired difference {_shown(result.difference, sign=True)}, margin "
-            f"{claim.margin:g}; {result.numbers:,} numbers instead of {result.baseline_numbers:,}{fewer}{size}."
+            f"{one.method} **{one.verdict}**: {_shown(one.difference)} of the answers right against {one.baseline}, margin {one.margin:g}; "
+            f"{one.numbers:,} numbers instead of {one.baseline_numbers:,}{fewer}{size}."
         )
-    scored = {row.method.name for row in results.rows if row.test}
-    for name in (name for name in (claim.baseline, *claim.methods) if name not in scored):
+    for name in (name for name in (claim.baseline, *claim.methods) if results.of(name) is None):
         yield f"Not checked: {name} has no result."
 
 
 def _notes(results: Results) -> Iterator[str]:
-    for row in results.rows:
+    first = [row for row in results.rows if row.format in results.first]
+    for row in first:
         yield from row.failures
-    for row in results.rows:
-        if row.choice is not None and row.choice.at_edge:
+    for row in first:
+        if row.choice is not None and row.choice.at_edge and not row.choice.failed:
             grid = ", ".join(f"{rate:g}" for rate in row.choice.grid)
             yield f"{row.method.name}: the best rate {row.choice.rate:g} lies at the edge of its grid ({grid})."
     if results.missing:
         yield f"Not done: {'; '.join(results.missing[:5])}{' and others' if len(results.missing) > 5 else ''}."
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: Row, results: Results) -> dict[str, Any]:
+    gain = _gain(row, results) if row.losses else None
     return {
         "method": row.method.name,
+        "format": row.format,
         "family": row.method.family,
         "kind": row.method.kind,
         "options": dict(row.method.options),
-        "learning_rate": asdict(row.choice) if row.choice else None,
-        "test": {"by_seed": row.test, **(asdict(row.score) if row.score else {})},
-        "validation": {"by_seed": row.validation},
-        "forgetting": {"by_seed": row.forgetting},
+        "target_modules": results.experiment.targets(row.method),
+        "learning_rate": asdict(row.choice) if row.choice and not row.choice.failed else None,
+        "test": {
+            "loss": row.loss if row.losses else None,
+            "by_seed": {n: dict(found) for n, found in row.test.items()},
+        },
+        "validation": {"by_seed": {n: dict(found) for n, found in row.validation.items()}},
+        "gain_over_head": asdict(gain) if gain else None,
+        "forgetting": {"by_seed": dict(row.forgetting)},
         "trained_numbers": row.numbers,
         "head_numbers": row.head_numbers,
         "bytes": row.bytes,
@@ -271,7 +321,9 @@ def _budget_json(found: AtBudget) -> dict[str, Any]:
         "bytes": found.budget,
         "ours": found.ours and found.ours.name,
         "peft": found.peft and found.peft.name,
-        "difference": asdict(found.difference) if found.difference else None,
+        "loss": asdict(found.loss) if found.loss else None,
+        "score": asdict(found.score) if found.score else None,
+        "p_holm": found.p,
         "verdict": found.verdict,
     }
 
@@ -281,12 +333,11 @@ def _name(point: Point | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return "-" if value is None else f"{value:.4f}"
 
 
-def _shown(found: Interval | None, sign: bool = False) -> str:
+def _shown(found: Interval | Difference | None) -> str:
     if found is None:
         return "-"
-    form = "+.3f" if sign else ".3f"
-    bounds = "" if found.low is None else f" [{found.low:{form}}, {found.high:{form}}]"
-    return f"{found.mean:{form}}{bounds}"
+    bounds = "" if found.low is None else f" [{found.low:+.4f}, {found.high:+.4f}]"
+    return f"{found.mean:+.4f}{bounds}"

@@ -87,7 +87,9 @@ def work_on(stage: str, experiment: Experiment, cells: Cells, work: Work | None 
 
     def told(cell: Cell) -> dict:
         logger.info("%s (%d of %d done)", cell.label, total - len(cells.missing(plan)), total)
-        return work(cell)
+        found = work(cell)
+        logger.info("%.0f CPU seconds.", found.get("cpu_seconds", 0.0))
+        return found
 
     cells.work(plan, told)
 

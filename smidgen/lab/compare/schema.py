@@ -17,7 +17,7 @@ PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
 
 def all_results(results: Results) -> dict[str, dict[str, Any]]:
     """File name -> contents, one for each finished training."""
-    rows = {row.method.name: row for row in results.rows}
+    rows = {row.method.name: row for row in results.rows if row.format in results.first}
     found = {}
     for record in results.records:
         values = one_result(results, rows[record["method"]], record)
@@ -46,11 +46,11 @@ def one_result(results: Results, row: Row, record: Record) -> dict[str, Any]:
             "accelerator_memory_max": memory,
             "accelerator_memory_reserved_99th": memory,
             "train_time": record["train_seconds"],
-            "file_size": record["bytes"]["file"],
+            "file_size": record["formats"][row.format]["bytes"]["file"],
             "num_trainable_params": record["numbers"]["adapter"] + record["numbers"]["head"],
             "num_total_params": record["numbers"]["total"],
             "status": "success",
-            "metrics": _metrics(results, record),
+            "metrics": _metrics(results, row, record),
         },
         "meta_info": {
             "model_info": {"sha": None, "created_at": None},
@@ -62,7 +62,11 @@ def one_result(results: Results, row: Row, record: Record) -> dict[str, Any]:
         "smidgen": {
             "method": row.method.name,
             "trained_numbers": record["numbers"],
-            "bytes": record["bytes"],
+            "formats": {
+                name: {part: found[part] for part in ("bytes", "validation", "test")}
+                for name, found in record["formats"].items()
+            },
+            "head_bytes": record["head_bytes"],
             "step_ratio": row.step_ratio,
             "peak_memory": row.peak_memory,
             "forgetting": record["forgetting"],
@@ -123,24 +127,18 @@ def _train_config(results: Results, record: Record) -> dict[str, Any]:
     }
 
 
-def _metrics(results: Results, record: Record) -> list[dict[str, Any]]:
-    """An entry for each evaluation, and the test's at the end, which is where PEFT's tools look."""
-    batch = results.experiment.config().data.train_batch_size
-    found: list[dict[str, Any]] = [
-        {
-            "step": entry["step"],
-            f"valid {results.metric}": entry[results.metric],
-            "train samples": entry["step"] * batch,
-        }
-        for entry in record["evaluations"]
-    ]
+def _metrics(results: Results, row: Row, record: Record) -> list[dict[str, Any]]:
+    """The one evaluation there is: the test at the end, which is where PEFT's tools look."""
+    found, samples = record["formats"][row.format], record["steps"] * results.experiment.config().data.train_batch_size
     last = {
         "step": record["steps"],
-        f"test {results.metric}": record["scores"]["test"],
+        f"valid {results.metric}": found["validation"][results.metric],
+        f"test {results.metric}": found["test"][results.metric],
+        "test loss": row.loss,
         "train loss": record["train_loss"],
-        "train samples": record["steps"] * batch,
+        "train samples": samples,
         "train total tokens": record["train_tokens"],
     }
     if record["forgetting"] is not None:
         last["forgetting"] = record["forgetting"]["change"]
-    return [*found, last]
+    return [last]

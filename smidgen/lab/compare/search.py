@@ -1,89 +1,118 @@
-"""The learning-rate search: which cells it has, and which rate each method takes from it."""
+"""The search for learning rates by successive halving: which cells it has, and which rate each method takes from it."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from smidgen.errors import ConfigError
 from smidgen.lab.compare.cells import Cell, Cells, Record, make_cell
-from smidgen.lab.compare.experiment import Experiment, Method
+from smidgen.lab.compare.experiment import Experiment, Method, Round
+
+Score = Callable[
+    [float, int], float | None
+]  # (rate, round) -> larger is better, minus infinity: failed, None: not done
+Training = tuple[float, int]  # rate and round
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The rate a method takes: the best on validation. ``at_edge`` says that the grid ends there all the same."""
+    """The rate a method takes: the best of the last round. ``grid`` are all rates tried; ``at_edge`` says that it ends there all
+    the same, ``failed`` that every rate failed."""
 
     rate: float
-    score: float
+    loss: float
     grid: tuple[float, ...]
     at_edge: bool
+    failed: bool = False
+
+
+def halving(
+    rates: Sequence[float], rounds: Sequence[Round], extensions: int, score: Score
+) -> tuple[list[Training], Choice | None]:
+    """The trainings of a search as far as they are known, and the choice when all of them are done.
+
+    Every rate is tried in the first round, the best ``keep`` of a round in the next. Whenever the best of a round is the
+    smallest or the largest rate of all that were tried, the next rate beyond it joins that round.
+    """
+    grid, left, wanted = sorted(rates), extensions, []
+    kept = list(grid)
+    best = math.nan
+    for number, each in enumerate(rounds):
+        while True:
+            wanted += [(rate, number) for rate in kept if (rate, number) not in wanted]
+            scores = {rate: score(rate, number) for rate in sorted(kept)}
+            known = {rate: value for rate, value in scores.items() if value is not None}
+            if len(known) < len(scores):
+                return wanted, None
+            best = max(known, key=lambda rate: known[rate])
+            if known[best] == -math.inf:
+                return wanted, Choice(best, math.inf, tuple(grid), False, failed=True)
+            beyond = _beyond(grid, best)
+            if beyond is None or not left:
+                break
+            grid, left = sorted([*grid, beyond]), left - 1
+            kept.append(beyond)
+        kept = sorted(known, key=lambda rate: -known[rate])[: each.keep]
+        kept = [rate for rate in kept if known[rate] > -math.inf]
+    return wanted, Choice(best, -known[best], tuple(grid), _beyond(grid, best) is not None)
+
+
+def _beyond(grid: Sequence[float], rate: float) -> float | None:
+    """The next rate beyond the edge of an ascending grid that ``rate`` lies at; None where it lies inside, or alone."""
+    if len(grid) < 2 or rate not in (grid[0], grid[-1]):
+        return None
+    factor = grid[0] / grid[1] if rate == grid[0] else grid[-1] / grid[-2]
+    return float(f"{rate * factor:.3g}")
 
 
 def search_cells(experiment: Experiment, cells: Cells) -> list[Cell]:
-    """Every cell of the search as far as it is known: the grids, and the extensions that what is done calls for.
-
-    The first rate of every method comes first, so early results cover all methods.
-    """
-    grids = {method.name: _grid(experiment, method, cells) for method in experiment.methods}
-    rounds = range(max(map(len, grids.values())))
-    pairs = [(method, grids[method.name][n : n + 1]) for n in rounds for method in experiment.methods]
-    return [_cell(experiment, method, rate) for method, rates in pairs for rate in rates]
+    """Every cell of the search as far as it is known, by rounds, so that early results cover all methods."""
+    plans = [method_cells(experiment, method, cells) for method in experiment.methods]
+    return [plan[n] for n in range(max(map(len, plans), default=0)) for plan in plans if n < len(plan)]
 
 
 def method_cells(experiment: Experiment, method: Method, cells: Cells) -> list[Cell]:
     """The part of the search that is one method's."""
-    return [_cell(experiment, method, rate) for rate in _grid(experiment, method, cells)]
+    trainings, _ = _searched(experiment, method, cells)
+    return [_cell(experiment, method, *training) for training in trainings]
 
 
-def choose(experiment: Experiment, method: Method, cells: Cells) -> Choice:
-    """The best rate of ``method``; the lowest of equals.
+def choose(experiment: Experiment, method: Method, cells: Cells) -> Choice | None:
+    """The rate of ``method``; None for one that has none to choose.
 
     Raises:
-        ConfigError: its search is not complete, or every rate of it failed.
+        ConfigError: its search is not complete.
     """
-    scores = _scores(experiment, method, _grid(experiment, method, cells), cells)
-    if None in scores.values():
+    if not method.rates:
+        return None
+    choice = _searched(experiment, method, cells)[1]
+    if choice is None:
         raise ConfigError(f"The search of {method.name!r} is not complete; do it first with --stage search.")
-    known = {rate: score for rate, score in sorted(scores.items()) if score is not None}
-    grid, best = tuple(known), max(known, key=lambda rate: known[rate])
-    if known[best] == -math.inf:
-        raise ConfigError(f"Every learning rate of {method.name!r} failed: {', '.join(f'{rate:g}' for rate in grid)}.")
-    return Choice(best, known[best], grid, len(grid) > 1 and best in (grid[0], grid[-1]))
+    return choice
 
 
-def _grid(experiment: Experiment, method: Method, cells: Cells) -> list[float]:
-    """The method's rates, then its extensions in the order in which they are called for."""
-    rates = list(method.rates)
-    for _ in range(experiment.search.extensions if len(rates) > 1 else 0):
-        scores = _scores(experiment, method, rates, cells)
-        known = {rate: score for rate, score in sorted(scores.items()) if score is not None}
-        best = max(known, key=lambda rate: known[rate], default=0.0)
-        if len(known) < len(rates) or known[best] == -math.inf:
-            break
-        ordered = list(known)
-        if best == ordered[0]:
-            rates.append(float(f"{best * ordered[0] / ordered[1]:.3g}"))
-        elif best == ordered[-1]:
-            rates.append(float(f"{best * ordered[-1] / ordered[-2]:.3g}"))
-        else:
-            break
-    return rates
+def _searched(experiment: Experiment, method: Method, cells: Cells) -> tuple[list[Training], Choice | None]:
+    if not method.rates:
+        return [], None
+    search = experiment.search
+    return halving(
+        method.rates,
+        search.rounds,
+        search.extensions,
+        lambda rate, number: _score(cells.read(_cell(experiment, method, rate, number))),
+    )
 
 
-def _scores(experiment: Experiment, method: Method, rates: list[float], cells: Cells) -> dict[float, float | None]:
-    """Validation score of each rate, larger is better; minus infinity where it failed, None where it is not done."""
-    return {rate: _score(experiment, cells.read(_cell(experiment, method, rate))) for rate in rates}
+def _cell(experiment: Experiment, method: Method, rate: float, number: int) -> Cell:
+    search = experiment.search
+    return make_cell(experiment, "search", method, rate, search.seed, search.rounds[number].steps)
 
 
-def _cell(experiment: Experiment, method: Method, rate: float) -> Cell:
-    return make_cell(experiment, "search", method, rate, experiment.search.seed, experiment.search.steps)
-
-
-def _score(experiment: Experiment, record: Record | None) -> float | None:
+def _score(record: Record | None) -> float | None:
     if record is None:
         return None
     if record["status"] != "done":
         return -math.inf
     found = record["validation"]
-    if experiment.search.by == "loss" and "loss" in found:
-        return -float(found["loss"])
-    return float(found[record["metric"]]) * (1 if record["greater_is_better"] else -1)
+    loss = found["loss"] if "loss" in found else found[record["metric"]] * (-1 if record["greater_is_better"] else 1)
+    return -float(loss)

@@ -37,9 +37,9 @@ def make_setup(
     return smidgen.config(None if method.kind == PAIR else method.kind, target_modules=targets, seed=seed, **options)
 
 
-def make_rates(method: Method, rate: float, head_rate: float) -> Rates:
-    """The rate under search is the adapter's; for the linear probe, which has none, it is the head's."""
-    return Rates(rate, TRANSFORM_SHARE * rate, rate if method.kind == PROBE else head_rate)
+def make_rates(rate: float, head_rate: float) -> Rates:
+    """The rate under search is the adapter's; the head has its own with every method."""
+    return Rates(rate, TRANSFORM_SHARE * rate, head_rate)
 
 
 def _peft_setup(method: Method, options: dict[str, Any]) -> peft.PeftConfig:

@@ -5,7 +5,8 @@ prove that it is on and scores what the trained model scored, and report.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ import smidgen
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.methods import Kind
 from smidgen.bases.origin import TASK_TYPES
+from smidgen.bases.pipelines import default_device
 from smidgen.bases.transformers import fingerprint, revision_of
 from smidgen.errors import AdapterFileError, ConfigError, TrainingError
 from smidgen.tasks.cards import write_report
 from smidgen.tasks.contact_sheet import loss_plot
+from smidgen.tasks.finetune.lower import known_below
+from smidgen.tasks.finetune.probe import Probe, fit_probe
 from smidgen.tasks.finetune.report import FinetuneReport, card
 from smidgen.tasks.finetune.settings import FULL, PROBE, Adapter, FinetuneConfig, rates, setup
 from smidgen.tasks.going_on import check_start
 from smidgen.training import engine
 from smidgen.training.fitting import Fitted, Rates, budgeted, fit, prove
+from smidgen.training.frozen import frozen_matmuls
 from smidgen.training.metrics import SINGLE
 from smidgen.training.processes import is_main, num_processes, run_folder
 from smidgen.training.settings import decisive, dump_yaml
@@ -34,6 +39,7 @@ logger = logging.getLogger(__name__)
 SAME = {torch.float32: 1e-3}  # largest relative difference of a reloaded adapter's outputs; 16-bit bases: OTHERS
 OTHERS = 2e-2
 BUDGETED = "seeded"  # the method a budget trains
+PROBED = 20_000  # examples of train up to which the head alone is measured unasked
 # Known by their content instead, or of how much is held in memory and where it goes.
 _ASIDE = (
     "chat_template",
@@ -42,6 +48,7 @@ _ASIDE = (
     "num_train_epochs",
     "eval_batch_size",
     "memory_mb",
+    "cache_mb",
     "push_to_hub",
     "hub_private",
 )
@@ -80,6 +87,7 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     for warning in prepared.warnings:
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
+    probe, from_probe = _head(config, prepared)
     config_of_peft = _setup(kind, config, prepared)
     identity = _identity(config, prepared, rate)
     if config.from_adapter is not None:
@@ -92,13 +100,21 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         options: dict[str, Any] = {"weight_decay": chosen.weight_decay, "identity": identity, "progress": progress}
         options |= {"start": config.from_adapter, "heads": prepared.heads, "resume": config.resume_from_checkpoint}
+        options["during"] = _computed_once(config, prepared)
         fitted = fit(chosen.method, model, prepared.task, config_of_peft, rate, config.train, out, **options)
     if not is_main():
         return None
-    _check_learnt(fitted, prepared.task.metric, config)
+    _check_learnt(fitted, prepared.task.metric, config, from_probe)
     scores, notes = _proved(config, prepared, out)
     loss_plot({fitted.name: fitted.losses}, out / "loss.png")
-    report = _report(kind, config, prepared, fitted, scores, notes, identity)
+    headline = ""
+    if probe is not None:
+        scores["head"], headline = dict(probe.scores["test"]), _beside_head(probe, scores, prepared.task)
+        notes.append(
+            f"The head alone is a regression on the frozen base's features (C {probe.strength:g}); training started from "
+            f"{'it' if from_probe else 'another one'}."
+        )
+    report = replace(_report(kind, config, prepared, fitted, scores, notes, identity), headline=headline)
     write_report(out, report, card(report))
     if config.push_to_hub:
         from smidgen.training.hub import push_to_hub
@@ -140,6 +156,55 @@ def _in_steps(config: FinetuneConfig, prepared: Prepared) -> FinetuneConfig:
     return replace(config, train=replace(config.train, max_train_steps=steps))
 
 
+def _head(config: FinetuneConfig, prepared: Prepared) -> tuple[Probe | None, bool]:
+    """The best head on the frozen features, if there is one to be had, and whether the model's head now starts from it."""
+    if config.head == "probe" and config.from_adapter is not None:
+        raise ConfigError("The adapter to go on from brings its head along; leave out --head probe, or --from-adapter.")
+    probe, own = None, {"loss": float("inf")}
+    asked = config.head != "fresh" or len(prepared.task.splits["train"]) <= PROBED
+    if prepared.heads and config.from_adapter is None and asked:
+        model = prepared.model.to(default_device())
+        probe = fit_probe(model, prepared.task, prepared.heads, ("validation", "test"), config.frozen_matmuls)
+        if config.head == "auto":
+            own = prepared.task.evaluate_split(model, "validation")
+        model.cpu()  # where it is looked at before training
+    if probe is None:
+        if config.head == "probe":
+            raise ConfigError(
+                f"{config.model} has no linear head with a bias that a probe could start; leave out --head."
+            )
+        return None, False
+    taken = config.head != "fresh" and (config.head == "probe" or probe.scores["validation"]["loss"] < own["loss"])
+    if taken:
+        probe.put(prepared.model)
+    return probe, taken
+
+
+@contextmanager
+def _computed_once(config: FinetuneConfig, prepared: Prepared) -> Iterator[None]:
+    """Within, what training does not change is computed once, and in bf16 where asked for."""
+    train, model = config.train, prepared.model.to(default_device())
+    reads = train.max_train_steps * train.gradient_accumulation_steps * config.data.train_batch_size
+    with (
+        frozen_matmuls(model, config.frozen_matmuls),
+        known_below(prepared.task, model, config.cache_mb, reads) as depth,
+    ):
+        if depth:
+            logger.info("The lowest %d layers are computed once for each example.", depth)
+        yield
+
+
+def _beside_head(probe: Probe, scores: Mapping[str, Mapping[str, float]], task: Any) -> str:
+    """What has to be said first where the head alone would do as well."""
+    alone, found = probe.scores["validation"][task.metric], scores["validation"][task.metric]
+    if (found >= alone) if task.greater_is_better else (found <= alone):
+        return ""
+    return (
+        f"**Worse than the head alone**: {task.metric} {found:.4f} on validation, where a regression on the frozen base's features has "
+        f"{alone:.4f}. Try another --learning-rate or more steps, or --method {PROBE}."
+    )
+
+
 def _check_start(kind: str, config: FinetuneConfig, prepared: Prepared, wanted: Any) -> str:
     """The digest of the adapter to go on from, which must be what the settings ask for."""
     chosen = config.adapter
@@ -168,14 +233,15 @@ def _setup(kind: str, config: FinetuneConfig, prepared: Prepared) -> Any:
     return made
 
 
-def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig) -> None:
-    """Refuse an adapter that is best untrained; its files are taken away again."""
-    if fitted.best_step != 0 or not config.train.load_best:
+def _check_learnt(fitted: Fitted, metric: str, config: FinetuneConfig, from_probe: bool) -> None:
+    """Refuse an adapter that is best untrained; its files are taken away again. A head from a probe has been trained already."""
+    if fitted.best_step != 0 or not config.train.load_best or (from_probe and config.adapter.method == PROBE):
         return
     for file in engine.FILES:
         (config.out / file).unlink(missing_ok=True)
     scores = ", ".join(f"{entry[metric]:.4f} at step {entry['step']}" for entry in fitted.evaluations)
-    before = "untrained adapter" if config.from_adapter is None else f"adapter in {config.from_adapter}"
+    before = "head alone, which it started from" if from_probe else "untrained adapter"
+    before = before if config.from_adapter is None else f"adapter in {config.from_adapter}"
     raise TrainingError(
         f"No step was better on the validation split than the {before} ({metric}: {scores}). Try another "
         "--learning-rate or more steps, or keep the last step with --no-load-best."

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,20 @@ from smidgen.training.metrics import MULTI, REGRESSION, SETS, SINGLE, Metric, ac
 
 
 class Measured(ABC):
-    """A task that is measured by what it predicts on a split."""
+    """A task that is measured by what it predicts on a split.
+
+    ``lower`` is what is known of the model's lower layers (``lower.Lower``), while it is.
+    """
+
+    lower: Any = None
+
+    def reading(
+        self, split: str, picks: Sequence[int] | None, lengths: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Around a call of the model on the examples ``picks`` of ``split``; None where they are not as they lie there."""
+        if self.lower is None or picks is None:
+            return nullcontext()
+        return self.lower.reading(split, picks, lengths)  # type: ignore[no-any-return]
 
     def preview(self, model: nn.Module, step: int, folder: Path) -> None:  # noqa: B027 - rightly empty
         """Nothing to look at: evaluations say it in numbers."""
@@ -35,6 +48,10 @@ class Measured(ABC):
     @abstractmethod
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
         """The scores of what :meth:`predict` gave."""
+
+    @abstractmethod
+    def answers(self, predicted: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        """Of what :meth:`predict` gave the loss of each example, the less the better, and how right it is, the more the better."""
 
 
 @contextmanager
@@ -108,6 +125,20 @@ def label_scores(name: str, logits: Tensor, labels: Tensor, problem: str) -> dic
     [example, class]."""
     found = {"loss": float(label_loss(logits, labels, problem))}
     return measured(name, predicted_labels(logits, problem), labels, problem, logits.shape[-1]) | found
+
+
+def label_answers(logits: Tensor, labels: Tensor, problem: str) -> tuple[Tensor, Tensor]:
+    """Of each example the loss, unweighted, and whether it was answered right (all classes of a set; of a value minus the
+    squared error): what comparisons pair, [example] both, in fp64."""
+    logits = logits.double()
+    if problem == REGRESSION:
+        off = (logits.squeeze(-1) - labels.double()) ** 2
+        return off, -off
+    right = predicted_labels(logits, problem) == labels
+    if problem == MULTI:
+        losses = F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none")
+        return losses.mean(-1), right.all(-1).double()
+    return F.cross_entropy(logits, labels.long(), reduction="none"), right.double()
 
 
 def predicted_labels(logits: Tensor, problem: str) -> Tensor:

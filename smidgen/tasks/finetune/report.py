@@ -20,7 +20,8 @@ class FinetuneReport:
     """The result of one fine-tuning in the folder ``adapter``.
 
     ``scores`` are ``base`` (untouched, its head fresh, on the test split), ``test`` (the saved file, on the test split)
-    and ``validation``; of classifiers ``majority`` too (always the commonest answer of train, on the test split).
+    and ``validation``; of classifiers ``majority`` too (always the commonest answer of train, on the test split) and ``head`` (the
+    best head on the frozen base, on the test split). ``headline`` is what has to be said first.
     ``problem`` is a classifier's kind in transformers' terms. Numbers and bytes of the head are counted apart from the adapter's.
     """
 
@@ -43,12 +44,17 @@ class FinetuneReport:
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    headline: str = ""
     verified: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     coverage: Coverage | None = None
 
     def table(self) -> str:
-        """The figures as a table for a terminal or a model card (GitHub Markdown)."""
+        """What has to be said first, if anything, and the figures as a table for a terminal (GitHub Markdown)."""
+        return "\n\n".join(filter(None, [self.headline, self.figures()]))
+
+    def figures(self) -> str:
+        """The figures as a table."""
         shown = [name for name in self.scores["test"] if name in self.scores["base"]]
         head = [
             "on the test split",
@@ -63,6 +69,9 @@ class FinetuneReport:
         counted = (self.trained_numbers, self.head_numbers, self.bytes_on_disk, self.head_bytes)
         rows.append([self.method, *(f"{value:,}" for value in counted), f"{self.seconds:.0f}"])
         names = ["base", "test"]
+        if "head" in self.scores:
+            rows.insert(1, ["head alone", "0", f"{self.head_numbers:,}", "0", f"{self.head_bytes:,}", "-"])
+            names.insert(1, "head")
         if "majority" in self.scores:
             rows.insert(0, ["always the commonest", *["-"] * 5])
             names.insert(0, "majority")
@@ -80,12 +89,13 @@ def card(report: FinetuneReport) -> str:
         f"{split}: {', '.join(f'{number:,} {name}' for name, number in some.items())}"
         for split, some in report.counts.items()
     )
+    what = f"{report.trained_numbers:,} trained numbers, and {report.head_numbers:,} of the head, on `{base}`. Made with Smidgen."
     return model_card(
         adapter_head(base, task, report.method.replace(":", "-")),
         f"{report.kind}: {title} of {report.bytes_on_disk:,} bytes",
-        f"{report.trained_numbers:,} trained numbers, and {report.head_numbers:,} of the head, on `{base}`. Made with Smidgen.",
+        "\n\n".join(filter(None, [report.headline, what])),
         ("Use", f"```python\n{loading_code(report)}\n```\n\n{_how(report)}"),
-        ("Measured", f"{report.table()}\n\n{best}\n\n![training loss](loss.png)"),
+        ("Measured", f"{report.figures()}\n\n{best}\n\n![training loss](loss.png)"),
         covered(report.coverage),
         ("Data", "\n\n".join([counts, "Warnings:", bullets(report.warnings) or "None."])),
         licence(base, "data"),

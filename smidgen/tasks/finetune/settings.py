@@ -8,6 +8,7 @@ from smidgen.adapters.budget import parse_bytes
 from smidgen.adapters.methods import Kind, Rates, learning_rates
 from smidgen.adapters.outputs import OUTPUTS
 from smidgen.errors import ConfigError, did_you_mean
+from smidgen.training.frozen import Matmuls
 from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check
 
@@ -63,6 +64,11 @@ class FinetuneConfig:
     train: LoopConfig = field(default_factory=LoopConfig)
     model: str = "minilm"  # packaged name, transformers folder, or hub name
     dropout: float | None = None  # None: the model's own
+    head: Literal["fresh", "probe", "auto"] = (
+        "fresh"  # start of a classifier's head: as it is, a regression on the frozen features, the better on validation
+    )
+    frozen_matmuls: Matmuls = "base"  # bf16: matrices that are not trained multiply in it where the processor does
+    cache_mb: int = 1024  # memory for hidden states below the lowest trained layer; 0: they are computed each time
     num_train_epochs: int | None = None  # passes over the examples, in place of max_train_steps
     from_adapter: Path | None = (
         None  # go on from the adapter in this folder: new data, more steps, other learning rates

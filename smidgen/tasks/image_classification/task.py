@@ -19,6 +19,7 @@ from smidgen.tasks.finetune.measuring import (
     Measured,
     at_rest,
     batch_weight,
+    label_answers,
     label_loss,
     label_scores,
     label_tensor,
@@ -56,19 +57,25 @@ class ImageClassificationTask(Measured):
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        picks = [train[pick] for pick in examples(self.seed, index, self.batch_size, len(train))]
-        pixels = self._augmented(torch.stack([self.pixels(picture) for picture in picks]), index)
-        labels = label_tensor([picture.label for picture in picks], self.problem, self.classes)
-        names = [picture.where for picture in picks]
-        weight = batch_weight(labels, self.problem, self.weights)
-        return {"pixel_values": self._scaled(pixels), "labels": labels, "weight": weight, "names": names}
+        picks = examples(self.seed, index, self.batch_size, len(train))
+        chosen = [train[pick] for pick in picks]
+        pixels = self._augmented(torch.stack([self.pixels(picture) for picture in chosen]), index)
+        labels = label_tensor([picture.label for picture in chosen], self.problem, self.classes)
+        found = {"pixel_values": self._scaled(pixels), "labels": labels, "names": [one.where for one in chosen]}
+        found["picks"] = None if self.random_crop or self.random_flip else picks
+        return found | {"weight": batch_weight(labels, self.problem, self.weights)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return label_loss(self._logits(model, batch["pixel_values"]), batch["labels"], self.problem, self.weights)
+        logits = self._logits(model, batch["pixel_values"], "train", batch.get("picks"))
+        return label_loss(logits, batch["labels"], self.problem, self.weights)
 
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
         """The metric, the loss, and the accuracy or all metrics of sets."""
         return label_scores(self.metric, predicted, self.labels(split), self.problem)
+
+    def answers(self, predicted: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        """Loss and rightness of each picture."""
+        return label_answers(predicted, self.labels(split), self.problem)
 
     def labels(self, split: str) -> Tensor:
         """A split's labels, [picture] or [picture, class]."""
@@ -79,13 +86,14 @@ class ImageClassificationTask(Measured):
         pictures, found = self.splits[split], []
         with at_rest(model) as device:
             for start in range(0, len(pictures), self.eval_batch_size):
-                part = [self.pixels(picture) for picture in pictures[start : start + self.eval_batch_size]]
-                found.append(self._logits(model, self._scaled(torch.stack(part)).to(device)).float().cpu())
+                picks = range(len(pictures))[start : start + self.eval_batch_size]
+                pixels = self._scaled(torch.stack([self.pixels(pictures[pick]) for pick in picks]))
+                found.append(self._logits(model, pixels.to(device), split, picks).float().cpu())
         return torch.cat(found)
 
-    def _logits(self, model: nn.Module, pixels: Tensor) -> Tensor:
+    def _logits(self, model: nn.Module, pixels: Tensor, split: str, picks: Sequence[int] | None) -> Tensor:
         options = {"interpolate_pos_encoding": True} if self.interpolate else {}
-        with mixed(model):
+        with mixed(model), self.reading(split, picks):
             return model(pixel_values=pixels, **options).logits
 
     def _scaled(self, pixels: Tensor) -> Tensor:

@@ -40,12 +40,13 @@ class InstructionTask(Measured):
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        picks = [train[pick] for pick in examples(self.seed, index, self.batch_size, len(train))]
-        weight = float(sum(spoken.targets for spoken in picks))
-        return self._padded(picks) | {"weight": weight, "names": [spoken.where for spoken in picks]}
+        picks = examples(self.seed, index, self.batch_size, len(train))
+        chosen = [train[pick] for pick in picks]
+        found = {"weight": float(sum(spoken.targets for spoken in chosen)), "names": [one.where for one in chosen]}
+        return self._padded(chosen) | found | {"picks": picks}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        logits, targets = self._at_targets(model, batch)
+        logits, targets = self._at_targets(model, batch, "train", batch.get("picks"))
         return F.cross_entropy(logits.float(), targets)
 
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
@@ -55,23 +56,39 @@ class InstructionTask(Measured):
         return found | {"token_accuracy": float(predicted[:, 1].double().mean())}
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
-        """For each target token of a split its log-likelihood and whether it was the likeliest, [token, 2]."""
-        order = sorted(self.splits[split], key=lambda spoken: -len(spoken.ids))
+        """For each target token of a split its log-likelihood and whether it was the likeliest, [token, 2]; conversations by
+        :meth:`order`."""
+        order = self.order(split)
         found = []
         with at_rest(model) as device:
             for start in range(0, len(order), self.eval_batch_size):
-                batch = self._padded(order[start : start + self.eval_batch_size])
-                logits, targets = self._at_targets(model, {key: value.to(device) for key, value in batch.items()})
+                picks = order[start : start + self.eval_batch_size]
+                batch = {k: v.to(device) for k, v in self._padded([self.splits[split][at] for at in picks]).items()}
+                logits, targets = self._at_targets(model, batch, split, picks)
                 likely = -F.cross_entropy(logits.float(), targets, reduction="none")
                 found.append(torch.stack([likely, (logits.argmax(-1) == targets).float()], dim=1).cpu())
         return torch.cat(found)
 
-    def _at_targets(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def order(self, split: str) -> list[int]:
+        """The conversations from long to short, so that little of a batch is padding."""
+        return sorted(range(len(self.splits[split])), key=lambda at: -len(self.splits[split][at].ids))
+
+    def answers(self, predicted: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        """Mean loss and share of right tokens of each conversation, in nats and in 0..1."""
+        sizes = [self.splits[split][at].targets for at in self.order(split)]
+        own = torch.stack([part.double().mean(0) for part in predicted.split(sizes)])
+        back = torch.tensor(self.order(split)).argsort()
+        return -own[back, 0], own[back, 1]
+
+    def _at_targets(
+        self, model: nn.Module, batch: Mapping[str, Any], split: str, picks: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits [target, token] that predict each target, and the targets' ids."""
         following = batch["labels"][:, 1:]  # what comes after each position but the last
         positions = (following != IGNORED).any(0).nonzero().squeeze(-1)
         inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        with mixed(model):
+        lengths = [len(self.splits[split][pick].ids) for pick in picks or ()]
+        with mixed(model), self.reading(split, picks, lengths):
             if self.selects:
                 logits = model(**inputs, use_cache=False, logits_to_keep=positions).logits
             else:

@@ -19,6 +19,7 @@ from smidgen.tasks.finetune.measuring import (
     Measured,
     at_rest,
     batch_weight,
+    label_answers,
     label_loss,
     label_scores,
     label_tensor,
@@ -60,14 +61,23 @@ class TextClassificationTask(Measured):
         picks = examples(self.seed, index, self.batch_size, len(train))
         padded = self._padded(train, picks)
         weight = batch_weight(padded["labels"], self.problem, self.weights)
-        return padded | {"weight": weight, "names": [train.names[pick] for pick in picks]}
+        return padded | {"weight": weight, "names": [train.names[pick] for pick in picks], "picks": picks}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return label_loss(self._logits(model, batch), batch["labels"], self.problem, self.weights)
+        logits = self._logits(model, batch, "train", batch.get("picks"))
+        return label_loss(logits, batch["labels"], self.problem, self.weights)
 
     def scores(self, predicted: Tensor, split: str) -> dict[str, float]:
         """The metric, the loss, and the accuracy or all metrics of sets."""
-        return label_scores(self.metric, predicted, self.splits[split].labels, self.problem)
+        return label_scores(self.metric, predicted, self.labels(split), self.problem)
+
+    def answers(self, predicted: Tensor, split: str) -> tuple[Tensor, Tensor]:
+        """Loss and rightness of each example."""
+        return label_answers(predicted, self.labels(split), self.problem)
+
+    def labels(self, split: str) -> Tensor:
+        """A split's labels, [example] or [example, class]."""
+        return self.splits[split].labels
 
     def predict(self, model: nn.Module, split: str) -> Tensor:
         """Logits [example, class] of a split, on the CPU."""
@@ -76,13 +86,15 @@ class TextClassificationTask(Measured):
         found: list[Tensor] = []
         with at_rest(model) as device, mixed(model):
             for start in range(0, len(order), self.eval_batch_size):
-                padded = self._padded(data, order[start : start + self.eval_batch_size])
-                found.append(self._logits(model, {k: v.to(device) for k, v in padded.items()}).float().cpu())
+                picks = order[start : start + self.eval_batch_size]
+                padded = {key: value.to(device) for key, value in self._padded(data, picks).items()}
+                found.append(self._logits(model, padded, split, picks).float().cpu())
         logits = torch.cat(found)
         return logits[torch.tensor(order).argsort()]
 
-    def _logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        with mixed(model):
+    def _logits(self, model: nn.Module, batch: Mapping[str, Any], split: str, picks: Sequence[int] | None) -> Tensor:
+        lengths = [len(self.splits[split].rows[pick]["input_ids"]) for pick in picks or ()]
+        with mixed(model), self.reading(split, picks, lengths):
             return model(**{key: batch[key] for key in self.tokenizer.model_input_names if key in batch}).logits
 
     def _padded(self, data: Encoded, picks: Sequence[int]) -> dict[str, Tensor]:
