@@ -41,6 +41,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora r1": ("lora", {"r": 1}),
     "peft LoRA": ("peft.LoraConfig", {"r": 4, "lora_alpha": 4}),
     "peft OFT": ("peft.OFTConfig", {"oft_block_size": 16, "r": 0}),
+    "seeded": ("seeded", {"r": 192}),
+    "ia3": ("ia3", {}),
 }
 GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 to 3 apart, around where each one learns
     "tlora": (1e-2, 3e-2, 1e-1),
@@ -50,8 +52,11 @@ GRIDS: dict[str, tuple[float, ...]] = {  # three rates a method, a factor of 2 t
     "lora r1": (3e-3, 1e-2, 3e-2),
     "peft LoRA": (3e-3, 1e-2, 3e-2),
     "peft OFT": (3e-3, 1e-2, 3e-2),
+    "seeded": (3e-2, 1e-1, 3e-1),
+    "ia3": (1e-2, 3e-2, 1e-1),
 }
 RATES = ("tuned", "package")
+SCORES = ("identity", "caption", "traits")
 
 
 class Bench:
@@ -87,7 +92,30 @@ class Bench:
                 rates = Rates(rate, 0.3 * rate)
                 run = fit(method, self.base.model, task, setup, rates, loop, Path(folder), progress=False)
             figures = {"numbers": run.trained_numbers, "bytes": run.bytes, "seconds": run.seconds}
+            figures |= self._score(subject, seed)
+            figures["int4_bytes"] = self._in_codes()
+            return figures | {f"int4_{name}": value for name, value in self._score(subject, seed).items()}
         return figures | self._score(subject, seed)
+
+    def _in_codes(self) -> int:
+        """Round what was trained to what the package's int4 file holds, for every method by the same code; the numbers' bytes."""
+        from smidgen.adapters.checkpoint import packing
+
+        live: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.base.model.named_parameters():
+            if parameter.requires_grad:
+                layer, _, kind = name.replace(".default", "").rpartition(".lora_" if ".lora_" in name else ".")
+                live.setdefault(layer, {})[f"residual_{kind.replace('.', '_')}"] = parameter
+        coded = packing.encode(packing.pack(live), "int4")
+        back = packing.decode(coded, "int4", "here")
+        for name, values in back.items():
+            at = 0
+            for layer in sorted(live):
+                if name in live[layer]:
+                    own = live[layer][name]
+                    own.data.copy_(values[at : at + own.numel()].view_as(own))
+                    at += own.numel()
+        return sum(value.numel() for value in coded.values())
 
     def _person(self, person: int):
         from smidgen.bases.embedded import world
@@ -239,11 +267,12 @@ def report(base: str, chosen: str) -> None:
     }
     for method, values in found.items():
         key = method.replace(" ", "_").lower()
-        for score in ("identity", "caption", "traits"):
+        for score in (name for name in (*SCORES, *(f"int4_{score}" for score in SCORES)) if name in values):
             figures[f"{key}_{score}"] = float(values[score].mean())
             figures[f"{key}_{score}_interval"] = interval(values[score])
         if method in rates:
-            figures |= {f"{key}_{name}": float(values[name].mean()) for name in ("numbers", "bytes", "cpu_seconds")}
+            sizes = (name for name in ("numbers", "bytes", "int4_bytes", "cpu_seconds") if name in values)
+            figures |= {f"{key}_{name}": float(values[name].mean()) for name in sizes}
             figures[f"{key}_learning_rate"] = rates[method]
     write_result(name, figures, f"python -m benchmarks.{name}" + ("" if chosen == "tuned" else f" --rates {chosen}"))
     folder = ROOT / "docs" / "results"
@@ -283,7 +312,7 @@ bootstrap intervals over people. `make bench NAME={RESULTS[base]}` redoes it.
 
 {_reading(figures, "peft_lora" if "peft LoRA" in methods else "lora")}
 
-{_beside(base, figures, methods)}![identity and captions by bytes]({RESULTS[base]}.png)
+{_at_equal_bytes(figures, methods)}{_beside(base, figures, methods)}![identity and captions by bytes]({RESULTS[base]}.png)
 """
 
 
@@ -300,6 +329,33 @@ def _reading(figures: dict[str, Any], other: str) -> str:
         "\n".join(lines)
         + "\n\nBytes count both files; the config with its base lock is about 1 kB of each (bytes were counted again after the config became smaller)."
     )
+
+
+def _at_equal_bytes(figures: dict[str, Any], methods: list[str]) -> str:
+    """Every method in two number formats, by the bytes of its numbers, where that was measured."""
+    from smidgen.tasks import cards
+
+    rows: list[tuple[float, list[str]]] = []
+    for method in methods:
+        key = method.replace(" ", "_").lower()
+        if f"{key}_int4_bytes" not in figures:
+            continue
+        for label, code, size in (
+            ("fp16", "", 2 * figures[f"{key}_numbers"]),
+            ("int4", "int4_", figures[f"{key}_int4_bytes"]),
+        ):
+            low, high = figures[f"{key}_{code}identity_interval"]
+            told = f"{figures[f'{key}_{code}identity']:.3f} [{low:.3f}, {high:.3f}]"
+            rows.append((size, [f"{size / 1000:.1f}", method, label, told, f"{figures[f'{key}_{code}caption']:.3f}"]))
+    if not rows:
+        return ""
+    head = ["kB of numbers", "method", "format", "identity", "captions"]
+    return f"""By bytes, every method in the same two formats (int4: four bits and a scale for each 64 numbers, rounded after training; in fp16 the
+scores are those of the numbers as trained). Numbers alone are counted: a config of about 1 kB comes with each.
+
+{cards.table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])}
+
+"""
 
 
 def _beside(base: str, figures: dict[str, Any], methods: list[str]) -> str:
@@ -332,6 +388,7 @@ def _beside(base: str, figures: dict[str, Any], methods: list[str]) -> str:
 
 def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, score in zip(figure.subplots(1, 2), ("identity", "caption"), strict=True):
@@ -345,7 +402,10 @@ def _plot(figures: dict[str, Any], methods: list[str], path: Path) -> None:
             axes.errorbar(
                 figures[f"{key}_bytes"], mean, [[mean - low], [high - mean]], fmt=marker, capsize=3, label=method
             )
-        axes.set(xscale="log", xlabel="bytes on disk", ylabel=score)
+        axes.set(xscale="log", xlabel="kilobytes on disk", ylabel=score)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     write_figure(figure, path)
