@@ -95,7 +95,7 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 	$(ENV) $(BIN)/smidgen generator directions work/generator --people work/generator/people
 	$(ENV) $(BIN)/smidgen generator calibrate work/generator --people work/generator/people
 	mkdir -p $(SHIPPED)
-	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
+	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors possible.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
 
 clean:           ## the environments and what the demo wrote
 	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(DEMO)

@@ -25,8 +25,8 @@ import smidgen
 from benchmarks import extract
 from benchmarks._harness import write_result
 from smidgen.adapters.atomic import new_file, replace_file
-from smidgen.lab.embedded_base.run import mixed
 from smidgen.tasks.png import write_figure
+from smidgen.training.quick import mixed
 from smidgen.training.randomness import examples
 
 ROOT = extract.ROOT

@@ -14,16 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smidgen.training.quick import multiplies_bf16
+
 logger = logging.getLogger(__name__)
 
 Matmuls = Literal["base", "bf16"]  # the base's own precision, or bfloat16
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster there than fp32; where it is emulated it is many times slower."""
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported())  # type: ignore[attr-defined]
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @contextmanager

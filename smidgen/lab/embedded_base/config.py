@@ -43,7 +43,7 @@ class Config:
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
     diffusion: Budget = Budget(minutes=60, batch=32, lr=1.5e-3)
     flow: Budget = Budget(minutes=50, batch=48, lr=3e-3)
-    wide_flow: Budget = Budget(minutes=115, batch=48, lr=2e-3)
+    wide_flow: Budget = Budget(minutes=95, batch=48, lr=2e-3)
     autoencoder_widths: tuple[int, ...] = (16, 32, 64, 128)
     latent_channels: int = 16
     unet_widths: tuple[int, ...] = (64, 128)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from smidgen.adapters.atomic import new_file, replace_file
 from smidgen.lab.embedded_base.config import Budget
+from smidgen.training.quick import multiplies_bf16
 
 log = logging.getLogger(__name__)
 PARTS = 2
@@ -51,7 +52,7 @@ def learning_rate(progress: float, warm_up: float = 0.03, floor: float = 0.01) -
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is brought near to an orthogonal matrix (Jordan et al. 2024), with the size that Adam's would have. As
-    ``torch.optim.Muon``, which always computes in bf16: emulated, that is four times as long as the step itself."""
+    ``torch.optim.Muon``, which always computes in bf16: where a processor has to emulate it, that is four times as long as the step itself."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -60,12 +61,13 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
+            inner = torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
             for matrix in group["params"]:
                 kept = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
                 kept.lerp_(matrix.grad, 1 - momentum)
-                update = orthogonal(matrix.grad.lerp(kept, momentum))
+                update = orthogonal(matrix.grad.lerp(kept, momentum).to(inner))
                 matrix.mul_(1 - rate * group["weight_decay"])
-                matrix.add_(update, alpha=-rate * 0.2 * max(matrix.shape) ** 0.5)
+                matrix.add_(update.to(matrix.dtype), alpha=-rate * 0.2 * max(matrix.shape) ** 0.5)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
