@@ -151,7 +151,7 @@ TABLES = {
         (
             Column("trained numbers", "{row}_numbers", ",.0f"),
             Column("rate", "{row}_rate", "g"),
-            *(Column(f"loss at {step}", f"{{row}}_loss_at_{step}", ".3f") for step in (0, 10, 20, 40, 80)),
+            *(Column(f"loss at {step}", f"{{row}}_loss_at_{step}", ".3f") for step in (0, 25, 50, 100, 200, 400)),
             Column("accuracy", "{row}_accuracy", ".3f"),
         ),
         "claims.md#how-fast",
