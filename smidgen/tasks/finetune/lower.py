@@ -162,6 +162,8 @@ def _find(task: Measured, model: nn.Module, most: int, states: States) -> Lower 
         for hook in hooks:
             hook.remove()
     times = {names[module]: at for at, module in reversed(list(enumerate(called)))}
+    if "" not in times:  # the loss goes past the model
+        return None
     trained = [_called_around(name, times) for name, p in model.named_parameters() if p.requires_grad]
     first = min((times[name] for name in trained), default=len(called))
     lists = [module for module in names if isinstance(module, nn.ModuleList) and len(module) > 1]
