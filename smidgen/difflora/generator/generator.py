@@ -207,8 +207,9 @@ class Generator:
         replace_file(folder / TENSORS, content)
         if self.possible is not None:
             tensors = {n: t.half().contiguous() for n, t in self.possible.network.state_dict().items()}
-            about = {"generator": self._digest(content), "model": json.dumps(to_dict(self.possible.model))}
-            replace_file(folder / POSSIBLE, save_tensors(tensors | {"width": self.possible.width}, metadata=about))
+            about = {"generator": self._digest(content), "model": to_dict(self.possible.model)}
+            packed = {"smidgen": json.dumps(about, sort_keys=True)}  # one key: safetensors does not keep their order
+            replace_file(folder / POSSIBLE, save_tensors(tensors | {"width": self.possible.width}, metadata=packed))
         replace_file(folder / JSON, json.dumps(described, indent=1, sort_keys=True))
         return folder
 
@@ -248,9 +249,9 @@ def _load_possible(path: Path, generator: Generator, widths: Mapping[str, int]) 
     again = "`smidgen generator train --preset seeds` makes it."
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["smidgen"])
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        width, model = tensors.pop("width"), from_dict(Model, json.loads(about["model"]))
+        width, model = tensors.pop("width"), from_dict(Model, about["model"])
         network = Network(widths["face"], widths["image"], len(width), model).eval().requires_grad_(False)
         network.load_state_dict(tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
