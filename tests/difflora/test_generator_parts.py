@@ -24,8 +24,11 @@ from smidgen.difflora.weightspace.codecs import load_codec
 from smidgen.difflora.weightspace.layout import Entry, Layout
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.weightspace.rows import TensorRows
+from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import ConfigError, DataError
+from smidgen.tasks.data.images import load_picture
 from smidgen.training.loop import LoopConfig, train
+from tests.difflora import helpers
 
 PREDICTIONS = ("x0", "v", "flow")
 
@@ -169,6 +172,37 @@ def test_a_basis_decodes_as_the_components_it_came_from(tmp_path):
     torch.testing.assert_close(codec._encode(codec.decode(latents)), latents, atol=1e-3, rtol=1e-3)
 
 
+def test_a_basis_for_each_layer_moves_that_layer_alone_and_counts_as_one_that_is_zero_elsewhere(tmp_path):
+    own = helpers.layout()
+    codec = Basis.fresh(own, torch.randn(own.size), 3, per_layer=True)
+    with torch.no_grad():
+        codec.numbers.basis.copy_(torch.randn(3, own.size))
+    assert codec.latent_shape == (6,)  # two layers
+    latents, whole = torch.randn(4, 6), torch.zeros(6, own.size)
+    for number, key in enumerate(("to_k", "to_q")):  # in the order of the row
+        for entry in (entry for entry in own.entries if entry.key == key):
+            whole[3 * number : 3 * number + 3, entry.columns] = codec.numbers.basis.detach()[:, entry.columns]
+    torch.testing.assert_close(codec.decode(latents), codec.numbers.mean + latents @ whole)
+    torch.testing.assert_close(codec._encode(codec.decode(latents)), latents, atol=1e-3, rtol=1e-3)
+    codec.save(tmp_path)
+    torch.testing.assert_close(load_codec(tmp_path).decode(latents), codec.decode(latents), atol=2e-2, rtol=2e-3)
+
+
+def test_a_basis_in_8_bits_is_off_by_half_a_step_at_most(tmp_path):
+    own = some_layout()
+    codec = Basis.fresh(own, torch.randn(18), 5, int8=True)
+    with torch.no_grad():
+        codec.numbers.basis.copy_(torch.randn(5, 18))
+    codec.save(tmp_path / "small")
+    found = load_codec(tmp_path / "small")
+    for entry in own.entries:
+        true, kept = (one.numbers.basis[:, entry.columns] for one in (codec, found))
+        assert ((true - kept).abs() <= true.abs().amax(1, keepdim=True) * (0.5 / 127 + 1e-3)).all()
+    latents = torch.eye(5)
+    found.save(tmp_path / "again")
+    assert torch.equal(load_codec(tmp_path / "again").decode(latents), found.decode(latents))
+
+
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +283,28 @@ def test_end_to_end_training_that_is_killed_ends_with_the_same_bytes(tmp_path, m
     assert again.digest == whole.digest
     for name in ("network.safetensors", "codec/codec.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_generator_for_the_wide_base_learns_its_people_and_has_latents_for_each_layer(tmp_path, monkeypatch):
+    lengths, batches = set(), fitting.EndToEndTask.batch
+
+    def watched(self, index):
+        batch = batches(self, index)
+        lengths.add(batch["prompts"].tensors["embeds"].shape[1])
+        return batch
+
+    monkeypatch.setattr(fitting.EndToEndTask, "batch", watched)
+    wide, small = PRESETS["wide"], debug(tmp_path)
+    stage = replace(small.end_to_end, short_captions=20)
+    model = replace(wide.model, width=16, depth=1, heads=2, latents=2)
+    made = fitting.fit(replace(wide, end_to_end=stage, model=model, out=tmp_path), progress=False)
+    assert lengths == {20, 48}
+    assert made.base == "embedded-wide" and made.layout.size == 127_488
+    assert made.codec.latent_shape == (72,) and (tmp_path / "codec" / "codec.safetensors").stat().st_size < 1_100_000
+    people = read_subjects(tmp_path / "people")
+    assert "brows" in people[0].attributes
+    photo = load_picture(tmp_path / "people" / people[0].pictures[0], 64)
+    assert made.predict([photo], seeds=(0, 1)).shape == (2, 127_488)
 
 
 def test_nothing_to_train_is_refused():

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from smidgen.bases.embedded import world
+from smidgen.bases.embedded.layers import tensors_of
 from smidgen.errors import DataError, SmidgenError
 
 FOLDER = Path(__file__).parent / "judge_weights"
@@ -131,9 +132,9 @@ def load_weights(path: Path, module: nn.Module, stage: str) -> dict[str, str]:
         SmidgenError: it is not there; ``stage`` of the recipe makes it.
     """
     try:
+        module.load_state_dict({name: value.float() for name, value in tensors_of(path).items()})
+        module.requires_grad_(False).eval()
         with safe_open(path, "pt") as file:
-            module.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()})  # noqa: SIM118
-            module.requires_grad_(False).eval()
             return file.metadata() or {}
     except OSError as error:
         raise SmidgenError(

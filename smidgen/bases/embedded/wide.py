@@ -48,6 +48,9 @@ from smidgen.errors import DataError
 __all__ = ["ATTRIBUTES", "CLASS_PHRASE", "IDENTITY_ATTRIBUTES", "PLACEHOLDERS", "SCENE_ATTRIBUTES", "SIZE"]
 
 Split = Literal["train", "test", "range"]
+LICENCE = (
+    f"{world.LICENCE}, and in the style Avatar Illustration System by Micah Lanier, CC BY 4.0, both remixed by DiceBear"
+)
 FREE = ("hair_color", "skin")
 COLORS = ("hair_color", "skin", "clothes_color", "background", "hat_color")
 """Attributes that are colours; those of `FREE` may also be ``"#rrggbb"``."""
@@ -311,6 +314,13 @@ def drawing(identity: Identity, scene: Scene, placement: Mapping[str, float] | N
     style = STYLE[scene.style]
     avatar, loaded, _ = world.drawing_tools(style.source)
     return str(avatar(loaded, _options(identity, scene) | dict(placement or {})).to_string())
+
+
+def placement(scene: Scene, zoom: float = 1.0, right: float = 0.0, down: float = 0.0) -> dict[str, float]:
+    """For `drawing`: the portrait as its framing has it, but ``zoom`` times as large, moved by percent of the picture."""
+    style = STYLE[scene.style]
+    scale, lower = style.scale * FRAMING[scene.framing] * zoom, _down(style.down, scene.framing)
+    return {"scale": round(scale, 3), "translateX": round(right, 2), "translateY": round(lower + down, 2)}
 
 
 def lit(picture: Any, light: str) -> Any:

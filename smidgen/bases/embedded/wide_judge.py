@@ -31,7 +31,7 @@ FOLDER = Path(__file__).parent / "wide_judge_weights"
 UNSURE = 15.0
 """Sigma in Lab from which a colour counts as not seen."""
 _XYZ = torch.tensor(colors.XYZ / colors.WHITE[:, None], dtype=torch.float32)
-_TINTS = torch.tensor([tint or (1, 1, 1) for tint in LIGHT.values()], dtype=torch.float32)
+TINTS = torch.tensor([tint or (1, 1, 1) for tint in LIGHT.values()], dtype=torch.float32)
 
 
 def lab_tensor(channels: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class WideReader(nn.Module):
             maps = maps + nn.functional.interpolate(look(coarse), maps.shape[-2:], mode="bilinear")
         where = maps.flatten(2).softmax(-1)
         cells = nn.functional.avg_pool2d(pictures, 2).flatten(2).mT / 2 + 0.5
-        tint = words["light"].softmax(-1) @ _TINTS.to(pictures.device)
+        tint = words["light"].softmax(-1) @ TINTS.to(pictures.device)
         seen = ((where @ cells) / tint[:, None]).clamp(0, 1)
         return words, lab_tensor(seen), self.doubt(features)
 

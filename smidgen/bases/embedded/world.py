@@ -51,6 +51,7 @@ from smidgen.errors import DataError, MissingExtraError, did_you_mean
 Split = Literal["train", "test"]
 SIZE = 64
 CLASS_PHRASE = "a person"
+LICENCE = "drawn in the style Avataaars by Pablo Stanley, free for personal and commercial use"
 PLACEHOLDERS = ("sks", "ohwx", "zwx", "qbt", "vxk")
 """Rare words the base has seen and learnt to ignore: a name for a subject."""
 

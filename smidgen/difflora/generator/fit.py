@@ -120,7 +120,8 @@ def _end_to_end(
     progress: bool,
 ) -> tuple[Codec, Network]:  # fmt: skip
     """The transformer and the decoder, from the two stages' weights or from nothing."""
-    photos, encoded = people_of(config.out / "people", stage.people, pipeline.base, seen[0], seen[1], progress)
+    people, moved = config.out / "people", config.encoders.moved_photos
+    photos, encoded = people_of(people, stage.people, pipeline.base, seen[0], seen[1], progress, moved)
     bank = pipeline.bank(["start"])
     codec = _decoder(config, pipeline.layout, pipeline.layout.pack(bank.get("start")), codec)
     network = network or fresh_network(config, photos, torch.Size(codec.latent_shape).numel(), seen)
@@ -155,5 +156,6 @@ def _end_to_end(
 def _decoder(config: GeneratorConfig, layout: Any, start: Tensor, codec: Codec | None) -> Codec:
     """A codec whose decoder can be trained."""
     if codec is None:
-        return Basis.fresh(layout, start, config.model.latents, config.shared)
+        model = config.model
+        return Basis.fresh(layout, start, model.latents, config.shared, model.per_layer, model.int8)
     return codec if hasattr(codec, "network") else Basis.of(codec)

@@ -24,6 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_WIDE
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.network import Network
@@ -42,6 +43,8 @@ JSON, TENSORS, CODEC, POSSIBLE = "generator.json", "network.safetensors", "codec
 POSSIBLE_STEPS = 20  # of the sampler, unless asked otherwise
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "embedded"
+SHIPPED_FOR = {EMBEDDED: SHIPPED, EMBEDDED_WIDE: Path(__file__).parent / "embedded_wide"}
+"""Base -> the generator of its adapters that comes with the package."""
 
 
 @dataclass(frozen=True)
@@ -214,13 +217,19 @@ class Generator:
         return folder
 
 
+def shipped(base: str | None = None) -> Path:
+    """The folder of the generator that comes with the package for a base; that of the embedded base where there is none."""
+    folder = SHIPPED_FOR.get(base or EMBEDDED, SHIPPED)
+    return folder if (folder / JSON).is_file() else SHIPPED
+
+
 def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
-    """The generator in ``folder``, or the shipped one for the embedded base.
+    """The generator in ``folder``, or the shipped one of the base of that name (None: of the embedded base).
 
     Raises:
         DataError: there is none, or it is damaged or of another format.
     """
-    folder = SHIPPED if folder is None else Path(folder)
+    folder = shipped(folder) if folder is None or folder in SHIPPED_FOR else Path(folder)  # type: ignore[arg-type]
     try:
         described: dict[str, Any] = json.loads((folder / JSON).read_text())
         content = (folder / TENSORS).read_bytes()

@@ -12,18 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from smidgen.bases.protocol import ImageBase, Prompts
 from smidgen.bases.transformers import fingerprint as weights_of
 from smidgen.difflora.generator.encoders import PictureEncoder
+from smidgen.difflora.generator.reading import moved as moved_photo
 from smidgen.difflora.generator.shards import Shards
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.subjects import TABLE, Subject, make_subjects, read_pictures, read_subjects
 from smidgen.errors import DataError
 from smidgen.tasks.data.images import load_picture, to_tensor
 from smidgen.tasks.diffusion.task import Encoded
+from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,21 +122,26 @@ def by_person(ids: Sequence[str], counts: Sequence[int], face: Tensor, image: Te
 
 
 def people_of(
-    folder: Path, wanted: Subjects, base: ImageBase, face: PictureEncoder, image: PictureEncoder, progress: bool = True
-) -> tuple[Photos, Encoded]:
-    """The people that ``wanted`` names, made or read in ``folder``: their photos, and the same pictures encoded by the
-    base. What was computed is kept in ``encoded/``, used again while it fits, and gone on with after a kill."""
+    folder: Path, wanted: Subjects, base: ImageBase, face: PictureEncoder, image: PictureEncoder, progress: bool = True,
+    moved: float = 0.0,
+) -> tuple[Photos, Encoded]:  # fmt: skip
+    """The people that ``wanted`` names, made or read in ``folder``: their photos, a share ``moved`` of them larger, smaller or off the
+    middle, and the same pictures as they are encoded by the base. What was computed is kept in ``encoded/``, used again while it
+    fits, and gone on with after a kill."""
     if not (folder / TABLE).exists():
-        make_subjects(folder, wanted)
+        make_subjects(folder, wanted, getattr(base, "drawn", None))
     people = [person for person in read_subjects(folder) if person.split == "train"]
     pictures, texts = _singly(people), sorted({caption for person in people for caption in person.captions})
-    seen, said = encoded_shards(folder, people, base, face, image)
+    seen, said = encoded_shards(folder, people, base, face, image, moved)
 
     def look(places: range) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "face": [], "image": []}
+        first = places.start
         for opened in _opened(folder, pictures[places.start : places.stop], base.resolution, bar):
             mean, std = base.encode_images(to_tensor(opened), batch=16)
-            for name, value in zip(parts, (mean, std, face.encode(opened), image.encode(opened)), strict=True):
+            shown = [_moved(photo, first + number, moved) for number, photo in enumerate(opened)]
+            first += len(opened)
+            for name, value in zip(parts, (mean, std, face.encode(shown), image.encode(shown)), strict=True):
                 parts[name].append(value)
         return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -151,14 +159,20 @@ def people_of(
     return _photos(people, seen.whole("face"), seen.whole("image")), encoded
 
 
+def _moved(photo: Image, number: int, share: float) -> Image:
+    """A share of photos in another framing; which and how follows from their numbers."""
+    rng = numpy.random.default_rng(derive(0, "moved", number))
+    return moved_photo(photo, rng) if rng.random() < share else photo
+
+
 def encoded_shards(
-    folder: Path, people: Sequence[Subject], base: ImageBase, face: PictureEncoder, image: PictureEncoder
-) -> tuple[Shards, Shards]:
+    folder: Path, people: Sequence[Subject], base: ImageBase, face: PictureEncoder, image: PictureEncoder, moved: float = 0.0
+) -> tuple[Shards, Shards]:  # fmt: skip
     """Where the encoded pictures and the encoded captions (each once) of ``people`` are or will be."""
     texts = sorted({caption for person in people for caption in person.captions})
     digests = [digest for person in people for digest in person.digests]
     weights = {name: weights_of(part) for name, part in base.encoders.items()}
-    sees = [weights.pop("vae"), base.resolution, face.name, image.name]
+    sees = [weights.pop("vae"), base.resolution, face.name, image.name, *([moved] if moved else [])]
     reads = [str(base.model.dtype), *weights.values()]
     return (
         Shards(folder / ENCODED, "pictures", (sees, digests), len(digests)),

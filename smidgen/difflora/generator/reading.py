@@ -7,7 +7,7 @@ features   Mahalanobis distance of both encoders' features from those of trainin
 colours    mean of -log p(colour | place) over a sixteenth of the photo, the worst one: what no training photo has there
 
 Words are read at a temperature for each attribute (Guo et al. 2017, arXiv 1706.04599), and have a floor, below which too few of
-the held-out ones were right. ``reading.safetensors`` lies beside the generator; ``smidgen generator calibrate`` makes it.
+the held-out ones were right. Free colours, where the encoder reads such, are told with how far off they may be. ``reading.safetensors`` lies beside the generator; ``smidgen generator calibrate`` makes it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.embedded.colors import hexadecimal, lab
 from smidgen.difflora.generator.generator import Generator
 from smidgen.errors import DataError
 
@@ -40,6 +41,7 @@ SIDE, LEVELS, PLACES, WINDOW = (
     4,
     16,
 )  # pixels a side, levels of a channel, places a side, pixels of a window's side
+VAGUE, APART = 25.0, 10.0  # in Lab: a colour that may be further off is not read; from here on two are different ones
 ROUNDS, ZOOM, SHIFT = 4, 1.15, 0.1  # of the search for a framing: steps are halved in each round
 
 
@@ -73,6 +75,11 @@ class Framing:
         return wide.resize((side, side), Image.Resampling.BICUBIC, box)
 
 
+def moved(image: Image.Image, rng: numpy.random.Generator) -> Image.Image:
+    """The image from 0.8 to 1.25 times its size, and a tenth of it to each side at most."""
+    return Framing(float(numpy.exp(rng.uniform(-0.223, 0.223))), *rng.uniform(-0.1, 0.1, 2).tolist()).of(image)
+
+
 @dataclass(frozen=True)
 class Word:
     """How an attribute is read: log-probabilities are divided by ``temperature``; below ``floor`` a reading is not to be relied
@@ -103,11 +110,21 @@ class Seen:
     colours: float
     place: str
     words: dict[str, tuple[str, float]]
+    shades: dict[str, tuple[str, float]] = field(
+        default_factory=dict
+    )  # attribute -> ("#rrggbb", how far off in Lab it may be)
+
+    @property
+    def told(self) -> list[str]:
+        """What was read, for people."""
+        words = [f"{name.replace('_', ' ')} {word} {sure:.2f}" for name, (word, sure) in self.words.items()]
+        return words + [f"{name.replace('_', ' ')} {shade} ± {off:.0f}" for name, (shade, off) in self.shades.items()]
 
     @property
     def facts(self) -> dict[str, Any]:
         """For a recipe."""
         words = {name: [word, round(sure, 3)] for name, (word, sure) in self.words.items()}
+        words |= {name: [shade, round(off, 1)] for name, (shade, off) in self.shades.items()}
         framing = {} if self.framing == Framing() else {"framing": asdict(self.framing)}
         return {"words": words, "features": round(self.features, 2), "colours": round(self.colours, 2)} | framing
 
@@ -121,6 +138,8 @@ class Reader:
         surprise: -log p of each colour in each place [PLACES^2, LEVELS^3].
         quantile: share of held-out photos that stays under each limit.
         words: of each attribute that the encoders read.
+        shades: of each free colour, what the encoder's deviation is multiplied with so that it is the distance in Lab (root mean
+            square) of held-out ones.
     """
 
     mean: Tensor
@@ -129,6 +148,7 @@ class Reader:
     limits: Limits
     quantile: float
     words: Mapping[str, Word] = field(default_factory=dict)
+    shades: Mapping[str, float] = field(default_factory=dict)
 
     def features(self, generator: Generator, images: Sequence[Image.Image]) -> Tensor:
         """Distances [n] of the encoders' features; infinite where no face is found."""
@@ -155,7 +175,8 @@ class Reader:
                 framing, distance = near[int(found.argmin())], float(found.min())
             zoom, shift = zoom**0.5, shift / 2
         shown = framing.of(image)
-        return Seen(shown, framing, distance, *self.colours(shown), self.read(generator, shown))
+        words, shades = self.read(generator, shown), self.shades_of(generator, shown)
+        return Seen(shown, framing, distance, *self.colours(shown), words, shades)
 
     def read(self, generator: Generator, image: Image.Image) -> dict[str, tuple[str, float]]:
         """Attribute -> (word, how surely), where the encoders read words."""
@@ -167,6 +188,14 @@ class Reader:
                 sure = tempered(shares[0], self.words[name].temperature)
                 found[name] = known[int(sure.argmax())], float(sure.max())
         return found
+
+    def shades_of(self, generator: Generator, image: Image.Image) -> dict[str, tuple[str, float]]:
+        """Attribute -> (colour, how far off in Lab it may be), where the face encoder reads free colours."""
+        if not self.shades:
+            return {}
+        read: Any = generator.face
+        found = read.colors([image]).items()
+        return {name: (hexadecimal(seen[0].numpy()), float(off[0]) * self.shades[name]) for name, (seen, off) in found}
 
     def refusal(self, seen: Seen) -> str:
         """Why a photo is not to be believed; "" if it is."""
@@ -188,6 +217,10 @@ class Reader:
             f"{name.replace('_', ' ')} {word} ({sure:.2f}, below {self.words[name].floor:.2f})"
             for name, (word, sure) in seen.words.items()
             if sure < self.words[name].floor
+        ] + [
+            f"{name.replace('_', ' ')} {shade} (off by {off:.0f} in Lab, more than {VAGUE:.0f})"
+            for name, (shade, off) in seen.shades.items()
+            if off > VAGUE
         ]
 
     def unusual(self, seen: Seen) -> bool:
@@ -203,9 +236,17 @@ class Reader:
             pairs = {name: (seen[one].words[name], seen[other].words[name]) for name in seen[one].words}
             differ = [name for name, (a, b) in pairs.items() if a[0] != b[0]]
             surely = [name for name in differ if min(sure for _, sure in pairs[name]) >= self.words[name].floor]
+            shades = [(a, seen[other].shades[name]) for name, a in seen[one].shades.items()]
+            surely = surely or any(_other_shade(*pair) for pair in shades)
             if surely or (far[one, other] and (differ or not pairs)):
                 return one, other
         return None
+
+
+def _other_shade(one: tuple[str, float], other: tuple[str, float]) -> bool:
+    """Whether two readings are of different colours, even as far off as they may be."""
+    apart = float(numpy.linalg.norm(lab(one[0]) - lab(other[0])))
+    return max(one[1], other[1]) <= VAGUE and apart > APART + 2 * (one[1] + other[1])
 
 
 def features_of(generator: Generator, images: Sequence[Image.Image]) -> Tensor:
@@ -251,6 +292,7 @@ def save_reader(reader: Reader, folder: Path, generator: Generator) -> Path:
     """Writes ``reading.safetensors`` beside the generator; returns its path."""
     words = {name: asdict(word) for name, word in reader.words.items()}
     told = {"limits": asdict(reader.limits), "quantile": reader.quantile, "words": words}
+    told |= {"shades": dict(reader.shades)} if reader.shades else {}
     tensors = {"mean": reader.mean, "whiten": reader.whiten.half(), "surprise": reader.surprise.half()}
     about = {"generator": generator.digest, "reading": json.dumps(told)}
     replace_file(folder / FILE, save({n: t.contiguous() for n, t in tensors.items()}, metadata=about))
@@ -273,7 +315,8 @@ def load_reader(folder: Path, generator: Generator) -> Reader | None:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         told = json.loads(about["reading"])
         words = {name: Word(**word) for name, word in told["words"].items()}
-        reader = Reader(**tensors, limits=Limits(**told["limits"]), quantile=told["quantile"], words=words)
+        limits, shades = Limits(**told["limits"]), told.get("shades", {})
+        reader = Reader(**tensors, limits=limits, quantile=told["quantile"], words=words, shades=shades)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}). {again}") from error
     if about.get("generator") != generator.digest:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from smidgen.bases.families import EMBEDDED
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_WIDE
 from smidgen.difflora.zoo.settings import Subjects, ZooConfig
 from smidgen.errors import ConfigError
 from smidgen.tasks.personalize.settings import Adapter
@@ -18,8 +18,11 @@ from smidgen.training.ranges import check
 class Encoders:
     """What sees the photo; both stay frozen. Names as in ``smidgen.difflora.generator.encoders``."""
 
-    face: str = "embedded-face"  # or arcface:FILE.onnx
-    image: str = "embedded-scene"  # or clip, dinov2, or a transformers folder
+    face: str = "embedded-face"  # or wide-face, or arcface:FILE.onnx
+    image: str = "embedded-scene"  # or wide-scene, clip, dinov2, or a transformers folder
+    moved_photos: float = (
+        0.0  # share of training photos that are seen 0.8 to 1.25 times as large, a tenth off the middle
+    )
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Model:
     depth: int = 4  # blocks
     heads: int = 4
     latents: int = 64  # numbers that an adapter is made from; a fitted codec has its own
+    per_layer: bool = False  # each layer of the base has as many of its own, and a basis (one token for each suits)
+    int8: bool = False  # keep the basis in 8 bits
     tokens: int = 8  # pieces that the latents are cut into
     prediction: Literal["x0", "v", "flow"] = "x0"  # what the transformer answers
     inference_steps: int = 1  # of the sampler, unless asked otherwise
@@ -122,6 +127,9 @@ class EndToEnd:
         None  # of what turns latents into adapters; None: 0.08 of personalize's own rate
     )
     snr_gamma: float | None = None  # min-SNR weighting of the base's loss; None: off
+    short_captions: int | None = (
+        None  # tokens of captions that two thirds of the steps see: quicker, on a base that masks none
+    )
     base_loss_weight: float = 0.1  # of the diffusion over its own latents, with which nobody in particular is drawn
     gradient_checkpointing: bool = False  # less memory, slower steps
     train: LoopConfig = field(
@@ -190,6 +198,18 @@ _POSSIBLE = TwoStage(
     train=LoopConfig(max_train_steps=2500, lr_warmup_steps=30, checkpointing_steps=500, ema_decay=0.99),
 )
 
+_WIDE = GeneratorConfig(
+    encoders=Encoders("wide-face", "wide-scene", moved_photos=0.5),
+    model=Model(latents=16, per_layer=True, int8=True, tokens=36, depth=2),
+    end_to_end=EndToEnd(
+        people=Subjects(people=5000, held_out=200, pictures=4, same_scenes=False, people_seed=1),
+        decoder_learning_rate=2e-3,
+        short_captions=32,
+        train=LoopConfig(max_train_steps=2000, lr_warmup_steps=50, checkpointing_steps=100, ema_decay=0.998),
+    ),
+    base=EMBEDDED_WIDE,
+)
+
 PRESETS = {
     "default": GeneratorConfig(two_stage=_POSSIBLE, own_latents=OwnLatents()),
     "seeds": GeneratorConfig(two_stage=_POSSIBLE, end_to_end=None, own_latents=OwnLatents("shipped")),
@@ -210,6 +230,7 @@ PRESETS = {
         shared_basis=SharedBasis(),
         end_to_end=None,
     ),
+    "wide": _WIDE,
     "debug": GeneratorConfig(
         model=Model(width=16, depth=1, heads=2, latents=8, tokens=2),
         end_to_end=EndToEnd(

@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters.bank import Bank
+from smidgen.bases.protocol import Prompts
 from smidgen.difflora.generator.diffusion import STEPS
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.generator.settings import EndToEnd
 from smidgen.difflora.weightspace.codec import Codec
 from smidgen.tasks.diffusion.task import PersonalizeTask
+from smidgen.training.quick import quick_attention
 from smidgen.training.randomness import examples, stream
+
+SHORT = 2 / 3  # share of steps that see short captions, where they are asked for
 
 
 class LatentTask:
@@ -132,6 +136,9 @@ class EndToEndTask:
             others = others or list(self.photos.places[person])
             drawn += [others[number % len(others)] for number in range(config.pictures)]
         batch = self.photos.batch(chosen) | self.pictures.subject.rows(drawn, noise)  # type: ignore[union-attr]  # never in buckets
+        if config.short_captions and _toss(noise, SHORT):
+            tensors = batch["prompts"].tensors
+            batch["prompts"] = Prompts({name: value[:, : config.short_captions] for name, value in tensors.items()})
         rows, latents = len(drawn), (len(people), self._latents)
         return batch | {
             "noise": torch.randn(batch["latents"].shape, generator=noise),
@@ -156,7 +163,8 @@ class EndToEndTask:
         owners = [row for row in range(len(rows)) for _ in range(len(batch["weights"]) // len(rows))]
         self.release()
         self._held.enter_context(self.bank.holding(self.codec.layout.unpack(rows), rows=owners))
-        loss = self.pictures.errors(self.unet, batch).sum()
+        with quick_attention():
+            loss = self.pictures.errors(self.unet, batch).sum()
         return loss + self.config.base_loss_weight * self.free_loss(network, latents.detach(), batch)
 
     def latents(self, network: Network, batch: Mapping[str, Any]) -> Tensor:

@@ -112,7 +112,8 @@ def in_a_basis(
 ) -> tuple[Codec, Network]:
     """The basis, and the transformer on the latents of the last round. ``round_N`` holds each round's generator, and
     everybody's latents."""
-    photos, encoded = people_of(config.out / "people", stage.people, pipeline.base, seen[0], seen[1], progress)
+    people, moved = config.out / "people", config.encoders.moved_photos
+    photos, encoded = people_of(people, stage.people, pipeline.base, seen[0], seen[1], progress, moved)
     hidden = _hidden(config, config.out / "people", pipeline, seen)
     bank = pipeline.bank(["start"])
     start = pipeline.layout.pack(bank.get("start"))
@@ -164,8 +165,9 @@ def given_basis(name: str, layout: Layout) -> Basis:
         DataError, BaseLockError: it makes other adapters, or not by one matrix.
     """
     generator = given_generator(name, layout)
-    if not isinstance(generator.codec, Basis | PCA):
-        raise DataError(f"The generator {name!r} decodes by {generator.codec.name!r}; a basis to share is one matrix.")
+    if not isinstance(generator.codec, Basis | PCA) or getattr(generator.codec, "per_layer", False):
+        kind = generator.codec.name if not isinstance(generator.codec, Basis) else "a basis for each layer"
+        raise DataError(f"The generator {name!r} decodes by {kind!r}; a basis to share is one matrix.")
     codec = Basis.of(generator.codec)
     codec.numbers.requires_grad_(False)
     codec.latent_mean = generator.latents(None, range(SAMPLES)).mean(0)
@@ -196,7 +198,7 @@ def possible_people(
     """A second network, trained as a diffusion over the generator's own answers to people's photos."""
     folder = config.out / "people"
     if not (folder / TABLE).exists():
-        make_subjects(folder, stage.people)
+        make_subjects(folder, stage.people, getattr(pipeline.base, "drawn", None))
     people = [person for person in read_subjects(folder) if person.split == "train"]
     photos = photos_of(folder, people, seen[0], seen[1], pipeline.base.resolution, progress, folder / ENCODED)
     latents = answers(generator.network, photos, range(len(photos.face)))  # a plain photo has one right answer, its own

@@ -18,17 +18,19 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
+from smidgen.bases.embedded import wide
+from smidgen.bases.embedded.colors import lab
 from smidgen.difflora.generator.generator import Generator
 from smidgen.difflora.generator.reading import (
     LEVELS,
     PLACES,
-    Framing,
     Limits,
     Reader,
     Word,
     colour_places,
     features_of,
     latents_alone,
+    moved,
     tempered,
     words_of,
 )
@@ -85,7 +87,7 @@ def calibrate(
             one = reader.look(generator, as_they_come(photo, rng))
             if not reader.refusal(one):
                 looked.append((one.image, person.attributes))
-    return replace(reader, words=_words(generator, looked))
+    return replace(reader, words=_words(generator, looked), shades=_shades(generator, looked))
 
 
 def _photos(folder: Path, person: Subject, resolution: int) -> list[Image.Image]:
@@ -102,11 +104,6 @@ def as_they_come(image: Image.Image, rng: numpy.random.Generator) -> Image.Image
     stored = io.BytesIO()
     small.save(stored, "JPEG", quality=int(rng.integers(75, 96)), subsampling=0)
     return Image.open(stored).convert("RGB")
-
-
-def moved(image: Image.Image, rng: numpy.random.Generator) -> Image.Image:
-    """The image from 0.8 to 1.25 times its size, and a tenth of it to each side at most."""
-    return Framing(float(numpy.exp(rng.uniform(-0.223, 0.223))), *rng.uniform(-0.1, 0.1, 2).tolist()).of(image)
 
 
 def _fitted(features: Tensor, counts: Tensor) -> Reader:
@@ -152,6 +149,21 @@ def _words(generator: Generator, looked: Sequence[tuple[Image.Image, dict[str, s
         temperature = float(TEMPERATURES[int(torch.stack(losses).argmin())])
         sure, word = tempered(shares, temperature).max(1)
         found[name] = Word(temperature, floor_of(sure, word == truth))
+    return found
+
+
+def _shades(generator: Generator, looked: Sequence[tuple[Image.Image, dict[str, str]]]) -> dict[str, float]:
+    """For each free colour the factor on the encoder's deviation that makes it the root mean square distance of those photos."""
+    if not hasattr(generator.face, "colors"):
+        return {}
+    found = {}
+    for name, (seen, off) in generator.face.colors([image for image, _ in looked]).items():
+        told = [own[name] for _, own in looked]
+        named = wide.ATTRIBUTES[name]
+        true = torch.tensor(
+            numpy.stack([lab(shade if shade.startswith("#") else named[shade]) for shade in told])
+        ).float()
+        found[name] = float(((seen - true).square().sum(1) / off.square()).mean().sqrt())
     return found
 
 

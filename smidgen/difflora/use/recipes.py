@@ -23,7 +23,7 @@ import smidgen
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.checkpoint.files import check_file
-from smidgen.difflora.generator.generator import SHIPPED, Generator, load_generator
+from smidgen.difflora.generator.generator import JSON, SHIPPED_FOR, Generator, load_generator
 from smidgen.difflora.weightspace.layout import is_lora
 from smidgen.errors import AdapterFileError, DataError
 
@@ -109,7 +109,7 @@ def _at_hand(path: Path, fingerprint: str) -> Generator:
 
 
 def _folders() -> Iterator[Path]:
-    yield SHIPPED
+    yield from (folder for folder in SHIPPED_FOR.values() if (folder / JSON).is_file())
     for name in filter(None, os.environ.get(FOLDERS, "").split(os.pathsep)):
         if not (Path(name) / "generator.json").is_file():
             raise DataError(f"{FOLDERS} names {name}, which holds no generator.json.")

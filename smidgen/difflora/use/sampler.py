@@ -18,7 +18,7 @@ from smidgen.adapters.checkpoint.files import RECIPE_ENDING, public_name
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.card import adapter_card
-from smidgen.difflora.generator.generator import SHIPPED, Generator, load_generator
+from smidgen.difflora.generator.generator import Generator, load_generator, shipped
 from smidgen.difflora.generator.reading import Framing, Seen, load_reader
 from smidgen.difflora.use import folders
 from smidgen.difflora.use.folders import Photo, write_folder
@@ -66,8 +66,8 @@ class Output:
     """Where results go, and what makes them."""
 
     out: Path  # the folder for the adapter
-    generator: Path | None = None  # the generator's folder; None: the one that comes with the package
-    base: str | None = None  # embedded, a pipeline folder, or a hub name; None: as the generator says
+    generator: Path | None = None  # the generator's folder; None: the one that comes with the package for the base
+    base: str | None = None  # embedded, embedded-wide, a pipeline folder, or a hub name; None: as the generator says
     overwrite: bool = False  # write although --out holds files; those of other names stay
     unchecked: bool = False  # go on with photos that the generator cannot read, or that show different people
     sheet: Sheet = field(default_factory=Sheet)
@@ -123,7 +123,7 @@ class Sampler:
         self.output = output
         self.seconds: dict[str, float] = {}
         with self.timed("loading"):
-            self.folder = output.generator or SHIPPED
+            self.folder = output.generator or shipped(output.base)
             self.generator = generator or load_generator(self.folder)
             self.pipeline = AdaptedPipeline.load(output.base or self.generator.base, self.generator.layout)
             self.base = public_name(self.pipeline.base.name)
@@ -184,8 +184,7 @@ class Sampler:
     def _read(self, photo: Photo, seen: Seen) -> list[str]:
         """What was read of a photo, how surely, and where."""
         assert self.reader is not None
-        words = [f"{name.replace('_', ' ')} {word} {sure:.2f}" for name, (word, sure) in seen.words.items()]
-        told = [f"{photo.path}: {', '.join(words)}"] if words else []
+        told = [f"{photo.path}: {', '.join(seen.told)}"] if seen.told else []
         if seen.framing != Framing():
             told.append(f"{photo.path} is read in another framing, {seen.framing}.")
         if self.reader.unusual(seen):

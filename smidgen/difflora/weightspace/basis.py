@@ -2,6 +2,10 @@
 
 It starts from the adapter's own start values and a basis of zeros (``fresh``), so that every latent is the untrained adapter
 and the first gradient already tells latents apart, or from any codec that decodes by one matrix (``of``). The denoising loss then shapes mean and basis end to end.
+
+One basis for the whole adapter grows with latents times numbers: 64 latents of an adapter for SDXL fill a large card. With ``per_layer``
+each target has latents and a basis of its own, as HyperLoRA (arXiv 2503.16944) has them for each matrix: B is then zero outside of its
+blocks, which are not kept, and equally many kept numbers serve as many times more latents as there are layers.
 """
 
 from __future__ import annotations
@@ -22,29 +26,37 @@ Shared = Literal["none", "learned", "random"]
 
 
 class Basis(Codec):
-    """Args: ``latents`` numbers of a latent; ``half`` stores mean and basis in 16 bits."""
+    """Args: ``latents`` numbers of a latent, of each layer with ``per_layer``; ``half`` stores mean and basis in 16 bits, ``int8`` the basis
+    in 8, with a scale for each tensor of each basis vector."""
 
     name = "basis"
 
-    def __init__(self, layout: Layout, normalise: Mode = "x10", latents: int = 64, half: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, normalise: Mode = "x10", latents: int = 64, half: bool = False, per_layer: bool = False,
+        int8: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(layout, normalise)
         if latents < 1:
             raise ConfigError(f"latents must be at least 1, got {latents}.")
-        self.latents, self.half = latents, half
-        self.numbers = _Numbers(layout.size, latents)
+        self.latents, self.half, self.per_layer, self.int8 = latents, half, per_layer, int8
+        self.numbers = _Numbers(layout, latents, per_layer)
 
     def settings(self) -> dict[str, Any]:
-        return {"latents": self.latents, "half": self.half}
+        return {"latents": self.latents, "half": self.half} | {
+            name: True for name in ("per_layer", "int8") if getattr(self, name)
+        }
 
     @classmethod
-    def fresh(cls, layout: Layout, start: Tensor, latents: int, shared: Shared = "none") -> Basis:
+    def fresh(
+        cls, layout: Layout, start: Tensor, latents: int, shared: Shared = "none", per_layer: bool = False, int8: bool = False
+    ) -> Basis:  # fmt: skip
         """An untrained basis around the adapter ``start`` [size]. ``shared`` keeps LoRA's A out of the prediction: one
         for all that is learnt, or one that stays at random.
 
         Raises:
             ConfigError: ``shared`` for a family without two trained factors.
         """
-        codec = cls(layout, latents=latents, half=True)
+        codec = cls(layout, latents=latents, half=True, per_layer=per_layer, int8=int8)
         with torch.no_grad():
             codec.numbers.mean.copy_(start)
         pairs = list(layout.factor_pairs())
@@ -73,7 +85,8 @@ class Basis(Codec):
         """Fitted, with latents and rows in their own units."""
         self.reference = reference.detach().clone()
         self.normaliser = Normaliser(torch.zeros(self.layout.size), torch.ones(self.layout.size))
-        self.latent_mean, self.latent_width = torch.zeros(self.latents), torch.ones(self.latents)
+        size = self.latents * len(self.numbers.layers)
+        self.latent_mean, self.latent_width = torch.zeros(size), torch.ones(size)
         return self
 
     def raw(self, latents: Tensor) -> Tensor:
@@ -91,43 +104,70 @@ class Basis(Codec):
         found = PCA(self.layout, self.normalise, self.latents)
         found._fit(rows, folder, progress)
         assert found.mean is not None and found.basis is not None
-        self.latents = len(found.basis)
-        self.numbers = _Numbers(self.layout.size, self.latents)
+        self.latents, self.per_layer = len(found.basis), False
+        self.numbers = _Numbers(self.layout, self.latents)
         self._take({"mean": found.mean, "basis": found.basis})
 
     def _encode(self, rows: Tensor) -> Tensor:
         """Least squares."""
         numbers = self.numbers
-        return (rows - numbers.mean) @ torch.linalg.pinv(numbers.basis * numbers.predicted)  # type: ignore[no-any-return]
+        basis = (numbers.basis * numbers.predicted).split(numbers.layers, 1)
+        parts = (rows - numbers.mean).split(numbers.layers, 1)
+        return torch.cat([own @ torch.linalg.pinv(of) for own, of in zip(parts, basis, strict=True)], 1)
 
     def _decode(self, latents: Tensor) -> Tensor:
         return self.numbers(latents)  # type: ignore[no-any-return]
 
     def _numbers(self) -> dict[str, Tensor]:
         dtype = torch.float16 if self.half else torch.float32
-        numbers = self.numbers
-        return {"mean": numbers.mean.to(dtype), "basis": (numbers.basis * numbers.predicted).to(dtype)}
+        mean, basis = self.numbers.mean.to(dtype), self.numbers.basis * self.numbers.predicted
+        if not self.int8:
+            return {"mean": mean, "basis": basis.to(dtype)}
+        scales = [part.abs().amax(1).clamp_min(1e-6) / 127 for part in basis.split(self._tensors, 1)]
+        scale = torch.stack(scales, 1).half()
+        return {
+            "mean": mean,
+            "basis": (basis / self._spread(scale)).round().clamp(-127, 127).to(torch.int8),
+            "scale": scale,
+        }
+
+    @property
+    def _tensors(self) -> list[int]:
+        return [entry.size for entry in self.layout.entries]
+
+    def _spread(self, scale: Tensor) -> Tensor:
+        """A scale [latents, tensors] for each number [latents, size]."""
+        return scale.float().repeat_interleave(torch.tensor(self._tensors), 1)
 
     def _take(self, numbers: dict[str, Tensor]) -> None:
+        basis = numbers["basis"]
         with torch.no_grad():
             self.numbers.mean.copy_(numbers["mean"])
-            self.numbers.basis.copy_(numbers["basis"])
+            self.numbers.basis.copy_(basis.float() * self._spread(numbers["scale"]) if "scale" in numbers else basis)
         self.numbers.requires_grad_(False)
 
 
 class _Numbers(nn.Module):
-    """Mean and basis; ``predicted`` masks what latents move, ``learnt`` what training moves of the mean."""
+    """Mean and basis; ``predicted`` masks what latents move, ``learnt`` what training moves of the mean. ``layers`` are the widths of
+    the pieces that have latents of their own."""
 
     predicted: Tensor
     learnt: Tensor
 
-    def __init__(self, size: int, latents: int) -> None:
+    def __init__(self, layout: Layout, latents: int, per_layer: bool = False) -> None:
         super().__init__()
-        self.mean = nn.Parameter(torch.zeros(size))
-        self.basis = nn.Parameter(torch.zeros(latents, size))
-        self.register_buffer("predicted", torch.ones(size))
-        self.register_buffer("learnt", torch.ones(size))
+        widths: dict[str, int] = {}
+        for entry in layout.entries:  # a layer's lie together
+            widths[entry.key] = widths.get(entry.key, 0) + entry.size
+        self.layers = list(widths.values()) if per_layer else [layout.size]
+        self.mean = nn.Parameter(torch.zeros(layout.size))
+        self.basis = nn.Parameter(torch.zeros(latents, layout.size))
+        self.register_buffer("predicted", torch.ones(layout.size))
+        self.register_buffer("learnt", torch.ones(layout.size))
 
     def forward(self, latents: Tensor) -> Tensor:
         mean = self.mean.detach() * (1 - self.learnt) + self.mean * self.learnt
-        return mean + (latents @ self.basis) * self.predicted
+        parts = zip(
+            latents.unflatten(-1, (len(self.layers), -1)).unbind(-2), self.basis.split(self.layers, 1), strict=True
+        )
+        return mean + torch.cat([own @ basis for own, basis in parts], -1) * self.predicted

@@ -67,10 +67,10 @@ def build(config: ZooConfig, workers: int = 1, ray: str | None = None, progress:
 
 def open_zoo(config: ZooConfig) -> Zoo:
     """The zoo in ``config.out``, made ready: subjects and their pictures first, then the description."""
-    layout = trainer(config).layout  # a base or a target that is refused leaves no folder
+    pipeline = trainer(config)  # a base or a target that is refused leaves no folder
     if not (config.out / DESCRIPTION).exists():
-        make_subjects(config.out, config.subjects)
-    zoo = Zoo.create(config.out, layout, settings_of(config))
+        make_subjects(config.out, config.subjects, getattr(pipeline.base, "drawn", None))
+    zoo = Zoo.create(config.out, pipeline.layout, settings_of(config))
     zoo.sweep()
     return zoo
 

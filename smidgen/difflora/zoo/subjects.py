@@ -12,9 +12,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.embedded import world
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.tables import read_parquet, to_parquet
 from smidgen.errors import DataError
@@ -38,9 +40,10 @@ class Subject:
     licence: str = ""
 
 
-def make_subjects(out: Path, wanted: Subjects) -> list[Subject]:
-    """Writes the table (and the pictures of invented people) into ``out``; returns the people in its order."""
-    found = _invented(out, wanted) if wanted.folder is None else _from_folder(wanted.folder, wanted)
+def make_subjects(out: Path, wanted: Subjects, drawn: ModuleType | None = None) -> list[Subject]:
+    """Writes the table (and the pictures of invented people) into ``out``; returns the people in its order. ``drawn`` is the world
+    that people are invented in (None: the embedded one)."""
+    found = _invented(out, wanted, drawn or world) if wanted.folder is None else _from_folder(wanted.folder, wanted)
     if not any(person.split == "train" for person in found):
         raise DataError(f"All {len(found)} people are held out; lower held_out_share or add people.")
     replace_file(out / TABLE, to_parquet(found))
@@ -88,44 +91,40 @@ def hashed_split(name: str, share: float) -> str:
     return "test" if int.from_bytes(digest[:8], "big") < share * 2**64 else "train"
 
 
-def _invented(out: Path, wanted: Subjects) -> list[Subject]:
+def _invented(out: Path, wanted: Subjects, drawn: ModuleType) -> list[Subject]:
     import numpy
-
-    from smidgen.bases.embedded import world
 
     found: list[Subject] = []
     for split, count in (("train", wanted.people), ("test", wanted.held_out)):
         rng = numpy.random.default_rng(derive(wanted.people_seed, "people", split))
         seen: set[Any] = set()
-        there = sum(1 for _ in world.identities(split))  # type: ignore[arg-type, misc]
+        there = sum(1 for _ in drawn.identities(split)) if hasattr(drawn, "identities") else count
         if count > there:
             raise DataError(f"The embedded world has {there} people for {split!r}, {count} are asked for.")
         while len(seen) < count:
-            identity = world.sample_identity(rng, split=split)  # type: ignore[arg-type]
+            identity = drawn.sample_identity(rng, split=split)
             if identity in seen:
                 continue
             seen.add(identity)
             name = f"{split}-{len(seen) - 1:05d}"
-            found.append(_drawn(out, name, split, identity, wanted))
+            found.append(_drawn(out, name, split, identity, wanted, drawn))
     return found
 
 
-def _drawn(out: Path, name: str, split: str, identity: Any, wanted: Subjects) -> Subject:
-    from smidgen.bases.embedded import world
-
+def _drawn(out: Path, name: str, split: str, identity: Any, wanted: Subjects, drawn: ModuleType) -> Subject:
     seed = derive(wanted.people_seed, "scenes") if wanted.same_scenes else derive(wanted.people_seed, "scenes", name)
     folder = Path("pictures") / name
-    scenes = world.write_subject(out / folder, identity, wanted.pictures, seed)
+    scenes = drawn.write_subject(out / folder, identity, wanted.pictures, seed)
     pictures = tuple(str(folder / f"{number:03d}.png") for number in range(wanted.pictures))
     return Subject(
         id=name,
         split=split,
         pictures=pictures,
-        captions=tuple(world.caption(scene) for scene in scenes),
+        captions=tuple(drawn.caption(scene) for scene in scenes),
         digests=tuple(hashlib.sha256((out / path).read_bytes()).hexdigest() for path in pictures),
         attributes=identity.as_dict(),
         consent="an invented person",
-        licence="drawn in the style Avataaars by Pablo Stanley, free for personal and commercial use",
+        licence=drawn.LICENCE,
     )
 
 

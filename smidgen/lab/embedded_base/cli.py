@@ -9,7 +9,17 @@ import torch
 
 import smidgen.bases.embedded as embedded
 from smidgen.bases.embedded.worlds import WORLDS
-from smidgen.lab.embedded_base import autoencoder, card, diffusion, draw, encoders, flow, judge, wide_judge
+from smidgen.lab.embedded_base import (
+    autoencoder,
+    card,
+    diffusion,
+    draw,
+    encoders,
+    flow,
+    judge,
+    wide_encoders,
+    wide_judge,
+)
 from smidgen.lab.embedded_base import export as exporting
 from smidgen.lab.embedded_base.config import PRESETS, Config, preset
 from smidgen.training.alone import alone
@@ -26,6 +36,14 @@ def judge_of(config: Config, folder: Path, out: Path) -> None:
         judge.train(config, folder, out / "judge_weights")
 
 
+def encoders_of(config: Config, folder: Path, out: Path) -> None:
+    """What sees photos of the world that is drawn."""
+    if config.world == "wide":
+        wide_encoders.train(config, folder, out)
+    else:
+        encoders.train(config, folder, out)
+
+
 def run(stage: str, config: Config, folder: Path, out: Path) -> None:
     """One stage, or ``"all"`` of those that make what is shipped, in order. `folder` holds drawings and checkpoints and what
     is not shipped, `out` gets what is."""
@@ -33,7 +51,7 @@ def run(stage: str, config: Config, folder: Path, out: Path) -> None:
     actions = {
         "render": lambda: draw.render(config, folder),
         "judge": lambda: judge_of(config, folder, out),
-        "encoders": lambda: encoders.train(config, folder, out / "encoder_weights"),
+        "encoders": lambda: encoders_of(config, folder, out / "encoder_weights"),
         "autoencoder": lambda: autoencoder.autoencode(config, folder, out),
         "latents": lambda: autoencoder.freeze(config, folder),
         "diffusion": lambda: diffusion.train(config, folder),

@@ -38,6 +38,8 @@ class Config:
     wide_reader: Budget = Budget(steps=7000, batch=64, lr=3e-3)
     wide_likeness: Budget = Budget(steps=1500, batch=64, lr=2e-3)
     encoders: Budget = Budget(steps=1800, batch=64, lr=2e-3)
+    encoder_pictures: int = 30_000  # of the wide world, where they are drawn anew
+    wide_encoder: Budget = Budget(steps=7000, batch=64, lr=3e-3)
     autoencoder: Budget = Budget(minutes=25, batch=16, lr=2e-3)
     wide_autoencoder: Budget = Budget(minutes=80, batch=16, lr=1e-3)
     decoder: Budget = Budget(minutes=25, batch=16, lr=1e-3)
@@ -76,6 +78,8 @@ PRESETS = {
         wide_reader=Budget(steps=4, batch=16),
         wide_likeness=Budget(steps=4, batch=16),
         encoders=Budget(steps=6, batch=16),
+        encoder_pictures=64,
+        wide_encoder=Budget(steps=4, batch=16),
         autoencoder=Budget(steps=6, batch=4),
         wide_autoencoder=Budget(steps=4, batch=4),
         decoder=Budget(steps=4, batch=4),

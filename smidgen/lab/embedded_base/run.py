@@ -23,6 +23,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from smidgen.adapters.atomic import new_file, replace_file
+from smidgen.bases.embedded.layers import in_int8
 from smidgen.lab.embedded_base.config import Budget
 from smidgen.training.quick import multiplies_bf16
 
@@ -32,9 +33,13 @@ Loss = Callable[[torch.Generator], Tensor]
 """Randomness of one part of a step -> scalar to minimise over that part of the batch."""
 
 
-def save_weights(path: Path, module: nn.Module, numbers: dict[str, float]) -> None:
-    """A network in fp16, with what was measured of it as metadata; ``smidgen.bases.embedded.judge.load_weights`` reads it."""
+def save_weights(path: Path, module: nn.Module, numbers: dict[str, float], int8: bool = False) -> None:
+    """A network in fp16, or its matrices in int8, with what was measured of it as metadata; ``smidgen.bases.embedded.judge.load_weights``
+    reads it."""
     tensors = {n: t.half() if t.is_floating_point() else t for n, t in module.state_dict().items()}
+    if int8:
+        tensors = in_int8(tensors)
+    tensors = {n: t.contiguous() for n, t in tensors.items()}
     replace_file(path, save(tensors, {n: repr(v) for n, v in numbers.items()}))
 
 

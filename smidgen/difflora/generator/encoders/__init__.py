@@ -1,6 +1,7 @@
 """Picture encoders by name: what a generator sees of a photo. All are frozen.
 
 embedded-face, embedded-scene            small networks for the embedded base
+wide-face, wide-scene                    one for the embedded wide base
 arcface:FILE.onnx[,DETECTOR.onnx]        a face recognition model, with the detector that aligns faces for it
 clip[:NAME], dinov2[:NAME]               of the transformers family: a folder, a packaged name, a hub name
 vision:NAME                              any other model of pictures
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from smidgen.difflora.generator.encoders.arcface import ArcFace
-from smidgen.difflora.generator.encoders.embedded import EmbeddedFace, EmbeddedScene
+from smidgen.difflora.generator.encoders.embedded import EmbeddedFace, EmbeddedScene, WideFace, WideScene
 from smidgen.difflora.generator.encoders.vision import Clip, Dinov2, Vision
 from smidgen.errors import ConfigError, did_you_mean
 
@@ -37,6 +38,8 @@ class PictureEncoder(Protocol):
 KINDS: dict[str, Callable[[str], PictureEncoder]] = {
     "embedded-face": EmbeddedFace,
     "embedded-scene": EmbeddedScene,
+    "wide-face": WideFace,
+    "wide-scene": WideScene,
     "arcface": ArcFace,
     "clip": Clip,
     "dinov2": Dinov2,
