@@ -10,7 +10,7 @@ TESTS ?=
 SHIPPED := smidgen/difflora/generator/embedded
 ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-newest test-oldest test-slow lint types contract docs bench base flow-base wide-base generator clean help
+.PHONY: demo test test-newest test-oldest test-slow lint types contract docs bench base flow-base wide-base generator wide-generator clean help
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -96,6 +96,13 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 	$(ENV) $(BIN)/smidgen generator calibrate work/generator --people work/generator/people
 	mkdir -p $(SHIPPED)
 	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors possible.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
+
+wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (an hour and a half; resumable)
+	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders --world wide --work work/wide_base
+	$(ENV) $(BIN)/smidgen generator train --preset wide --out work/wide_generator
+	$(ENV) $(BIN)/smidgen generator calibrate work/wide_generator --people work/wide_generator/people --most 500
+	mkdir -p $(SHIPPED)_wide
+	cd work/wide_generator && cp -r generator.json network.safetensors codec reading.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)_wide
 
 clean:           ## the environments and what the demo wrote
 	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(DEMO)

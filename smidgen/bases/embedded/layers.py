@@ -62,7 +62,11 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, those in int8 spread to fp16."""
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
+    return spread(load_file(path))
+
+
+def spread(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, those that `in_int8` made in fp16 again."""
     for name in [name for name in tensors if name.endswith(SCALE)]:
         scale, of = tensors.pop(name), name.removesuffix(SCALE)
         tensors[of] = (tensors[of].float() * scale.float()).half()
@@ -70,7 +74,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `tensors_of` spreads again: matrices and kernels in int8, each row by its largest value / 127; vectors as they are."""
+    """What `spread` makes whole again: matrices and kernels in int8, each row by its largest value / 127; vectors as they are."""
     import torch
 
     found = {}

@@ -1,7 +1,7 @@
 """A trained generator: photos in, rows of adapter numbers out, in a folder that travels.
 
 generator.json          format, sizes, encoders, base, sampler's defaults, hashes
-network.safetensors     the network in 16 bits
+network.safetensors     the network in 16 bits, or in 8 with a scale for each row
 possible.safetensors    where there is one, the network that knows all people whom a photo may show
 codec/                  what turns latents into adapters, with the layout and the base's lock
 """
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import EMBEDDED, EMBEDDED_WIDE
+from smidgen.bases.embedded.layers import in_int8, spread
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.network import Network
@@ -120,7 +121,8 @@ class Generator:
         return digest.hexdigest()
 
     def _content(self) -> bytes:
-        return save_tensors({n: t.half().contiguous() for n, t in self.network.state_dict().items()})
+        tensors = {n: t.half().contiguous() for n, t in self.network.state_dict().items()}
+        return save_tensors(in_int8(tensors) if self.model.int8 else tensors)
 
     @property
     def _wanted(self) -> str:
@@ -244,7 +246,7 @@ def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
     try:
         model, sees = from_dict(Model, described["model"]), from_dict(Encoders, described["encoders"])
         network = Network(described["widths"]["face"], described["widths"]["image"], described["latents"], model)
-        network.load_state_dict({name: value.float() for name, value in load_tensors(content).items()})
+        network.load_state_dict({name: value.float() for name, value in spread(load_tensors(content)).items()})
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder} is damaged: {error}") from error
     generator = Generator(described["base"], load_codec(folder / CODEC), network, sees, model)

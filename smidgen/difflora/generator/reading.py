@@ -235,9 +235,9 @@ class Reader:
         for one, other in combinations(range(len(seen)), 2):
             pairs = {name: (seen[one].words[name], seen[other].words[name]) for name in seen[one].words}
             differ = [name for name, (a, b) in pairs.items() if a[0] != b[0]]
-            surely = [name for name in differ if min(sure for _, sure in pairs[name]) >= self.words[name].floor]
+            words = [name for name in differ if min(sure for _, sure in pairs[name]) >= self.words[name].floor]
             shades = [(a, seen[other].shades[name]) for name, a in seen[one].shades.items()]
-            surely = surely or any(_other_shade(*pair) for pair in shades)
+            surely = bool(words) or any(_other_shade(*pair) for pair in shades)
             if surely or (far[one, other] and (differ or not pairs)):
                 return one, other
         return None

@@ -35,7 +35,7 @@ class Model:
     heads: int = 4
     latents: int = 64  # numbers that an adapter is made from; a fitted codec has its own
     per_layer: bool = False  # each layer of the base has as many of its own, and a basis (one token for each suits)
-    int8: bool = False  # keep the basis in 8 bits
+    int8: bool = False  # keep network and basis in 8 bits
     tokens: int = 8  # pieces that the latents are cut into
     prediction: Literal["x0", "v", "flow"] = "x0"  # what the transformer answers
     inference_steps: int = 1  # of the sampler, unless asked otherwise

@@ -39,6 +39,7 @@ class Basis(Codec):
         if latents < 1:
             raise ConfigError(f"latents must be at least 1, got {latents}.")
         self.latents, self.half, self.per_layer, self.int8 = latents, half, per_layer, int8
+        self.kept = torch.float16 if int8 else torch.float32
         self.numbers = _Numbers(layout, latents, per_layer)
 
     def settings(self) -> dict[str, Any]:

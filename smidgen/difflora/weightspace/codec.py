@@ -40,6 +40,7 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
+    kept = torch.float32  # number format of the reference in files
 
     def __init__(self, layout: Layout, normalise: Mode = "tensor") -> None:
         self.layout, self.normalise = layout, normalise
@@ -154,7 +155,7 @@ class Codec(ABC):
         numbers = {f"own.{name}": value for name, value in self._numbers().items()}
         normaliser = self._fitted(self.normaliser)
         numbers |= {name: _once(getattr(normaliser, name)) for name in ("shift", "width")}
-        numbers |= {"reference": self._fitted(self.reference)}
+        numbers |= {"reference": self._fitted(self.reference).to(self.kept)}
         numbers |= {"latent_mean": self._fitted(self.latent_mean), "latent_width": self._fitted(self.latent_width)}
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in numbers.items()})
         described = {"format": FORMAT, "codec": self.name, "settings": self.settings(), "normalise": self.normalise}

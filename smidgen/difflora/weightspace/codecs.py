@@ -55,7 +55,7 @@ def load_codec(folder: str | os.PathLike[str], layout: Layout | None = None) -> 
     try:
         codec = kind(own, normalise=described["normalise"], **described["settings"])
         numbers = load_tensors(content)
-        codec.reference = numbers["reference"]
+        codec.reference = numbers["reference"].float()
         codec.normaliser = Normaliser(*(numbers[name].expand(own.size).clone() for name in ("shift", "width")))
         codec.latent_mean, codec.latent_width = numbers["latent_mean"], numbers["latent_width"]
         codec._take({name[4:]: value for name, value in numbers.items() if name.startswith("own.")})

@@ -37,6 +37,7 @@ COLORED = [NAMES.index(name) for name in ("hair_color", "skin", "clothes_color",
 
 def drawn(config: Config, folder: Path, split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures [n, 64, 64, 3] in normal light, codes [n, attributes] and colours [n, COLORS, 3], each of another person; made once."""
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{what}_{split}.npy" for what in ("encoder_pictures", "encoder_codes", "encoder_colors")]
     if not all(path.exists() for path in paths) or len(np.load(paths[1])) != count:
         found = [_drawing(config.seed, split, number) for number in range(count)]
