@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import smidgen
+from smidgen.adapters.tuner.layer import ShiftLayer
 from smidgen.tasks.finetune.lower import known_below
 from smidgen.tasks.finetune.measuring import MULTI, REGRESSION, label_answers
 from smidgen.tasks.finetune.probe import fit_probe
@@ -145,6 +146,36 @@ def test_frozen_matrices_multiply_in_bf16_and_trained_ones_do_not(monkeypatch):
     assert torch.equal(model(x), plain)
     with frozen_matmuls(model, "base") as on:
         assert not on
+
+
+@pytest.mark.parametrize("method", ["svfit", "loldu", "seeded", "spectral+scale", "rotation+seeded+scale"])
+def test_frozen_factors_of_an_adapter_multiply_in_bf16_too(method, monkeypatch):
+    monkeypatch.setattr(frozen_module, "multiplies_bf16", lambda device: True)
+    torch.manual_seed(0)
+    model = smidgen.adapt(nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32)), method, r=16, target_modules=["0", "1"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(600, 48)  # many tokens: where the composed form would be taken
+
+    def run():
+        y = model(x)
+        return y, torch.autograd.grad(y.square().mean(), [p for p in model.parameters() if p.requires_grad])
+
+    y, slopes = run()
+    with frozen_matmuls(model, "bf16"):
+        assert {slot.rounded[1].dtype for slot in slots_of(model)} == {torch.bfloat16}
+        rounded, others = run()
+    assert 1e-4 < float((rounded - y).norm() / y.norm()) < 2e-2
+    for slope, other in zip(slopes, others, strict=True):
+        assert other.dtype == torch.float32 and float((other - slope).norm() / slope.norm()) < 5e-2
+    assert all(slot.rounded is None for slot in slots_of(model)) and torch.equal(model(x), y)
+
+
+def slots_of(model):
+    return [
+        slot for module in model.modules() if isinstance(module, ShiftLayer) for slot in module.smidgen_slots.values()
+    ]
 
 
 def test_where_bf16_is_emulated_it_is_not_used(monkeypatch, caplog):

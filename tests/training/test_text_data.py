@@ -1,13 +1,18 @@
 """Tables of labelled texts: every layout is read, every mistake is an error that says what to do or a counted warning."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.data import splits
 from smidgen.tasks.data.tables import read_rows, read_splits, split_of
 from smidgen.tasks.data.text import Columns, read_texts
+from smidgen.tasks.instruction import recipe as instruction
+from smidgen.tasks.text_classification import recipe as text_classification
+from smidgen.training.randomness import GROUPED, examples
 
 ROWS = [(f"a {word} text", label) for word in "abcdefghij" for label in ("bad", "good")]
 ROWS = [(f"{text} {number}", label) for number, (text, label) in enumerate(ROWS)]
@@ -204,3 +209,37 @@ def test_folders_without_tables_or_without_train(tmp_path):
 def test_shares_without_meaning(tmp_path, share):
     with pytest.raises(ConfigError, match=r"held_out_share must lie between 0 and 0.5"):
         read(table(tmp_path / "a.csv"), held_out=share)
+
+
+def test_batches_by_length_share_out_the_same_examples():
+    lengths = [int(n) for n in torch.randint(3, 60, (1000,), generator=torch.Generator().manual_seed(0))]
+    for start in (0, 2 * GROUPED):
+        plain = [examples(5, at, 8, 1000) for at in range(start, start + GROUPED)]
+        grouped = [examples(5, at, 8, 1000, lengths) for at in range(start, start + GROUPED)]
+        assert plain != grouped and sorted(at for batch in plain for at in batch) == sorted(
+            at for batch in grouped for at in batch
+        )
+
+        def padding(batches):
+            return sum(max(lengths[at] for at in batch) - lengths[at] for batch in batches for at in batch)
+
+        assert padding(grouped) < padding(plain) / 10
+        longest = [max(lengths[at] for at in batch) for batch in grouped]
+        assert longest != sorted(longest)  # in an order of chance, not from short to long
+
+
+@pytest.mark.parametrize("recipe", [text_classification, instruction], ids=["texts", "chat"])
+def test_a_recipe_takes_batches_by_length(recipe, tmp_path):
+    config = recipe.PRESETS["debug"]
+    texts = [(" ".join(["good"] * (1 + row % 9)) + f" {row}", "ab"[row % 2]) for row in range(60)]
+    if recipe is text_classification:
+        data = replace(config.data, path=str(table(tmp_path / "texts.csv", texts)))
+    else:
+        chat = [{"prompt": text, "completion": label} for text, label in texts]
+        data = replace(config.data, path=str(jsonl(tmp_path / "chat.jsonl", chat)))
+
+    def padding(by):
+        task = recipe.prepare(replace(config, data=replace(data, group_by_length=by))).task
+        return sum(int((task.batch(index)["attention_mask"] == 0).sum()) for index in range(GROUPED))
+
+    assert padding(True) < padding(False) / 2

@@ -83,7 +83,10 @@ class LinearKind:
         return F.linear(hidden, factors.up.to(hidden.dtype))
 
     def add_output_shift(self, y: Tensor, factors: Factors, x: Tensor, layer: Layer) -> Tensor:
-        """y + D x, in one pass over y."""
+        """y + D x, in one pass over y; in bf16 where frozen factors alone are rounded to it (:attr:`Slot.rounded`)."""
+        if factors.down.dtype == torch.bfloat16 and x.dtype == torch.float32:
+            rounded = F.linear(self._hidden(factors, x.bfloat16(), x.dtype).bfloat16(), factors.up.bfloat16())
+            return y + rounded.to(y.dtype)
         hidden = self._hidden(factors, x)
         if y.dtype != hidden.dtype or not y.is_contiguous() or y.dim() == 1:
             return y + F.linear(hidden, factors.up.to(hidden.dtype)).to(y.dtype)
@@ -104,8 +107,9 @@ class LinearKind:
             return torch.addmm(y.flatten(0, -2), scaled.flatten(0, -2), up.mT).view(y.shape)
 
     @staticmethod
-    def _hidden(factors: Factors, x: Tensor) -> Tensor:
-        hidden = F.linear(x, factors.down.to(x.dtype))
+    def _hidden(factors: Factors, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """diag(diagonal) down x, the diagonal in ``dtype`` (that of x)."""
+        hidden = F.linear(x, factors.down.to(x.dtype)).to(dtype or x.dtype)
         return hidden if factors.diagonal is None else hidden * factors.diagonal.to(hidden.dtype)
 
 

@@ -325,9 +325,11 @@ class ShiftLayer(nn.Module):
             return y.index_copy(0, term.places, some)
         slot, rows = term.slot, term.at
         if rows is None:
-            return self.kind.add_output_shift(
-                y, slot.shaped_factors(term.trained).weighed(term.weight), x, self.base_layer
-            )
+            factors = slot.shaped_factors(term.trained).weighed(term.weight)
+            if slot.rounded is not None:
+                up, down = slot.rounded
+                factors = factors._replace(up=factors.up if slot.output is not None else up, down=down)
+            return self.kind.add_output_shift(y, factors, x, self.base_layer)
         assert term.trained is not None and slot.residual is not None
         if isinstance(self.kind, LinearKind) and slot.residual.stacks and slot.output is None:
             factors = slot.residual.stacked(slot.factors(term.trained))
@@ -359,7 +361,7 @@ class ShiftLayer(nn.Module):
             term.places is not None or term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor)
         ):  # torchao's have no addmm
             return False
-        if not diagonal or weight.requires_grad or autocasting(x.device.type):
+        if not diagonal or weight.requires_grad or autocasting(x.device.type) or slot.rounded is not None:
             return False
         if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
             return False

@@ -112,6 +112,7 @@ class Slot(nn.Module):
         self.ties = ties
         self.made_from: tuple[Tensor, ...] = ()  # samples of the weight that the factors are of
         self.seen = (0, 0)  # that weight, and its count of changes in place
+        self.rounded: tuple[Tensor, Tensor] | None = None  # up and down in bf16, while a training multiplies in it
 
     def members(self) -> Iterable[tuple[str, Member]]:
         """(prefix, member) of the members that are there."""

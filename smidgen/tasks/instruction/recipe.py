@@ -59,6 +59,7 @@ def prepare(config: InstructionConfig) -> Prepared:
         eval_batch_size=data.eval_batch_size,
         seed=config.train.seed,
         selects=selects_logits(base.model),
+        group_by_length=data.group_by_length,
     )
     return Prepared(
         model=base.model,

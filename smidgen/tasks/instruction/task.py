@@ -35,12 +35,14 @@ class InstructionTask(Measured):
     eval_batch_size: int = 16
     seed: int = 0
     selects: bool = False
+    group_by_length: bool = False
     metric: str = "nll"
     greater_is_better: bool = False
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        picks = examples(self.seed, index, self.batch_size, len(train))
+        lengths = [len(spoken.ids) for spoken in train] if self.group_by_length else None
+        picks = examples(self.seed, index, self.batch_size, len(train), lengths)
         chosen = [train[pick] for pick in picks]
         found = {"weight": float(sum(spoken.targets for spoken in chosen)), "names": [one.where for one in chosen]}
         return self._padded(chosen) | found | {"picks": picks}

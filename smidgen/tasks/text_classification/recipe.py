@@ -75,6 +75,7 @@ def prepare(config: TextClassificationConfig) -> Prepared:
         seed=config.train.seed,
         problem=problem,
         weights=class_weights(data.class_weights, encoded["train"].labels, problem, len(texts.labels)),
+        group_by_length=data.group_by_length,
     )
     usual = majority(name, encoded["train"].labels, encoded["test"].labels, problem, texts.labels)
     return Prepared(

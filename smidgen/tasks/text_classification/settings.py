@@ -25,6 +25,7 @@ class TextData:
     max_length: int = 128  # tokens
     held_out_share: float = 0.1  # cut from train for each of validation and test that has no file
     max_train_examples: int | None = None  # None: all
+    group_by_length: bool = False  # batches of examples of like length: less padding, in another order
     train_batch_size: int = 16
     eval_batch_size: int = 64
 

@@ -54,11 +54,13 @@ class TextClassificationTask(Measured):
     seed: int = 0
     problem: str = SINGLE  # or REGRESSION, MULTI
     weights: Tensor | None = None  # [class]
+    group_by_length: bool = False
     greater_is_better: bool = True
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        picks = examples(self.seed, index, self.batch_size, len(train))
+        lengths = [len(row["input_ids"]) for row in train.rows] if self.group_by_length else None
+        picks = examples(self.seed, index, self.batch_size, len(train), lengths)
         padded = self._padded(train, picks)
         weight = batch_weight(padded["labels"], self.problem, self.weights)
         return padded | {"weight": weight, "names": [train.names[pick] for pick in picks], "picks": picks}
