@@ -70,11 +70,9 @@ def _diagonals(layer: ShiftLayer) -> list[Slot]:
     """The slots of a linear layer that have a trained diagonal between two frozen factors in fp32."""
     if isinstance(layer.kind, Conv2dKind | ExpertsKind):
         return []
-    return [
-        slot
-        for slot in layer.smidgen_slots.values()
-        if slot.residual is not None and slot.residual.diagonal_between and slot.factors().down.dtype == torch.float32
-    ]
+    slots = [slot for slot in layer.smidgen_slots.values() if isinstance(slot, Slot)]
+    diagonals = [slot for slot in slots if slot.residual is not None and slot.residual.diagonal_between]
+    return [slot for slot in diagonals if slot.factors().down.dtype == torch.float32]
 
 
 def _in_bf16(module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:
