@@ -169,6 +169,26 @@ def test_the_report_says_where_we_lose(tmp_path):
     assert row["gain_over_head"]["mean"] == pytest.approx(0.3)
 
 
+def test_the_report_says_what_fewer_bits_cost(tmp_path):
+    def work(cell):
+        found = FakeTraining()(cell)
+        if cell.stage == "run" and cell.method.name == "LoRA":
+            part = found["formats"]["int4"]
+            right = answers.from_text(part["answers"]["scores"]).copy()
+            right[:20] = False  # 20 of 2,000, all of which were right
+            found["formats"]["int4"] = part | {"answers": part["answers"] | {"scores": answers.to_text(right)}}
+        return found
+
+    page = compare(experiment(), tmp_path, work=work)
+    section = page.read_text().partition("## What int4 costs")[2].partition("## ")[0]
+    assert "Above the bar of 0.003: LoRA." in section
+    assert section.index("| LoRA") < section.index("| svfit") and "+0.0100" in section and "+0.0000" in section
+    told = {one["method"]: one for one in json.loads((tmp_path / "fake.json").read_text())["rounding"]}
+    assert told["LoRA"]["lost"]["mean"] == pytest.approx(0.01) and told["svfit"]["lost"]["mean"] == 0
+    one = replace(experiment(), formats=("int4",))
+    assert "## What int4 costs" not in compare(one, tmp_path / "one", work=FakeTraining()).read_text()
+
+
 def test_a_claim_that_the_probe_meets_cannot_be_told(tmp_path):
     wide = replace(experiment(), claim=Claim(("svfit",), "LoRA", 16.0, margin=0.5))
     text = compare(wide, tmp_path, work=FakeTraining()).read_text()

@@ -42,6 +42,7 @@ DEFINITIONS = """* **Head.** Every method starts from one head, a logistic regre
 * **Memory** is the peak resident memory of a fresh process that loads base and data, adapts and trains some steps.
   **Step** is the CPU time of a training step over that of a step of the head alone on the frozen base, the two timed
   in turn in one process; the median of several. A model without a head of its own is compared by its forward pass."""
+BAR = 0.003  # of score: what storing in fewer bits may lose
 QUICK = 1_000  # draws of the bootstrap where nothing is decided
 
 
@@ -91,6 +92,22 @@ def _claim(claim: Claim, row: Row, baseline: Row, told_apart: bool) -> ClaimResu
     )
 
 
+def rounding(results: Results) -> list[tuple[Row, Row, Difference]]:
+    """Of each method its row in the first format and in the last, and the loss of score between them, by size."""
+    first, last = results.experiment.formats[0], results.experiment.formats[-1]
+    rows = {(row.method.name, row.format): row for row in results.family("ours", "peft")}
+    found = []
+    for (name, each), coarse in rows.items():
+        fine = rows.get((name, first))
+        if (
+            each == last != first
+            and fine is not None
+            and (lost := paired(fine.scores, coarse.scores, QUICK)) is not None
+        ):
+            found.append((fine, coarse, lost))
+    return found
+
+
 def as_json(results: Results) -> dict[str, Any]:
     """Everything the page says, as plain values."""
     return {
@@ -102,6 +119,10 @@ def as_json(results: Results) -> dict[str, Any]:
         "front": {family: [p.name for p in front(_points(results, family))] for family in ("ours", "peft")},
         "budgets": [_budget_json(found) for found in budgets(results)],
         "claims": [asdict(found) | {"verdict": found.verdict} for found in claims(results)],
+        "rounding": [
+            {"method": fine.method.name, "from": fine.format, "to": coarse.format, "lost": asdict(lost)}
+            for fine, coarse, lost in rounding(results)
+        ],
         "missing": list(results.missing),
         "cpu_seconds": dict(results.cpu_seconds),
         "cells": results.cells_done,
@@ -120,6 +141,7 @@ def markdown(results: Results, command: str) -> str:
         _table(results),
         f"![loss against bytes]({name}.png)",
         *_verdicts(results),
+        *_rounding(results),
         ("What went wrong or is missing", cards.bullets(_notes(results))),
         ("What is measured", DEFINITIONS),
         (
@@ -137,6 +159,31 @@ def _verdicts(results: Results) -> list[tuple[str, str]]:
     if results.experiment.claim is not None:
         found.append(("The papers' claim", cards.bullets(_claim_lines(results))))
     return found
+
+
+def _rounding(results: Results) -> list[tuple[str, str]]:
+    """What the last format loses against the first, from the largest loss to the smallest."""
+    found = sorted(rounding(results), key=lambda one: -one[2].mean)
+    if not found:
+        return []
+    fine, coarse, _ = found[0]
+    names = [f"{row.name.rpartition(', ')[2]}" for row in (fine, coarse)]
+    head = ["method", f"{names[0]} bytes", f"{names[1]} bytes", f"loss {names[0]}", f"loss {names[1]}", "score lost"]
+    rows = [
+        [
+            a.method.name,
+            f"{a.bytes:,}",
+            f"{b.bytes:,}",
+            _number(a.loss),
+            _number(b.loss),
+            _shown(lost),
+        ]
+        for a, b, lost in found
+    ]
+    over = [a.method.name for a, _, lost in found if lost.mean > BAR]
+    said = f"Above the bar of {BAR}: {', '.join(over)}." if over else f"Every method is within the bar of {BAR}."
+    text = f"The same trainings, stored with fewer bits; the share of right answers lost, paired by seed and example. {said}"
+    return [(f"What {names[1]} costs", f"{text}\n\n{cards.table(head, rows, left=1)}")]
 
 
 def _warnings(results: Results) -> Iterator[str]:
