@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 from smidgen.errors import CheckpointError, ConfigError, TrainingError
-from smidgen.lab.compare import report, schema
+from smidgen.lab.compare import answers, report, schema
 from smidgen.lab.compare.cells import Cells, make_cell
 from smidgen.lab.compare.experiment import Claim
 from smidgen.lab.compare.run import compare
