@@ -1,9 +1,11 @@
 """Packages made here stand for the real ones: fetching, checking, splitting and the folders that come of it."""
 
+import gzip
 import hashlib
 import http.server
 import importlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -12,14 +14,27 @@ import threading
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from damage import rewrite
 
 from smidgen.bases import packaged
-from smidgen.bases.packaged import chatterbot, emoji, fetch, foods, mnist, quiz, spam, tweets, wordnet
+from smidgen.bases.packaged import (
+    chatterbot,
+    emoji,
+    fashion_mnist,
+    fetch,
+    foods,
+    mnist,
+    mpnet,
+    quiz,
+    spam,
+    tweets,
+    wordnet,
+)
 from smidgen.bases.packaged.archives import read_archive
 from smidgen.bases.packaged.entry import Packaged, Source
-from smidgen.bases.packaged.fetch import archive, contents, licence_texts
+from smidgen.bases.packaged.fetch import archive, contents, licence_texts, opened
 from smidgen.bases.packaged.folders import draw_splits, finished_folder
 from smidgen.bases.packaged.texts import bare, distinct
 from smidgen.errors import ConfigError, DataError, FetchError
@@ -123,8 +138,9 @@ def test_every_entry_is_pinned_and_credited(entry):
 
 
 def test_names_are_the_agreed_ones_and_each_is_in_the_docs():
-    assert set(packaged.MODELS) == {"minilm", "vit-s14", "smollm2"}
-    assert {"tweets", "foods", "spam", "emoji", "mnist", "wordnet", "quiz", "chatterbot"} == set(packaged.DATASETS)
+    assert set(packaged.MODELS) == {"minilm", "mpnet", "vit-s14", "smollm2"}
+    pictures, texts = {"emoji", "mnist", "fashion-mnist"}, {"tweets", "foods", "spam"}
+    assert pictures | texts | {"wordnet", "quiz", "chatterbot"} == set(packaged.DATASETS)
     page = (Path(__file__).parents[2] / "docs" / "packaged.md").read_text()
     for row in packaged.describe():
         assert f"| {row['name']} |" in page and row["licence"] in page, row["name"]
@@ -453,6 +469,91 @@ def test_mnist_pictures_are_its_numbers(monkeypatch, cache, tmp_path):
     found = {np.asarray(Image.open(path)).tobytes() for path in tmp_path.glob("*/7/*.png")}
     assert found == {(picture * 255).round().astype(np.uint8).tobytes() for picture in drawn}
     assert len(list(tmp_path.glob("*/*/*.png"))) == 3
+
+
+def idx(*numbers: np.ndarray) -> bytes:
+    """Bytes in the format of MNIST's files, gzipped."""
+    array = np.stack(numbers)
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return gzip.compress(header + array.astype(np.uint8).tobytes())
+
+
+def test_fashion_keeps_its_own_test_and_names_its_labels(monkeypatch, cache, tmp_path):
+    from PIL import Image
+
+    train = [np.full((28, 28), level) for level in range(10)]
+    train[4][3, 5] = 200
+    test = [np.full((28, 28), 100), train[9]]  # the second is in train too
+    data = "usr/share/datasets/fashion-mnist"
+    files = {
+        f"{data}/train-images-idx3-ubyte.gz": idx(*train),
+        f"{data}/train-labels-idx1-ubyte.gz": idx(*np.arange(10)),
+        f"{data}/t10k-images-idx3-ubyte.gz": idx(*test),
+        f"{data}/t10k-labels-idx1-ubyte.gz": idx(*np.array([0, 9])),
+        "usr/share/doc/dataset-fashion-mnist/copyright": "Expat",
+    }
+    packed(monkeypatch, cache, fashion_mnist, files, pack=deb, suffix=".deb")
+    monkeypatch.setattr(fashion_mnist, "SIZES", {"train": 7, "validation": 2})
+    fashion_mnist.write(tmp_path)
+    found = {
+        split: {
+            path.stem: (path.parent.name, np.asarray(Image.open(path))) for path in tmp_path.glob(f"{split}/*/*.png")
+        }
+        for split in SPLITS
+    }
+    assert {split: len(some) for split, some in found.items()} == {"train": 7, "validation": 2, "test": 2}
+    assert {name: label for name, (label, _) in found["test"].items()} == {
+        "00000": "T-shirt-top",
+        "00001": "Ankle boot",
+    }
+    learnt = found["train"] | found["validation"]
+    assert sorted(learnt) == [f"{i:05d}" for i in range(9)]
+    for name, (label, pixels) in learnt.items():
+        assert label == fashion_mnist.LABELS[int(name)] and np.array_equal(pixels, train[int(name)])
+
+
+def mpnet_parts(monkeypatch, cache, files: dict[str, str | bytes], parts: int = 3) -> tuple[Source, ...]:
+    """The zip of ``files``, cut over wheels as mpnet's is, one a part."""
+    whole = wheel({f"all-mpnet-base-v2/{name}": content for name, content in files.items()})
+    cuts = np.linspace(0, len(whole), parts + 1).astype(int)
+    found = []
+    for number, (start, end) in enumerate(itertools.pairwise(cuts), 1):
+        name = f"part_{number:03d}/input/all-mpnet-base-v2.zip.{number:03d}"
+        content = wheel({f"part_{number:03d}/__init__.py": "", name: whole[start:end]})
+        thing = source(content, filename=f"part_{number:03d}-1.0-py3-none-any.whl", payload={name: "0" * 64})
+        place(cache, thing, content)
+        found.append(thing)
+    monkeypatch.setattr(mpnet, "SOURCES", tuple(found))
+    return tuple(found)
+
+
+def test_mpnet_is_joined_from_its_parts(monkeypatch, cache, tmp_path):
+    files = {name: name * 1000 for name in mpnet.FILES} | {"desktop.ini": "no", "1_Pooling/config.json": "no"}
+    files["model.safetensors"] = np.random.default_rng(0).bytes(3_000_000)  # larger than what is copied at a time
+    sources = mpnet_parts(monkeypatch, cache, files)
+    (folder := tmp_path / "made").mkdir()
+    mpnet.write(folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(mpnet.FILES)
+    for name in mpnet.FILES:
+        wanted = files[name]
+        assert (folder / name).read_bytes() == (wanted.encode() if isinstance(wanted, str) else wanted)
+    assert [path.name for path in tmp_path.iterdir() if path not in (folder, cache.parent)] == []
+    archive(sources[1]).unlink()
+    with pytest.raises(FetchError, match="cannot be downloaded"):
+        mpnet.write(folder)
+
+
+def test_an_installed_part_is_read_where_it_lies(cache, tmp_path, monkeypatch):
+    site, info = tmp_path / "site", tmp_path / "site" / "smidgen_no_such_thing-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "part.zip.001").write_bytes(b"1234")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: smidgen-no-such-thing\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"part.zip.001,,\n{info.name}/METADATA,,\n")
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+    thing = source(b"never fetched", payload={"part.zip.001": hashlib.sha256(b"1234").hexdigest()})
+    with opened(thing, "part.zip.001") as part:
+        assert part.read() == b"1234"
 
 
 def test_emoji_keep_all_styles_of_one_together(monkeypatch, cache, tmp_path):

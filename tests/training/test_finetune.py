@@ -58,6 +58,7 @@ HEADS = {
     "roberta": {"classifier"},
     "distilbert": {"pre_classifier", "classifier"},
     "deberta": {"pooler", "classifier"},
+    "mpnet": {"classifier"},
     "gpt2": {"score"},
     "llama": {"score"},
     "vit": {"classifier"},

@@ -7,7 +7,7 @@ import torch
 from smidgen.bases.packaged.debug import CHATML, word_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-TEXT = ("bert", "roberta", "distilbert", "deberta", "gpt2", "llama")
+TEXT = ("bert", "roberta", "distilbert", "deberta", "mpnet", "gpt2", "llama")
 IMAGE = ("vit", "dinov2", "resnet")
 CHAT = ("llama", "gpt2")
 
@@ -25,7 +25,7 @@ def folder(kind: str, root: Path, causal: bool = False) -> Path:
                 parameter.mul_(5)
     model.save_pretrained(path)
     if kind not in IMAGE:
-        tokenizer = word_tokenizer(CHATML if causal else None, pairs=kind != "distilbert")
+        tokenizer = word_tokenizer(CHATML if causal else None, pairs=kind not in ("distilbert", "mpnet"))
         if kind in ("gpt2", "llama") and not causal:
             tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"  # as the real ones come
         tokenizer.save_pretrained(path)
@@ -48,6 +48,7 @@ def _build(kind: str, causal: bool):
             t.DebertaV2Config(vocab_size=words, max_position_embeddings=64, relative_attention=True,
                               pos_att_type=["p2c", "c2p"], position_buckets=16, type_vocab_size=0, **SMALL)
         ),
+        "mpnet": lambda: t.MPNetModel(t.MPNetConfig(vocab_size=words, max_position_embeddings=66, pad_token_id=0, **SMALL)),
         "gpt2": lambda: (t.GPT2LMHeadModel if causal else t.GPT2Model)(
             t.GPT2Config(vocab_size=words, n_positions=64, n_embd=32, n_layer=2, n_head=2, n_inner=48,
                          bos_token_id=None, eos_token_id=3)

@@ -9,9 +9,11 @@ from pathlib import Path
 from smidgen.bases.packaged import (
     chatterbot,
     emoji,
+    fashion_mnist,
     foods,
     minilm,
     mnist,
+    mpnet,
     quiz,
     smollm2,
     spam,
@@ -23,9 +25,10 @@ from smidgen.bases.packaged.entry import Packaged
 from smidgen.bases.packaged.folders import finished_folder
 from smidgen.errors import ConfigError, did_you_mean
 
-MODELS: Mapping[str, Packaged] = {module.ENTRY.name: module.ENTRY for module in (minilm, vit_s14, smollm2)}
+MODELS: Mapping[str, Packaged] = {module.ENTRY.name: module.ENTRY for module in (minilm, mpnet, vit_s14, smollm2)}
 DATASETS: Mapping[str, Packaged] = {
-    module.ENTRY.name: module.ENTRY for module in (tweets, foods, spam, emoji, mnist, wordnet, quiz, chatterbot)
+    module.ENTRY.name: module.ENTRY
+    for module in (tweets, foods, spam, emoji, mnist, fashion_mnist, wordnet, quiz, chatterbot)
 }
 
 

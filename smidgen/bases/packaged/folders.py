@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import shutil
@@ -106,6 +107,15 @@ def write_pictures(folder: Path, splits: Splits[tuple[str, str, bytes]]) -> None
             path = folder / split / label / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
+
+
+def grey_png(pixels: bytes, side: int) -> bytes:
+    """A PNG of ``side`` x ``side`` grey levels, row by row."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.frombytes("L", (side, side), pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def needs_extra(what: str, package: str) -> MissingExtraError:

