@@ -100,7 +100,7 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (an hour and a half; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders --world wide --work work/wide_base
 	$(ENV) $(BIN)/smidgen generator train --preset wide --out work/wide_generator
-	$(ENV) $(BIN)/smidgen generator calibrate work/wide_generator --people work/wide_generator/people --most 500
+	$(ENV) $(BIN)/smidgen generator calibrate work/wide_generator --people work/wide_generator/people --most 300
 	mkdir -p $(SHIPPED)_wide
 	cd work/wide_generator && cp -r generator.json network.safetensors codec reading.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)_wide
 

@@ -26,7 +26,7 @@ def array(image: Any) -> np.ndarray:
     return np.asarray(image.convert("RGB"), np.float32) / 255
 
 
-@lru_cache(16_384)
+@lru_cache(32_768)
 def drawn(person: world.Identity, scene: world.Scene) -> np.ndarray:
     """The true drawing [64, 64, 3] in 0..1."""
     return array(_world(person).render(person, scene))

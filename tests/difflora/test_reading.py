@@ -11,7 +11,16 @@ from PIL import Image
 from smidgen.bases.embedded import pose, wide, world
 from smidgen.cli import main
 from smidgen.difflora.generator.generator import SHIPPED, load_generator
-from smidgen.difflora.generator.reading import FILE, Framing, Reader, load_reader, save_reader, tempered
+from smidgen.difflora.generator.reading import (
+    FILE,
+    Framing,
+    Reader,
+    Seen,
+    _other_shade,
+    load_reader,
+    save_reader,
+    tempered,
+)
 from smidgen.difflora.use import commands
 from smidgen.difflora.use.calibration import calibrate, floor_of
 from smidgen.difflora.use.folders import people_in, photos_in, read_recipe
@@ -189,3 +198,16 @@ def test_calibration(generator, reader, tmp_path):
     person = world.render(ANN, SCENE)
     assert not found.refusal(found.look(generator, person))
     assert found.refusal(found.look(generator, person.convert("L").convert("RGB")))
+
+
+def test_free_colours_are_told_with_how_far_off_they_may_be_kept_and_compared(reader, generator, tmp_path):
+    image = Image.new("RGB", (64, 64))
+    one = Seen(image, Framing(), 1.0, 1.0, "", {"hair": ("bob", 0.9)}, {"skin": ("#8f5b3e", 2.0)})
+    assert one.told == ["hair bob 0.90", "skin #8f5b3e ± 2"]
+    assert one.facts["words"] == {"hair": ["bob", 0.9], "skin": ["#8f5b3e", 2.0]}
+    assert any("skin" in said for said in reader.unsure(replace(one, words={}, shades={"skin": ("#8f5b3e", 40.0)})))
+    assert _other_shade(("#8f5b3e", 2.0), ("#3f6fd8", 2.0))
+    assert not _other_shade(("#8f5b3e", 2.0), ("#905c3f", 2.0))
+    assert not _other_shade(("#8f5b3e", 2.0), ("#3f6fd8", 40.0))  # which was not seen
+    save_reader(replace(reader, shades={"skin": 1.5}), tmp_path, generator)
+    assert load_reader(tmp_path, generator).shades == {"skin": 1.5}

@@ -45,7 +45,7 @@ POSSIBLE_STEPS = 20  # of the sampler, unless asked otherwise
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "embedded"
 SHIPPED_FOR = {EMBEDDED: SHIPPED, EMBEDDED_WIDE: Path(__file__).parent / "embedded_wide"}
-"""Base -> the generator of its adapters that comes with the package."""
+"""Base -> where the generator of its adapters is that comes with the package, or that `make wide-generator` makes."""
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ def shipped(base: str | None = None) -> Path:
 
 
 def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
-    """The generator in ``folder``, or the shipped one of the base of that name (None: of the embedded base).
+    """The generator in ``folder``, or the shipped one for the embedded base.
 
     Raises:
         DataError: there is none, or it is damaged or of another format.
     """
-    folder = shipped(folder) if folder is None or folder in SHIPPED_FOR else Path(folder)  # type: ignore[arg-type]
+    folder = SHIPPED if folder is None else Path(folder)
     try:
         described: dict[str, Any] = json.loads((folder / JSON).read_text())
         content = (folder / TENSORS).read_bytes()

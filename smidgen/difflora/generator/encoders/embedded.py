@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class EmbeddedScene(_Embedded):
 class _Wide:
     """One network, which a photo goes through once for each side."""
 
-    attributes: Mapping[str, Any]
+    attributes: ClassVar[Mapping[str, Any]]
 
     def __init__(self, options: str = "") -> None:
         self.network = load_wide_encoder()
@@ -81,7 +81,7 @@ class _Wide:
         return self.network.see(list(pictures))
 
     def read(self, pictures: Sequence[Image]) -> dict[str, dict[str, Tensor]]:
-        """Attribute -> word -> how likely each picture shows it [n], 0 to 1, but for what is a free colour."""
+        """Attribute -> word -> how likely each picture shows it [n], 0 to 1."""
         words = self.see(pictures).words
         return {
             name: dict(zip(known, words[name].softmax(-1).T, strict=True)) for name, known in self.attributes.items()
@@ -91,7 +91,10 @@ class _Wide:
 class WideFace(_Wide):
     """Who, in the wide world: with hair and skin in any colour; NaN where there is no face."""
 
-    name, width, attributes = "wide-face", 104, wide.IDENTITY_ATTRIBUTES
+    name, width = "wide-face", 104
+    attributes: ClassVar = {
+        name: wide.IDENTITY_ATTRIBUTES[name] for name in ("hair", "facial_hair")
+    }  # eyebrows are few pixels
     reads = (
         "a portrait drawn as the wide base draws them, invented people of 64 x 64 pixels (`smidgen subject --world wide` draws some); "
         "photographs of real people this generator cannot read"
