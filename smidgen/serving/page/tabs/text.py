@@ -84,7 +84,9 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
         return {which: chosen(found, value), trying: gr.update(visible=bool(found))}
 
     def finished(run: Run) -> dict[Any, Any]:
-        return {notice: html.good(f"{run.title} is ready. {texts.scores(run)} Try it on texts of your own.")} | usable(run.name)
+        return {notice: html.good(f"{run.title} is ready. {texts.scores(run)} Try it on your texts.")} | usable(
+            run.name
+        )
 
     def answer(value: str | None, asked: str) -> Updates:
         run = runs.find(context.folder, value)
