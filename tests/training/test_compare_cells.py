@@ -152,6 +152,7 @@ def test_the_report_says_where_we_lose(tmp_path):
     assert page == tmp_path / "docs" / "fake.md"
     text = page.read_text()
     assert "**Ours lose at 20 kB**: svfit, fp16 against peft's LoRA, fp16: +0.1140" in text
+    assert text.split("\n\n")[1] == "**Our best against peft's best, by bytes**: behind at 20 kB."
     assert "| 0.5 kB  | svfit, int4" in text and "| svfit, int4" in text and " 132 | " in text
     assert (
         "svfit **fails**: -0.0600 [" in text and "margin 0.01; 250 numbers instead of 4,000, 16.0 times fewer." in text
