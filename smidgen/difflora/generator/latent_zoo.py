@@ -25,7 +25,7 @@ from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import DataError
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
-from smidgen.training.quick import quick_attention
+from smidgen.training.quick import attention_by_products, mixed
 from smidgen.training.randomness import examples, stream
 
 FILE = "zoo.safetensors"
@@ -95,7 +95,10 @@ class AutoDecoderTask:
         self.release()
         owners = [row for row in range(len(rows)) for _ in range(self.shown)]
         self._held.enter_context(self.bank.holding(self.layout.unpack(rows), rows=owners))
-        with quick_attention():
+        self._held.enter_context(
+            attention_by_products()
+        )  # until the next batch: checkpointed layers run again in backward
+        with mixed():
             errors = self.pictures.errors(self.model, batch)
         return errors.unflatten(0, (len(rows), self.shown)).sum(1)
 

@@ -18,7 +18,7 @@ from smidgen.difflora.generator.people import Photos
 from smidgen.difflora.generator.settings import EndToEnd
 from smidgen.difflora.weightspace.codec import Codec
 from smidgen.tasks.diffusion.task import PersonalizeTask
-from smidgen.training.quick import quick_attention
+from smidgen.training.quick import attention_by_products, mixed
 from smidgen.training.randomness import examples, stream
 
 SHORT = 2 / 3  # share of steps that see short captions, where they are asked for
@@ -163,7 +163,10 @@ class EndToEndTask:
         owners = [row for row in range(len(rows)) for _ in range(len(batch["weights"]) // len(rows))]
         self.release()
         self._held.enter_context(self.bank.holding(self.codec.layout.unpack(rows), rows=owners))
-        with quick_attention():
+        self._held.enter_context(
+            attention_by_products()
+        )  # until the next batch: checkpointed layers run again in backward
+        with mixed():
             loss = self.pictures.errors(self.unet, batch).sum()
         return loss + self.config.base_loss_weight * self.free_loss(network, latents.detach(), batch)
 
