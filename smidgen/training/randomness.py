@@ -6,7 +6,7 @@ timesteps and the same order of examples (common random numbers).
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -29,16 +29,16 @@ def stream(seed: int, *counters: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, *counters))
 
 
-def examples(seed: int, batch: int, size: int, total: int, lengths: Sequence[int] | None = None) -> list[int]:
+def examples(seed: int, batch: int, size: int, total: int, length: Callable[[int], int] | None = None) -> list[int]:
     """Indices of batch number ``batch`` (``size`` examples) when ``total`` examples are shuffled anew each epoch.
 
-    With ``lengths`` [example] every ``GROUPED`` batches share out their examples by length, so that little of a batch is padding,
+    With ``length`` of an example every ``GROUPED`` batches share out their examples by length, so that little of a batch is padding,
     and come in an order drawn anew. Which examples those batches hold together is as without.
     """
-    if lengths is not None:
+    if length is not None:
         group, at = divmod(batch, GROUPED)
         drawn = _drawn(seed, group * GROUPED * size, GROUPED * size, total)
-        drawn.sort(key=lambda pick: lengths[pick])  # stable: as they were drawn among those of one length
+        drawn.sort(key=length)  # stable: as they were drawn among those of one length
         at = int(torch.randperm(GROUPED, generator=stream(seed, "grouped", group))[at])
         return drawn[at * size : (at + 1) * size]
     return _drawn(seed, batch * size, size, total)

@@ -215,7 +215,7 @@ def test_batches_by_length_share_out_the_same_examples():
     lengths = [int(n) for n in torch.randint(3, 60, (1000,), generator=torch.Generator().manual_seed(0))]
     for start in (0, 2 * GROUPED):
         plain = [examples(5, at, 8, 1000) for at in range(start, start + GROUPED)]
-        grouped = [examples(5, at, 8, 1000, lengths) for at in range(start, start + GROUPED)]
+        grouped = [examples(5, at, 8, 1000, lengths.__getitem__) for at in range(start, start + GROUPED)]
         assert plain != grouped and sorted(at for batch in plain for at in batch) == sorted(
             at for batch in grouped for at in batch
         )

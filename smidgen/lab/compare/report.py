@@ -193,11 +193,9 @@ def _warnings(results: Results) -> Iterator[str]:
         behind = [row.name for row in results.family("ours", "peft") if row.loss >= results.probe.loss]
         if behind:
             yield f"**No better than the head alone**, by test loss: {', '.join(behind)}."
+    decided = budgets(results)
     told = {"peft": "behind at", "undecided": "not decided at", "ours": "ahead at"}
-    found = {
-        said: [f"{e.budget / 1000:g}" for e in budgets(results) if e.verdict == verdict]
-        for verdict, said in told.items()
-    }
+    found = {said: [f"{e.budget / 1000:g}" for e in decided if e.verdict == verdict] for verdict, said in told.items()}
     if any(found.values()):
         parts = [f"{said} {', '.join(sizes)} kB" for said, sizes in found.items() if sizes]
         yield f"**Our best against peft's best, by bytes**: {'; '.join(parts)}."

@@ -41,8 +41,8 @@ class InstructionTask(Measured):
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        lengths = [len(spoken.ids) for spoken in train] if self.group_by_length else None
-        picks = examples(self.seed, index, self.batch_size, len(train), lengths)
+        length = (lambda pick: len(train[pick].ids)) if self.group_by_length else None
+        picks = examples(self.seed, index, self.batch_size, len(train), length)
         chosen = [train[pick] for pick in picks]
         found = {"weight": float(sum(spoken.targets for spoken in chosen)), "names": [one.where for one in chosen]}
         return self._padded(chosen) | found | {"picks": picks}

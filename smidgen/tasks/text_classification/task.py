@@ -59,8 +59,8 @@ class TextClassificationTask(Measured):
 
     def batch(self, index: int) -> dict[str, Any]:
         train = self.splits["train"]
-        lengths = [len(row["input_ids"]) for row in train.rows] if self.group_by_length else None
-        picks = examples(self.seed, index, self.batch_size, len(train), lengths)
+        length = (lambda pick: len(train.rows[pick]["input_ids"])) if self.group_by_length else None
+        picks = examples(self.seed, index, self.batch_size, len(train), length)
         padded = self._padded(train, picks)
         weight = batch_weight(padded["labels"], self.problem, self.weights)
         return padded | {"weight": weight, "names": [train.names[pick] for pick in picks], "picks": picks}
