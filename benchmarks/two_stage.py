@@ -162,8 +162,8 @@ def own(held: Held, pipeline: AdaptedPipeline, codec: Basis | None, given: argpa
     captions = [caption for person in held.subjects for caption in person.captions]
     places = np.arange(len(flat)).reshape(len(held.people), -1).tolist()
     bank = pipeline.bank(["start"])
-    pictures = PersonalizeTask(pipeline.encode(flat, captions), pipeline.base, 1)
-    task = ZooTask(pictures, places, pipeline.model, bank, pipeline.layout, 32, 1, stage.noise_power, derive(0, "own"))
+    pictures = PersonalizeTask(pipeline.encode(flat, captions), pipeline.base, 1, noise_power=stage.noise_power)
+    task = ZooTask(pictures, places, pipeline.model, bank, pipeline.layout, 32, 1, derive(0, "own"))
     if codec is None:
         model: Any = Alone(pipeline.layout.pack(bank.get("start")).repeat(len(places), 1))
         rate = rates(ZooConfig()).residual

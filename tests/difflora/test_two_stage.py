@@ -58,7 +58,9 @@ def made(base, people, tmp_path_factory) -> SimpleNamespace:
         codec.numbers.basis.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     codec.numbers.requires_grad_(False)
     mean = encoded.mean[list(range(len(encoded)))]
-    pictures = PersonalizeTask(replace(encoded, mean=mean, std=torch.zeros_like(mean)), pipeline.base, 1)
+    pictures = PersonalizeTask(
+        replace(encoded, mean=mean, std=torch.zeros_like(mean)), pipeline.base, 1, noise_power=3.0
+    )
     return SimpleNamespace(pipeline=pipeline, photos=photos, pictures=pictures, bank=bank, codec=codec)
 
 
@@ -67,7 +69,7 @@ def zoo_parts(made, people=slice(None)):
 
 
 def zoo_task(made, people=slice(None), size=2, **options) -> ZooTask:
-    return ZooTask(*zoo_parts(made, people), size, 2, 3.0, 7, **options)
+    return ZooTask(*zoo_parts(made, people), size, 2, 7, **options)
 
 
 def trained(made, task, start, folder, steps=3):
@@ -127,7 +129,7 @@ def test_an_auto_decoder_learns_basis_and_latents_of_the_people_in_its_batches(m
     codec = Basis.fresh(made.pipeline.layout, made.codec.numbers.mean, LATENTS)
     model = LatentTable(codec, torch.randn(5, LATENTS, generator=torch.Generator().manual_seed(2)))
     codec.numbers.requires_grad_(True)
-    task = AutoDecoderTask(*zoo_parts(made), 2, 1, 1.0, 0)
+    task = AutoDecoderTask(*zoo_parts(made), 2, 1, 0)
     batch = task.batch(3)
     assert batch["people"] == task.batch(3)["people"] and torch.equal(batch["noise"], task.batch(3)["noise"])
     task.loss(model, batch).backward()
@@ -142,11 +144,11 @@ def test_an_auto_decoder_learns_basis_and_latents_of_the_people_in_its_batches(m
 
 def test_strong_noise_is_shown_more_often_by_the_power(made):
     quantiles = torch.linspace(0.05, 0.95, 5)
-    plain, strong = (AutoDecoderTask(*zoo_parts(made), 2, 1, power, 0) for power in (1.0, 3.0))
+    plain, strong = (replace(made.pictures, noise_power=power) for power in (1.0, 3.0))
     schedule = made.pipeline.base.schedule
-    assert torch.equal(plain.levels(quantiles), schedule.levels(quantiles))
-    assert torch.equal(strong.levels(quantiles**3), schedule.levels((quantiles**3) ** (1 / 3)))
-    assert strong.levels(quantiles).mean() > plain.levels(quantiles).mean() + 0.1
+    assert torch.equal(plain.levels_at(quantiles), schedule.levels(quantiles))
+    assert torch.equal(strong.levels_at(quantiles**3), schedule.levels((quantiles**3) ** (1 / 3)))
+    assert strong.levels_at(quantiles).mean() > plain.levels_at(quantiles).mean() + 0.1
 
 
 def test_the_first_latents_tell_people_apart_by_their_pictures_alone(made):

@@ -131,7 +131,9 @@ def _end_to_end(
     if stage.gradient_checkpointing:
         pipeline.base.model.enable_gradient_checkpointing()
     rows = stage.batch_size * stage.pictures
-    pictures = PersonalizeTask(encoded, pipeline.base, rows, config.seed, snr_gamma=stage.snr_gamma)
+    pictures = PersonalizeTask(
+        encoded, pipeline.base, rows, config.seed, snr_gamma=stage.snr_gamma, noise_power=stage.noise_power
+    )
     task = EndToEndTask(photos, pictures, pipeline.model, bank, codec, stage, config.seed)
     decoding = (
         stage.decoder_learning_rate or DECODING * rates(ZooConfig(adapter=config.adapter, base=config.base)).residual

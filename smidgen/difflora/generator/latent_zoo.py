@@ -54,15 +54,14 @@ class AutoDecoderTask:
         bank: of the adapter's config, on ``model``.
         size: people in a batch.
         shown: pictures of each in a batch.
-        noise_power: how much oftener strong noise is shown: quantiles u of the base's own noise become u^(1 / power).
     """
 
     def __init__(
         self, pictures: PersonalizeTask, places: Sequence[Sequence[int]], model: nn.Module, bank: Bank, layout: Layout,
-        size: int, shown: int, noise_power: float, seed: int,
+        size: int, shown: int, seed: int,
     ) -> None:  # fmt: skip
         self.pictures, self.places, self.model, self.bank, self.layout = pictures, places, model, bank, layout
-        self.size, self.shown, self.noise_power, self.seed = min(size, len(places)), shown, noise_power, seed
+        self.size, self.shown, self.seed = min(size, len(places)), shown, seed
         self._held = ExitStack()
 
     def batch(self, index: int) -> dict[str, Any]:
@@ -73,11 +72,10 @@ class AutoDecoderTask:
         batch = self._batch(people, picks, noise)
         rows = len(batch["names"])
         quantiles = self.pictures.quantiles(rows, noise)[torch.randperm(rows, generator=noise)]
-        return batch | {"noise": torch.randn(batch["latents"].shape, generator=noise), "levels": self.levels(quantiles)}
-
-    def levels(self, quantiles: Tensor) -> Tensor:
-        """Noise levels [n] of quantiles [n] that are uniform in 0..1."""
-        return self.pictures.base.schedule.levels(quantiles ** (1 / self.noise_power))
+        return batch | {
+            "noise": torch.randn(batch["latents"].shape, generator=noise),
+            "levels": self.pictures.levels_at(quantiles),
+        }
 
     def _batch(self, people: Sequence[int], picks: Sequence[Sequence[int]], noise: torch.Generator) -> dict[str, Any]:
         encoded = self.pictures.subject
@@ -134,7 +132,7 @@ class ZooTask(AutoDecoderTask):
         quantiles = torch.tensor([(0.3 + turn * GOLDEN) % 1 for turn in turns])  # spread evenly in any few steps
         return batch | {
             "noise": torch.randn(self.shown, *shape, generator=noise).repeat(len(people), *[1] * len(shape)),
-            "levels": self.levels(quantiles).repeat(len(people)),
+            "levels": self.pictures.levels_at(quantiles).repeat(len(people)),
             "weight": len(people),
         }
 

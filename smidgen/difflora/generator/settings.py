@@ -14,6 +14,12 @@ from smidgen.training.loop import LoopConfig
 from smidgen.training.ranges import check
 
 
+def _at_least_1(section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, not {getattr(section, name)}.")
+
+
 @dataclass(frozen=True)
 class Encoders:
     """What sees the photo; both stay frozen. Names as in ``smidgen.difflora.generator.encoders``."""
@@ -42,9 +48,7 @@ class Model:
     guidance_scale: float = 1.0  # away from nobody in particular, unless asked otherwise
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "latents", "tokens", "inference_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _at_least_1(self, "width", "depth", "heads", "latents", "tokens", "inference_steps")
         if self.width % self.heads:
             raise ConfigError(f"width {self.width} does not divide into {self.heads} heads.")
 
@@ -107,9 +111,7 @@ class SharedBasis:
     gradient_checkpointing: bool = False  # less memory, slower steps
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "pictures", "zoo_pictures", "rounds", "noise_power"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _at_least_1(self, "batch_size", "pictures", "zoo_pictures", "rounds", "noise_power")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class EndToEnd:
     batch_size: int = 32  # people in a step
     pictures: int = 1  # of each that its adapter has to draw
     references: int = 3  # photos of each at most that the generator sees
+    noise_power: float = 3.0  # as of a shared basis
     learning_rate: float = 5e-4  # of the transformer
     decoder_learning_rate: float | None = (
         None  # of what turns latents into adapters; None: 0.08 of personalize's own rate
@@ -137,6 +140,9 @@ class EndToEnd:
             max_train_steps=7000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
         )
     )
+
+    def __post_init__(self) -> None:
+        _at_least_1(self, "batch_size", "pictures", "references", "noise_power")
 
 
 @dataclass(frozen=True)

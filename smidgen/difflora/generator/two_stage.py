@@ -120,7 +120,7 @@ def in_a_basis(
     pipeline.base.release_encoders()
     if stage.gradient_checkpointing:
         pipeline.base.model.enable_gradient_checkpointing()
-    pictures = PersonalizeTask(encoded, pipeline.base, 1, snr_gamma=stage.snr_gamma)
+    pictures = PersonalizeTask(encoded, pipeline.base, 1, snr_gamma=stage.snr_gamma, noise_power=stage.noise_power)
     parts = (pictures, photos.places, pipeline.model, bank, pipeline.layout)
     training = _Training(config, stage, parts, progress)
     if stage.basis == LEARNED:
@@ -238,12 +238,11 @@ class _Training:
         codec = Basis.fresh(self.layout, start, config.model.latents, config.shared)
         folder, first = config.out / "basis", torch.zeros(self.people, config.model.latents)
         if not CheckpointStore(folder, 1).steps():  # a training that goes on brings its own
-            seeing = ZooTask(*self.parts, stage.batch_size, FIRST, stage.noise_power, derive(config.seed, "first"))
+            seeing = ZooTask(*self.parts, stage.batch_size, FIRST, derive(config.seed, "first"))
             first = stage.first_spread * first_latents(seeing, start, config.model.latents)
         model = LatentTable(codec, first)
         codec.numbers.requires_grad_(True)
-        sizes = (stage.batch_size, stage.pictures, stage.noise_power, derive(config.seed, "basis"))
-        task = AutoDecoderTask(*(*self.parts, *sizes))
+        task = AutoDecoderTask(*self.parts, stage.batch_size, stage.pictures, derive(config.seed, "basis"))
         groups = [
             {"params": list(codec.numbers.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
             {"params": [model.table], "lr": stage.latent_learning_rate, "weight_decay": 0.0},
@@ -260,7 +259,7 @@ class _Training:
         loop, rate = (stage.zoo, stage.zoo_learning_rate) if first else (stage.round, stage.round_learning_rate)
         model = LatentTable(codec, start.clone())
         task = ZooTask(
-            *self.parts, stage.batch_size, stage.zoo_pictures, stage.noise_power, derive(config.seed, "zoo", number),
+            *self.parts, stage.batch_size, stage.zoo_pictures, derive(config.seed, "zoo", number),
             start=start, pull=0.0 if first else stage.round_pull,
         )  # fmt: skip
         loop = replace(loop, gradient_accumulation_steps=task.passes)

@@ -184,7 +184,8 @@ class PersonalizeTask:
     """Batches and loss over encoded examples; satisfies ``smidgen.training.loop.Task``.
 
     ``base`` says what noise there is and what the denoiser predicts, ``prior`` are the class examples (``prior_batch_size`` to a batch,
-    their mean loss weighted by ``prior_weight``), ``snr_gamma`` the clamp of min-SNR weighting (None: off).
+    their mean loss weighted by ``prior_weight``), ``snr_gamma`` the clamp of min-SNR weighting (None: off). ``noise_power`` says how much
+    oftener strong noise is shown, where a picture is laid out: quantiles u of the base's own noise become u^(1 / noise_power).
 
     ``dropout`` is the share of the subject's captions that ``blank``, the encoded empty prompt, takes the place of.
     ``preserved`` are prompts, one for each example of the subject: at the same noisy latents the model is held to what the
@@ -205,6 +206,7 @@ class PersonalizeTask:
     preserved_weight: float = 1.0
     previewer: Callable[[nn.Module, int, Path], None] | None = None
     schedule: Schedule | None = None
+    noise_power: float = 1.0
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "noise", index)
@@ -266,8 +268,12 @@ class PersonalizeTask:
             self.previewer(model, step, folder)
 
     def levels(self, count: int, noise: torch.Generator) -> Tensor:
-        """Noise levels [count] as the base was taught, evenly spread over their density: less variance between batches."""
-        return (self.schedule or self.base.schedule).levels(self.quantiles(count, noise))
+        """Noise levels [count] evenly spread over their density: less variance between batches."""
+        return self.levels_at(self.quantiles(count, noise))
+
+    def levels_at(self, quantiles: Tensor) -> Tensor:
+        """Noise levels [n] of quantiles [n] that are uniform in 0..1."""
+        return (self.schedule or self.base.schedule).levels(quantiles ** (1 / self.noise_power))
 
     def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
         """Numbers in 0..1 spread evenly from one random start, uniform each."""
