@@ -19,6 +19,7 @@ from smidgen.bases.protocol import Prompts, Sampling, Schedule, Size, sides
 from smidgen.bases.schedules import schedule_of
 from smidgen.bases.single_file import holds_more, read_file
 from smidgen.errors import ConfigError, MissingExtraError, did_you_mean
+from smidgen.training.processes import process_state
 from smidgen.training.quiet import quiet
 
 if TYPE_CHECKING:
@@ -393,9 +394,7 @@ def _dtype_word() -> str:
 
 def default_device() -> torch.device:
     """The device accelerate will train on."""
-    from accelerate import PartialState
-
-    return PartialState().device
+    return process_state().device  # type: ignore[no-any-return]
 
 
 def import_diffusers() -> Any:

@@ -25,8 +25,11 @@ def train(
     """
     from smidgen.difflora.generator.card import told
     from smidgen.difflora.generator.fit import fit
+    from smidgen.training.processes import is_main
 
-    print(told(fit(settings), settings.out))
+    generator = fit(settings)
+    if is_main():
+        print(told(generator, settings.out))
 
 
 def directions(

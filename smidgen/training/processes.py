@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -96,9 +96,35 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_index() -> int:
+    """Which of them this is, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Is this the process that writes files? True outside ``accelerate launch``."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return process_index() == 0
+
+
+def process_state() -> Any:
+    """accelerate's state of this process. The first one asked for decides: on a machine without an accelerator one that is not told
+    so is alone, and several processes would each train on their own."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def wait_for_all() -> None:
+    """Lets no process of this run go on before all are here."""
+    if num_processes() > 1:
+        process_state().wait_for_everyone()
+
+
+def by_main(write: Callable[[], object]) -> None:
+    """Has the main process write files that the others read afterwards."""
+    if is_main():
+        write()
+    wait_for_all()
 
 
 def gathered(accelerator: Any, values: Sequence[float]) -> list[list[float]]:

@@ -87,14 +87,11 @@ def test_everybody_sees_the_same_pictures_times_and_noise_in_a_step(made):
     task = zoo_task(made)
     assert task.passes == 3
     batches = [task.batch(6 + part) for part in range(3)]  # step 2: pictures 4 and 5 of three
-    assert [batch["people"] for batch in batches] == [[0, 1], [2, 3], [4]] and [b["weight"] for b in batches] == [
-        2,
-        2,
-        1,
-    ]
+    assert [batch["people"] for batch in batches] == [[0], [1, 2], [3, 4]]
+    assert [batch["weight"] for batch in batches] == [1, 2, 2]
     for batch in batches:
         for key in ("noise", "levels"):
-            assert all(torch.equal(part, batches[0][key][:2]) for part in batch[key].split(2))
+            assert all(torch.equal(part, batches[0][key]) for part in batch[key].split(2))
         assert [name.rpartition(" ")[2] for name in batch["names"][:2]] == ["1", "2"]
     assert not torch.equal(task.batch(0)["noise"], task.batch(3)["noise"])
 
@@ -171,6 +168,21 @@ def test_condition_noise_is_counted_in_deviations_and_zero_changes_nothing(made)
         nearest = torch.cdist(found[:, 0], photos.face).min(1)
         widths.append(((found[:, 0] - photos.face[nearest.indices]) / photos.face.std(0)).square().mean().sqrt())
     assert 0.3 < torch.stack(widths).mean() < 0.6
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(1, 2), (2, 2), (2, 1), (3, 4), (5, 2)])
+def test_a_step_of_a_zoo_sees_everybody_once_over_all_processes(made, monkeypatch, world_size, size):
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    task = zoo_task(made, size=size)
+    assert task.passes % world_size == 0
+    seen = [task.batch(index)["people"] for index in range(task.passes, 2 * task.passes)]
+    assert [person for own in seen for person in own] == list(range(5)) and all(seen)
+
+
+def test_more_processes_than_people_are_refused(made, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(DataError, match="5 people cannot be shared by 6 processes"):
+        zoo_task(made)
 
 
 # ---- the basis -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import smidgen
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.pipelines import default_device
 from smidgen.errors import TrainingError
 from smidgen.training.loop import LoopConfig, train
 from smidgen.training.processes import is_main
@@ -142,6 +143,7 @@ def _refused(work) -> dict:
 def main(folder: Path) -> None:
     from accelerate import Accelerator
 
+    default_device()  # as every recipe asks first
     accelerator = Accelerator()
     rank, found = accelerator.process_index, {"processes": accelerator.num_processes}
     found["whole"] = outcome(*fit(folder / "whole", Masked(4)))

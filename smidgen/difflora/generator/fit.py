@@ -41,6 +41,7 @@ from smidgen.errors import ConfigError
 from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.alone import LOCK, OWNER, runs_alone
 from smidgen.training.loop import train
+from smidgen.training.processes import by_main, is_main
 from smidgen.training.settings import dump_yaml, to_dict
 
 logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
             generator = given_generator(str(config.own_latents.generator), pipeline.layout)
         if config.own_latents is not None:
             generator.possible = possible_people(config, config.own_latents, generator, pipeline, seen, progress)
-    generator.save(config.out)
-    write_card(generator, config.out)
+    by_main(lambda: generator.save(config.out))
+    by_main(lambda: write_card(generator, config.out))
     return load_generator(config.out)  # what was written has 16 bits
 
 
@@ -86,11 +87,15 @@ def _settings(config: GeneratorConfig) -> Iterator[None]:
     go on from."""
     written = config.out / "config.yaml"
     before = written.read_bytes() if written.is_file() else None
-    replace_file(written, dump_yaml(config))
+    by_main(lambda: replace_file(written, dump_yaml(config)))
     try:
         yield
     except BaseException:
-        if before is None and all(path == written or path.name in (LOCK, OWNER) for path in config.out.iterdir()):
+        if (
+            is_main()
+            and before is None
+            and all(path == written or path.name in (LOCK, OWNER) for path in config.out.iterdir())
+        ):
             written.unlink()
         raise
 

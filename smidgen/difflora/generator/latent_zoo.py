@@ -25,6 +25,7 @@ from smidgen.difflora.weightspace.basis import Basis
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.errors import DataError
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
+from smidgen.training.processes import num_processes
 from smidgen.training.quick import attention_by_products, mixed
 from smidgen.training.randomness import examples, stream
 
@@ -120,11 +121,18 @@ class ZooTask(AutoDecoderTask):
     def __init__(self, *parts: Any, start: Tensor | None = None, pull: float = 0.0) -> None:
         super().__init__(*parts)
         self.start, self.pull = start, pull
-        self.passes = -(-len(self.places) // self.size)  # batches to a step
+        count, processes = len(self.places), num_processes()
+        if count < processes:
+            raise DataError(
+                f"{count} people cannot be shared by {processes} processes; give more people or start fewer."
+            )
+        each = min(-(-count // (self.size * processes)), count // processes)
+        self.passes = each * processes  # batches to a step
 
     def batch(self, index: int) -> dict[str, Any]:
         step, part = divmod(index, self.passes)
-        people = range(len(self.places))[part * self.size : (part + 1) * self.size]
+        first, end = (len(self.places) * number // self.passes for number in (part, part + 1))
+        people = range(first, end)
         turns = range(step * self.shown, (step + 1) * self.shown)
         picks = [[self.places[person][turn % len(self.places[person])] for turn in turns] for person in people]
         batch = self._batch(people, picks, stream(self.seed, "pictures", index))

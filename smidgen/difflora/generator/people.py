@@ -26,6 +26,7 @@ from smidgen.difflora.zoo.subjects import TABLE, Subject, make_subjects, read_pi
 from smidgen.errors import DataError
 from smidgen.tasks.data.images import load_picture, to_tensor
 from smidgen.tasks.diffusion.task import Encoded
+from smidgen.training.processes import by_main, is_main
 from smidgen.training.randomness import derive
 
 if TYPE_CHECKING:
@@ -128,9 +129,7 @@ def people_of(
     """The people that ``wanted`` names, made or read in ``folder``: their photos, a share ``moved`` of them larger, smaller or off the
     middle, and the same pictures as they are encoded by the base. What was computed is kept in ``encoded/``, used again while it
     fits, and gone on with after a kill."""
-    if not (folder / TABLE).exists():
-        make_subjects(folder, wanted, getattr(base, "drawn", None))
-    people = [person for person in read_subjects(folder) if person.split == "train"]
+    people = training_people(folder, wanted, base)
     pictures, texts = _singly(people), sorted({caption for person in people for caption in person.captions})
     seen, said = encoded_shards(folder, people, base, face, image, moved)
 
@@ -157,6 +156,12 @@ def people_of(
     names = tuple(f"{person.id} picture {n}" for person in people for n in range(len(person.pictures)))
     encoded = Encoded(seen.column("mean"), seen.column("std"), prompts, names)
     return _photos(people, seen.whole("face"), seen.whole("image")), encoded
+
+
+def training_people(folder: Path, wanted: Subjects, base: ImageBase) -> list[Subject]:
+    """Those to train on in ``folder``, made there first when there are none."""
+    by_main(lambda: (folder / TABLE).exists() or make_subjects(folder, wanted, getattr(base, "drawn", None)))
+    return [person for person in read_subjects(folder) if person.split == "train"]
 
 
 def _moved(photo: Image, number: int, share: float) -> Image:
@@ -200,4 +205,5 @@ def _opened(folder: Path, pictures: Sequence[Subject], resolution: int, bar: Any
 def _bar(total: int, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc="pictures", unit="picture", disable=not progress or not total, dynamic_ncols=True)
+    hidden = not (progress and total and is_main())
+    return tqdm(total=total, desc="pictures", unit="picture", disable=hidden, dynamic_ncols=True)

@@ -124,7 +124,7 @@ class EndToEnd:
     batch_size: int = 32  # people in a step
     pictures: int = 1  # of each that its adapter has to draw
     references: int = 3  # photos of each at most that the generator sees
-    noise_power: float = 3.0  # as of a shared basis
+    noise_power: float = 2.0  # as of a shared basis
     learning_rate: float = 5e-4  # of the transformer
     decoder_learning_rate: float | None = (
         None  # of what turns latents into adapters; None: 0.08 of personalize's own rate
@@ -137,7 +137,7 @@ class EndToEnd:
     gradient_checkpointing: bool = False  # less memory, slower steps
     train: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            max_train_steps=7000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
+            max_train_steps=9000, lr_warmup_steps=100, checkpointing_steps=300, ema_decay=0.999
         )
     )
 
@@ -217,7 +217,7 @@ _WIDE = GeneratorConfig(
 )
 
 PRESETS = {
-    "default": GeneratorConfig(two_stage=_POSSIBLE, own_latents=OwnLatents()),
+    "default": GeneratorConfig(model=Model(latents=128, int8=True), two_stage=_POSSIBLE, own_latents=OwnLatents()),
     "seeds": GeneratorConfig(two_stage=_POSSIBLE, end_to_end=None, own_latents=OwnLatents("shipped")),
     "paper": GeneratorConfig(
         adapter=ZooConfig().adapter,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from smidgen.adapters.atomic import replace_file
 from smidgen.errors import DataError
+from smidgen.training.processes import is_main, num_processes, process_index, wait_for_all
 
 ROWS = 1024  # in a file, all of them in memory while it is made
 
@@ -39,20 +40,33 @@ class Shards:
         self.asked = hashlib.sha256(repr((asked, count, ROWS)).encode()).hexdigest()
 
     def fill(self, make: Callable[[range], dict[str, Tensor]]) -> None:
-        """Makes the files that are missing or of something else: ``make(places)`` answers tensors [places, ...]."""
-        numbers = range(-(-self.count // ROWS))
-        for number in numbers:
+        """Makes the files that are missing or of something else: ``make(places)`` answers tensors [places, ...]. Several processes
+        share them, and go on when all are made."""
+        for number in self._own():
             if not self._fits(self.path(number)):
-                made = make(range(number * ROWS, min((number + 1) * ROWS, self.count)))
+                made = make(self._rows(number))
                 whole = {key: value.cpu().contiguous() for key, value in made.items()}
                 replace_file(self.path(number), save(whole, metadata={"asked": self.asked}))
-        for path in set(self.folder.glob(f"{self.name}-*.safetensors")) - {self.path(number) for number in numbers}:
-            path.unlink(missing_ok=True)
+        wait_for_all()
+        if is_main():
+            wanted = {self.path(number) for number in range(self._files)}
+            for path in set(self.folder.glob(f"{self.name}-*.safetensors")) - wanted:
+                path.unlink(missing_ok=True)
 
     def missing(self) -> int:
-        """Rows that :meth:`fill` would make."""
-        numbers = range(-(-self.count // ROWS))
-        return sum(min(ROWS, self.count - n * ROWS) for n in numbers if not self._fits(self.path(n)))
+        """Rows that :meth:`fill` would make in this process."""
+        return sum(len(self._rows(number)) for number in self._own() if not self._fits(self.path(number)))
+
+    @property
+    def _files(self) -> int:
+        return -(-self.count // ROWS)
+
+    def _own(self) -> range:
+        """Numbers of the files that this process makes."""
+        return range(process_index(), self._files, num_processes())
+
+    def _rows(self, number: int) -> range:
+        return range(number * ROWS, min((number + 1) * ROWS, self.count))
 
     def path(self, number: int) -> Path:
         """File number ``number``."""

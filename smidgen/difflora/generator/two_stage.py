@@ -28,7 +28,7 @@ from smidgen.difflora.generator.latent_zoo import (
     write_latents,
 )
 from smidgen.difflora.generator.network import Network
-from smidgen.difflora.generator.people import ENCODED, Photos, people_of, photos_of
+from smidgen.difflora.generator.people import ENCODED, Photos, people_of, photos_of, training_people
 from smidgen.difflora.generator.settings import LEARNED, SHIPPED_BASIS, GeneratorConfig, OwnLatents, SharedBasis
 from smidgen.difflora.generator.tasks import LatentTask, answer
 from smidgen.difflora.weightspace.basis import Basis
@@ -37,11 +37,12 @@ from smidgen.difflora.weightspace.codecs import known_codec
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.pca import PCA
 from smidgen.difflora.zoo.store import Zoo
-from smidgen.difflora.zoo.subjects import TABLE, make_subjects, read_subjects
+from smidgen.difflora.zoo.subjects import read_subjects
 from smidgen.errors import DataError
 from smidgen.tasks.diffusion.task import PersonalizeTask
 from smidgen.training.checkpoints import CheckpointStore
 from smidgen.training.loop import LoopConfig, train
+from smidgen.training.processes import by_main, num_processes
 from smidgen.training.randomness import derive
 from smidgen.training.settings import to_dict
 
@@ -135,8 +136,9 @@ def in_a_basis(
         network = diffusion(
             config, latents, photos, hidden, seen, folder / "diffusion", training.identity(number), progress
         )
-        Generator(config.base, codec, network, config.encoders, config.model).save(folder)
-        write_latents(folder, codec, photos.ids, latents)
+        generator = Generator(config.base, codec, network, config.encoders, config.model)
+        by_main(lambda: generator.save(folder))
+        by_main(lambda: write_latents(folder, codec, photos.ids, latents))
         return network
 
     network = taught(1)
@@ -197,15 +199,13 @@ def possible_people(
 ) -> Possible:  # fmt: skip
     """A second network, trained as a diffusion over the generator's own answers to people's photos."""
     folder = config.out / "people"
-    if not (folder / TABLE).exists():
-        make_subjects(folder, stage.people, getattr(pipeline.base, "drawn", None))
-    people = [person for person in read_subjects(folder) if person.split == "train"]
+    people = training_people(folder, stage.people, pipeline.base)
     photos = photos_of(folder, people, seen[0], seen[1], pipeline.base.resolution, progress, folder / ENCODED)
     latents = answers(generator.network, photos, range(len(photos.face)))  # a plain photo has one right answer, its own
     width = latents.std(0).clamp(min=1e-6)
     identity = {"generator": generator.digest, "latents": hashlib.sha256(latents.numpy().tobytes()).hexdigest()}
     hidden = _hidden(config, folder, pipeline, seen)
-    config = replace(config, model=replace(stage.model, latents=config.model.latents))
+    config = replace(config, model=replace(stage.model, latents=latents.shape[1]))
     network = diffusion(config, latents / width, photos, hidden, seen, config.out / "own_latents", identity, progress)
     return Possible(network, width, config.model)
 
@@ -242,7 +242,7 @@ class _Training:
             first = stage.first_spread * first_latents(seeing, start, config.model.latents)
         model = LatentTable(codec, first)
         codec.numbers.requires_grad_(True)
-        task = AutoDecoderTask(*self.parts, stage.batch_size, stage.pictures, derive(config.seed, "basis"))
+        task = AutoDecoderTask(*(*self.parts, stage.batch_size, stage.pictures, derive(config.seed, "basis")))
         groups = [
             {"params": list(codec.numbers.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
             {"params": [model.table], "lr": stage.latent_learning_rate, "weight_decay": 0.0},
@@ -262,7 +262,7 @@ class _Training:
             *self.parts, stage.batch_size, stage.zoo_pictures, derive(config.seed, "zoo", number),
             start=start, pull=0.0 if first else stage.round_pull,
         )  # fmt: skip
-        loop = replace(loop, gradient_accumulation_steps=task.passes)
+        loop = replace(loop, gradient_accumulation_steps=task.passes // num_processes())
         groups = [{"params": [model.table], "lr": rate, "weight_decay": 0.0, "betas": (0.9, 0.99)}]
         self._train(task, model, groups, loop, config.out / f"round_{number}" / "zoo", number)
         return codec.standardise(model.table.detach())
