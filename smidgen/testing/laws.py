@@ -271,7 +271,8 @@ class _Folded(nn.Module):
 
 
 def law_bank_rows(config: SmidgenConfig, kind: str) -> None:
-    """Row i is adapter i alone however a model folds its rows, with two banks on it and in two threads at once."""
+    """Row i is adapter i alone however a model folds its rows, with two banks on it and in two threads at once, at each call of a
+    block that stays open, and after another adapter took the place of one in it."""
     for form in ("each row repeated", "stacked copies", "second axis"):
         model, x = base(kind)
         if form == "second axis" and x.dim() == 4:  # a convolution takes no rows there
@@ -287,7 +288,7 @@ def law_bank_rows(config: SmidgenConfig, kind: str) -> None:
         banks[0].put("ann", model, "ann")
         for bank in banks:
             bank.put("bob", model, "bob")
-        model, x = model.double().eval(), x.double()
+        model, x = model.double().eval().requires_grad_(False), x.double()  # of what trains a block keeps nothing
         alone: dict[str | None, Tensor] = {}
         with torch.no_grad():
             for name in ("ann", "bob"):
@@ -299,16 +300,24 @@ def law_bank_rows(config: SmidgenConfig, kind: str) -> None:
         @torch.no_grad()
         def right(order: list[str | None], bank: smidgen.Bank, model: nn.Module = model, x: Tensor = x) -> None:
             with bank.rows(order):
-                found = model(x)
-            for i, name in enumerate(order):
-                close(found[i], alone[name][i], f"{form}: row {i} of the bank against {name!r} alone")  # noqa: B023
+                check([model(x) for _ in range(3)], order)
+
+        def check(calls: list[Tensor], order: list[str | None], form: str = form) -> None:
+            for found in calls:
+                for i, name in enumerate(order):
+                    close(found[i], alone[name][i], f"{form}: row {i} of the bank against {name!r} alone")  # noqa: B023
 
         right(names, banks[0])
+        right(["bob"] * 3, banks[0])
         right([None, "bob", None], banks[1])
         differs(alone["ann"], alone[None], "perturbed adapter")
         with ThreadPoolExecutor(2) as pool:
             orders: list[list[str | None]] = [names, ["bob", "ann", None]] * 5
             list(pool.map(lambda order: right(order, banks[0]), orders))  # noqa: B023
+        with torch.no_grad(), banks[0].rows(names):
+            check([model(x), model(x)], names)
+            banks[0].put("ann", model, "bob")
+            check([model(x)], ["bob", None, "bob"])
 
 
 def law_file(config: SmidgenConfig, kind: str) -> None:

@@ -51,7 +51,10 @@ def check_rows(
     """``run(inputs)`` of all rows at once is that of each row alone, and adapters make a difference."""
     wanted = [alone(model, name, lambda i=i: run(_row(inputs, i))) for i, name in enumerate(names)]
     plain = alone(model, None, lambda: run(inputs))
+    for parameter in bank.parameters():
+        parameter.requires_grad_(False)  # or a block keeps nothing
     with bank.rows(names, copies=copies), torch.no_grad():
+        run(inputs)
         found = run(inputs)
     per = len(found) // len(names)
     for i, name in enumerate(names):

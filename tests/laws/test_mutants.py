@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import smidgen
 from smidgen import testing
 from smidgen.adapters.residuals.triangular import Triangular
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.calls import Block
+from smidgen.adapters.tuner.kept import Entry, Kept
 from smidgen.adapters.tuner.kinds import LinearKind
 from smidgen.adapters.tuner.layer import ShiftLayer, Term
 from smidgen.adapters.tuner.rows import Rows
@@ -57,7 +60,7 @@ def bank_reads_one_row_for_all(patch: pytest.MonkeyPatch) -> None:
     right = Rows.pick
 
     def pick(self, value):  # type: ignore[no-untyped-def]
-        return right(replace(self, index=self.index[:1].repeat(len(self.index)), whole=False), value)
+        return right(replace(self, index=self.index[:1].repeat(len(self.index)), first=None), value)
 
     patch.setattr(Rows, "pick", pick)
 
@@ -121,6 +124,16 @@ def a_bank_follows_the_norms_of_one_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShiftLayer, "_normed", normed)
 
 
+def a_block_keeps_the_adapter_of_before(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Entry, "good", lambda self, lanes, x: self.lanes is lanes)
+
+
+def a_block_keeps_what_was_for_other_rows(patch: pytest.MonkeyPatch) -> None:
+    shared = Kept()
+    patch.setattr(Block, "__init__", partialmethod(Block.__init__, kept=shared))
+    patch.setattr(Entry, "good", lambda self, lanes, x: len(self.lanes) == len(lanes))
+
+
 MUTANTS: list[tuple[Patch, str, str]] = [
     (scale_twice_on_merge, "merge", "tlora"),
     (scale_twice_on_merge, "shift = matrix", "lora"),
@@ -136,6 +149,8 @@ MUTANTS: list[tuple[Patch, str, str]] = [
     (an_output_transform_acts_on_what_others_moved, "sum", "ia3"),
     (an_output_transform_forgets_the_residual, "shift = matrix", "low_rank+scale"),
     (a_bank_follows_the_norms_of_one_row, "bank", "dora"),
+    (a_block_keeps_the_adapter_of_before, "bank rows", "lora"),
+    (a_block_keeps_what_was_for_other_rows, "bank rows", "svfit"),
 ]
 
 

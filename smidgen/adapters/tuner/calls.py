@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from smidgen.adapters.member import Tensors
+from smidgen.adapters.tuner.kept import Kept, possible
 from smidgen.adapters.tuner.layer import ShiftLayer, Term
 from smidgen.adapters.tuner.rows import Rows
 from smidgen.adapters.tuner.slot import Slot
@@ -81,15 +82,21 @@ class Block:
     last: Call | None = None
     several: bool = False  # calls of different shapes were made in it
     made: dict[tuple[Any, ...], list[Rows]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
 
     @property
     def size(self) -> int:
         return len(self.lanes[0])
 
-    @property
+    @cached_property
     def constant(self) -> bool:
         """All rows go through the same: then nothing has to be known of a layer."""
         return all(len(lane.index) == 1 for lane in self.lanes)
+
+    @cached_property
+    def anywhere(self) -> bool:
+        """Whether it holds for a batch of any length, so that nothing has to be known of a call."""
+        return self.constant and self.size == 1
 
 
 _OPEN: ContextVar[tuple[Block, ...]] = ContextVar("smidgen_bank_blocks", default=())
@@ -235,7 +242,7 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     if probe is not None:
         probe.stack.append(module)
         return
-    blocks = [block for block in _OPEN.get() if module in block.around]
+    blocks = [block for block in _OPEN.get() if not block.anywhere and module in block.around]
     if not blocks or _in_backward():  # a checkpointed part runs again: it belongs to the call that it ran in
         return
     calls = _CALLS.get()
@@ -282,20 +289,32 @@ def terms(layer: ShiftLayer, x: Tensor) -> list[Term] | None:
     found: list[Term] = []
     for block in blocks:
         slot = layer.prepared(block.slots[layer])
-        trained = slot.trained() if block.held is None else block.held[layer]
-        scaling = block.scaling.get(layer)
-        for rows in block.lanes if block.constant else _call_of(block, layer, x).rows(block, layer, x):
-            if scaling is not None:
-                rows = rows.scaled(scaling)
-            if not rows.adapted:
-                continue
-            if len(rows.index) == 1:
-                one = {name: value[int(rows.index)] for name, value in trained.items()}
-                found.append(Term(slot, 1.0 if rows.weight is None else float(rows.weight), trained=one))
-                continue
-            places, rows = rows.part or (None, rows)
-            places = places if places is None else places.to(x.device)
-            found.append(Term(slot, 1.0, places, rows, {name: rows.pick(value) for name, value in trained.items()}))
+        lanes = block.lanes if block.constant else _call_of(block, layer, x).rows(block, layer, x)
+        keeps = block.held is None and possible(x)
+        own = block.kept.find(layer, lanes, x) if keeps else None
+        if own is None:
+            make = partial(_terms, block, layer, slot, lanes, x)
+            own = block.kept.keep(layer, slot, block.scaling, lanes, x, make) if keeps else make()
+        found += own
+    return found
+
+
+def _terms(block: Block, layer: ShiftLayer, slot: Slot, lanes: list[Rows], x: Tensor) -> list[Term]:
+    """The terms of a block on a layer."""
+    trained = slot.trained() if block.held is None else block.held[layer]
+    scaling, found = block.scaling.get(layer), []
+    for rows in lanes:
+        if scaling is not None:
+            rows = rows.scaled(scaling)
+        if not rows.adapted:
+            continue
+        if len(rows.index) == 1:
+            one = {name: value[int(rows.index)] for name, value in trained.items()}
+            found.append(Term(slot, 1.0 if rows.weight is None else float(rows.weight), trained=one))
+            continue
+        places, rows = rows.part or (None, rows)
+        places = places if places is None else places.to(x.device)
+        found.append(Term(slot, 1.0, places, rows, {name: rows.pick(value) for name, value in trained.items()}))
     return found
 
 

@@ -98,6 +98,8 @@ class LinearKind:
         x, up, down, device = x.to(y.dtype), factors.up.to(y.dtype), factors.down.to(y.dtype), y.device.type
         with torch.autocast(device, enabled=False) if autocasting(device) else nullcontext():
             if factors.diagonal is None:
+                if not torch.is_grad_enabled():
+                    return LowRankShift.shifted(y, x, up, down)[0]
                 return LowRankShift.apply(y, x, up, down)  # type: ignore[no-any-return]
             hidden = (x @ down.mT).unflatten(0, (len(factors.diagonal), -1))  # [runs, rows, ..., k]
             diagonal = factors.diagonal.to(y.dtype).unflatten(0, (-1, *[1] * (hidden.dim() - 2)))

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules import module as _module
 
 from smidgen.adapters.checkpoint.base_groups import samples
-from smidgen.adapters.member import Tensors
+from smidgen.adapters.member import Factors, Tensors
 from smidgen.adapters.tuner import compose
 from smidgen.adapters.tuner.kinds import Kind, LinearKind, autocasting
 from smidgen.adapters.tuner.rows import Rows
@@ -43,6 +45,9 @@ class Term(NamedTuple):
         places: in the first axis [n] that it is for; None is the whole batch.
         at: None, or rows of a bank, of the batch or of those places.
         trained: in place of the slot's own trained tensors, with a leading axis [runs] for rows of a bank.
+        made: its norms are among them and its factors are here, where it has any; see :meth:`ShiftLayer.made`.
+        factors: of S D at its weight; None where each row's are made within its product.
+        summed: W + D in place of both, where it was worth making; see :meth:`ShiftLayer.summed`.
     """
 
     slot: Slot
@@ -50,6 +55,9 @@ class Term(NamedTuple):
     places: Tensor | None = None
     at: Rows | None = None
     trained: Tensors | None = None
+    made: bool = False
+    factors: Factors | None = None
+    summed: Tensor | None = None
 
     @property
     def exact(self) -> bool:
@@ -127,7 +135,7 @@ class ShiftLayer(nn.Module):
     def _seen(self) -> tuple[int, int]:
         """(the base weight, its count of changes in place); (0, 0) where nothing counts them."""
         layer: Any = self.base_layer
-        while hasattr(layer, "base_layer"):
+        while "base_layer" in layer._modules:  # at every call, and hasattr is slow
             layer = layer.base_layer
         weight = layer._parameters.get("weight")
         if type(weight) is not nn.Parameter or weight.is_inference() or self._kept:
@@ -191,9 +199,12 @@ class ShiftLayer(nn.Module):
 
     def law(self, x: Tensor, terms: Sequence[Term], *args, **kwargs) -> Tensor:  # type: ignore[no-untyped-def]
         """The shift law: x + sum of (T - I) x through the base layer, plus the sums of (S - I) W T x and S D x."""
-        terms = [self._normed(term) for term in terms if term.weight != 0]
-        if len(terms) == 1 and not args and not kwargs and self._composes(terms[0], x):
-            return self._composed(terms[0], x)
+        terms = [term if term.made else self.made(term) for term in terms if term.weight != 0]
+        if len(terms) == 1 and not args and not kwargs:
+            if terms[0].summed is not None and not _hooked(self.base_layer):
+                return F.linear(x, terms[0].summed, self.base_layer.bias)  # type: ignore[arg-type]
+            if self._composes(terms[0], x):
+                return self._composed(terms[0], x)
         y = base = self._base(self._input(x, terms), *args, **kwargs)
         of_x: Tensor | None = None  # what the base layer gives for x itself
         for term in terms:
@@ -209,6 +220,27 @@ class ShiftLayer(nn.Module):
             if term.slot.residual is not None:
                 y = self._with_residual(y, x, term)
         return y
+
+    def made(self, term: Term) -> Term:
+        """A term with what follows from its numbers and the base weight, whatever the input: norms, and factors at its weight."""
+        term = self._normed(term)._replace(made=True)
+        slot, rows = term.slot, term.at
+        if slot.residual is None:
+            return term
+        if rows is None:
+            factors = slot.shaped_factors(term.trained).weighed(term.weight)
+            if slot.rounded is not None:
+                up, down = slot.rounded
+                factors = factors._replace(up=factors.up if slot.output is not None else up, down=down)
+            return term._replace(factors=factors)
+        if not (isinstance(self.kind, LinearKind) and slot.residual.stacks and slot.output is None):
+            return term
+        factors = slot.residual.stacked(slot.factors(term.trained))
+        if factors.diagonal is None:
+            factors = factors._replace(up=rows.weighed(factors.up))
+        else:
+            factors = factors._replace(diagonal=rows.weighed(factors.diagonal)).weighed()
+        return term._replace(factors=factors)
 
     def _normed(self, term: Term) -> Term:
         """A term with the norms that its output transform follows among its tensors."""
@@ -324,20 +356,12 @@ class ShiftLayer(nn.Module):
             some = self._with_residual(y[term.places], x[term.places], term._replace(places=None))
             return y.index_copy(0, term.places, some)
         slot, rows = term.slot, term.at
-        if rows is None:
-            factors = slot.shaped_factors(term.trained).weighed(term.weight)
-            if slot.rounded is not None:
-                up, down = slot.rounded
-                factors = factors._replace(up=factors.up if slot.output is not None else up, down=down)
-            return self.kind.add_output_shift(y, factors, x, self.base_layer)
-        assert term.trained is not None and slot.residual is not None
-        if isinstance(self.kind, LinearKind) and slot.residual.stacks and slot.output is None:
-            factors = slot.residual.stacked(slot.factors(term.trained))
-            if factors.diagonal is None:
-                factors = factors._replace(up=rows.weighed(factors.up))
-            else:
-                factors = factors._replace(diagonal=rows.weighed(factors.diagonal)).weighed()
-            return rows.leading(self.kind.add_output_shifts(rows.leading(y), factors, rows.leading(x)))
+        if term.factors is not None and rows is None:
+            return self.kind.add_output_shift(y, term.factors, x, self.base_layer)
+        assert term.trained is not None and rows is not None
+        if term.factors is not None:
+            assert isinstance(self.kind, LinearKind)
+            return rows.leading(self.kind.add_output_shifts(rows.leading(y), term.factors, rows.leading(x)))
         weight = torch.ones(len(rows.index)) if rows.weight is None else rows.weight
 
         def of_run(run: Tensor, own: Tensors) -> Tensor:
@@ -347,25 +371,41 @@ class ShiftLayer(nn.Module):
         return y + rows.leading(shift).to(y.dtype)
 
     def _composes(self, term: Term, x: Tensor) -> bool:
-        """Whether the composed form is exact here and cheaper: a plain frozen linear layer, a diagonal, many tokens."""
-        slot = term.slot
-        if slot.transform is not None or slot.output is not None:
+        """Whether the composed form is exact here and cheaper: a diagonal, many tokens."""
+        residual = term.slot.residual
+        if residual is None or not residual.diagonal_between or not self.sums(term, x):
             return False
-        if type(self.kind) is not LinearKind or type(self.base_layer) is not nn.Linear:
+        rows, cols = self.base_layer.weight.shape  # type: ignore[misc,union-attr]
+        return compose.worth(x.numel() // max(x.shape[-1], 1), rows, cols, self.r_of(term.slot))
+
+    def sums(self, term: Term, x: Tensor) -> bool:
+        """Whether x (W + D)^T is what the layer gives: a plain frozen linear layer and nothing but one D for the whole batch."""
+        slot, base = term.slot, self.base_layer
+        if term.places is not None or term.at is not None or self._kept:
             return False
-        if "weight" not in self.base_layer._parameters:  # made by the layer's call
+        if slot.transform is not None or slot.output is not None or slot.residual is None or slot.rounded is not None:
             return False
-        weight, shape = self.base_layer.weight, (self.base_layer.out_features, self.base_layer.in_features)
-        diagonal = slot.residual is not None and slot.residual.diagonal_between
-        if (
-            term.places is not None or term.at is not None or self._kept or type(weight) not in (nn.Parameter, Tensor)
-        ):  # torchao's have no addmm
+        if type(self.kind) is not LinearKind or type(base) is not nn.Linear or "weight" not in base._parameters:
+            return False  # made by the layer's call
+        weight: Tensor = base.weight
+        if type(weight) not in (nn.Parameter, Tensor):  # torchao's have no addmm
             return False
-        if not diagonal or weight.requires_grad or autocasting(x.device.type) or slot.rounded is not None:
+        if weight.requires_grad or autocasting(x.device.type) or (weight.dtype, weight.device) != (x.dtype, x.device):
             return False
-        if weight.dtype != x.dtype or weight.dtype not in (torch.float32, torch.float64):  # 16 bits would round W + D
+        if _hooked(base):
             return False
-        return compose.worth(x.numel() // max(x.shape[-1], 1), *shape, self.r_of(slot))
+        return weight.dtype in (torch.float32, torch.float64)  # 16 bits would round W + D
+
+    def summed(self, term: Term) -> Term:
+        """A made term that :meth:`sums`, with W + D at hand; for calls without a graph."""
+        weight, up, diagonal, down = self._parts(term)
+        return term._replace(summed=torch.addmm(weight, up if diagonal is None else up * diagonal, down))
+
+    def _parts(self, term: Term) -> list[Any]:
+        """W, and up, diagonal and down of a made term in its number format."""
+        assert term.factors is not None
+        weight: Any = self.base_layer.weight
+        return [weight, *(t if t is None else t.to(weight.dtype) for t in term.factors[:3])]
 
     @staticmethod
     def r_of(slot: Slot) -> int:
@@ -373,10 +413,8 @@ class ShiftLayer(nn.Module):
         return getattr(slot.residual, "r", 0)
 
     def _composed(self, term: Term, x: Tensor) -> Tensor:
-        factors = term.slot.factors(term.trained).weighed(term.weight)
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        up, diagonal, down = (t.to(x.dtype) for t in factors if t is not None)
-        return compose.ComposedLinear.apply(x, weight, bias, up, diagonal, down)  # type: ignore[no-any-return,arg-type]
+        weight, *factors = self._parts(term)
+        return compose.ComposedLinear.apply(x, weight, self.base_layer.bias, *factors)  # type: ignore[no-any-return]
 
     # ---- the matrix form -------------------------------------------------------------------------------------------
 
@@ -457,6 +495,12 @@ class ShiftLayer(nn.Module):
 def _following(kept: Tensor, now: Tensor) -> Tensor:
     """A kept weight in the number format and on the device of the one in its place; meta holds nothing to follow."""
     return kept.to(device=kept.device if now.is_meta else now.device, dtype=now.dtype)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether somebody wants to be told of a layer's calls, or has put a call of their own in its place."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return bool(own or _module._global_forward_hooks or _module._global_forward_pre_hooks)
 
 
 def _root(squares: Tensor) -> Tensor:

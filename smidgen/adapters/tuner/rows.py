@@ -23,14 +23,14 @@ class Rows:
         index: the adapter of each run [runs]; -1 is the base model.
         length: rows of each run.
         weight: of each run's adapter [runs], 0 for the base model; None when all are 1.
-        whole: the runs are adapters 0 .. runs - 1 in this order.
+        first: of the adapters where the runs' follow each other, first, first + 1, ...; None where they do not.
         axis: of the activations that the rows lie along, 0 or 1.
     """
 
     index: Tensor
     length: int
     weight: Tensor | None
-    whole: bool
+    first: int | None
     axis: int = 0
 
     @classmethod
@@ -49,7 +49,8 @@ class Rows:
         runs = pairs[::length]
         index, weight = [row for row, _ in runs], [weight for _, weight in runs]
         uneven = torch.tensor(weight) if any(w != 1 for w in weight) else None
-        return cls(torch.tensor(index), length, uneven, index == list(range(len(index))))
+        follow = index[0] >= 0 and index == list(range(index[0], index[0] + len(index)))
+        return cls(torch.tensor(index), length, uneven, index[0] if follow else None)
 
     def __len__(self) -> int:
         return len(self.index) * self.length
@@ -65,7 +66,7 @@ class Rows:
         if len(self.index) == 1:
             return self.repeated(copies)
         weight = None if self.weight is None else self.weight.repeat(copies)
-        return replace(self, index=self.index.repeat(copies), weight=weight, whole=False)
+        return replace(self, index=self.index.repeat(copies), weight=weight, first=None)
 
     def scaled(self, scaling: Tensor) -> Rows:
         """With the weight of each adapter [adapters] on top."""
@@ -86,7 +87,7 @@ class Rows:
         weight = None if self.weight is None else self.weight[kept]
         weight = None if weight is None or bool((weight == 1).all()) else weight
         places = (kept[:, None] * self.length + torch.arange(self.length)).flatten()
-        return places, replace(self, index=self.index[kept], weight=weight, whole=False)
+        return places, replace(self, index=self.index[kept], weight=weight, first=None)
 
     @cached_property
     def partial(self) -> bool:
@@ -95,8 +96,8 @@ class Rows:
 
     def pick(self, value: Tensor) -> Tensor:
         """The adapters' tensors [adapters, ...] -> the runs' [runs, ...]; any adapter's for a run of the base model."""
-        if self.whole and len(value) == len(self.index):
-            return value
+        if self.first is not None:
+            return value.narrow(0, self.first, len(self.index))
         return value.index_select(0, self.index.clamp(min=0).to(value.device))
 
     def leading(self, x: Tensor) -> Tensor:
@@ -120,17 +121,25 @@ class LowRankShift(torch.autograd.Function):
     """y + x down^T up^T, each run of rows with factors of its own, in one pass over y.
 
     Shapes: y [batch, ..., rows], x [batch, ..., cols], up [runs, rows, k], down [runs, k, cols]; one dtype. The order of
-    the products is what batched kernels like: others take up to ten times as long at k = 1.
+    the products is what batched kernels like: others take up to ten times as long at k = 1, four times for one token a run.
     """
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        hidden = torch.bmm(down, _runs(x, down).mT)  # [runs, k, n]
+        total, hidden = LowRankShift.shifted(y, x, up, down)
         ctx.save_for_backward(x, up, down, hidden)
-        if hidden.shape[2] == 1:  # one token a run, a decoding step
-            return y + torch.bmm(up, hidden).mT.reshape(y.shape)
+        return total
+
+    @staticmethod
+    def shifted(y: Tensor, x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """(y + x down^T up^T, down x^T [runs, k, n]) without a graph."""
+        runs = _runs(x, down)
+        if runs.shape[1] == 1:  # a decoding step
+            hidden = torch.bmm(runs, down.mT)
+            return torch.baddbmm(_runs(y, up), hidden, up.mT).reshape(y.shape), hidden.mT
+        hidden = torch.bmm(down, runs.mT)
         sums = torch.addcmul if hidden.shape[1] == 1 else torch.baddbmm
-        return sums(_runs(y, up), hidden.mT, up.mT).reshape(y.shape)
+        return sums(_runs(y, up), hidden.mT, up.mT).reshape(y.shape), hidden
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def,override]
