@@ -172,7 +172,11 @@ def _cost(own: int, found: Exported, folder: Path) -> str:
     """What leaving the small file costs."""
     if found.bytes <= own:
         return f"{size(own)} became {size(found.bytes)}. Keep {folder}: it alone can be trained on, verified and exported again."
+    times = found.bytes / own
+    more = (
+        "about as much" if times < 1.05 else f"{times - 1:.0%} more" if times < 1.95 else f"{times:.0f} times as much"
+    )
     return (
-        f"{size(own)} became {size(found.bytes)}, {found.bytes / own:.0f} times as much, which hold nothing more. Keep {folder}: "
+        f"{size(own)} became {size(found.bytes)}, {more}, which hold nothing more. Keep {folder}: "
         "it is the small one, and it alone can be trained on, verified and exported again."
     )

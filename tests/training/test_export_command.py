@@ -6,9 +6,11 @@ import pytest
 
 import smidgen
 from smidgen.adapters.checkpoint.formats import FORMATS
+from smidgen.adapters.export import Exported
 from smidgen.bases.embedded import embedded_base
 from smidgen.bases.families import load_base
 from smidgen.cli import main, using
+from smidgen.tasks import exporting
 from tests.adapters.exported import moved
 
 
@@ -22,6 +24,14 @@ def adapter(tmp_path_factory):
 
 def test_the_command_knows_all_formats():
     assert list(typing.get_args(typing.get_type_hints(using.export)["to"])) == list(FORMATS)
+
+
+@pytest.mark.parametrize(
+    "written, words",
+    [(80, "became 80 bytes. Keep"), (103, "about as much"), (130, "30% more"), (290, "3 times as much")],
+)
+def test_it_says_what_leaving_the_small_file_costs(written, words, tmp_path):
+    assert words in exporting._cost(100, Exported("kohya", tmp_path, {"a": written}, 1), tmp_path)
 
 
 def test_it_says_how_many_layers_and_what_it_costs(adapter, tmp_path, capsys):

@@ -45,6 +45,11 @@ def note(words: str) -> str:
     return _notice(NOTE, "status", words)
 
 
+def told(words: str) -> str:
+    """What was seen or read: nothing to heed."""
+    return _notice(TEXT, "status", words)
+
+
 def bad(words: str) -> str:
     """What went wrong and what to do, flags of the command line called as the page calls them."""
     for flag in sorted(FIELDS, key=len, reverse=True):

@@ -127,7 +127,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
             f"{run.title} was predicted in {max(made.seconds['prediction'], 0.01):.2f} s and takes {size(run.bytes())}."
         )
         read = " ".join(note.replace(f"{run.pictures}/", "") for note in made.notes)
-        done = html.good(f"{took} It is kept under Runs.") + (html.note(read) if read else "")
+        done = html.good(f"{took} It is kept under Runs.") + (html.told(read) if read else "")
         yield {notice: done, live.name: run.name, draw: gr.update(visible=True)}
         shown: list[tuple[str, str]] = []
         for prompt in making.scenes(context.bases, run.folder):
