@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -78,6 +80,7 @@ class Bank:
             )
         self._places = {name: i for i, name in enumerate(names)}
         self._filled: set[str] = set()
+        self._in_use, self._rows_open = threading.Lock(), Counter[int]()  # places that open blocks of any thread use
         self.size = max(len(names), 1)
         taken = {label for layer in self.layers.values() for label in layer.banks}
         self.label = next(label for k in range(len(taken) + 1) if (label := f"bank{k or ''}") not in taken)
@@ -210,20 +213,35 @@ class Bank:
         return found | {t: dict(self._heads[h][row]) for t, h in self._wrappers.items() if row in self._heads[h]}
 
     def evict(self, name: str) -> None:
-        """Forgets a member; its place is free for another."""
+        """Forgets a member; its place is free for another.
+
+        Raises:
+            SmidgenError: an open block uses it, in this thread or another.
+        """
         row = self.index(name, filled=False)
+        with self._in_use:
+            if self._rows_open[row]:
+                raise SmidgenError(
+                    f"Member {name!r} is used by an open block; leave `bank.rows(...)` before it is evicted."
+                )
         self._reset(row)
         del self._places[name]
         self._filled.discard(name)
 
     def resize(self, size: int) -> None:
-        """Room for ``size`` members, at least those that are there. Parameters are new tensors afterwards: tell optimisers."""
+        """Room for ``size`` members, at least those that are there. Parameters are new tensors afterwards: tell optimisers. With less
+        room than before members move together, which no open block may use meanwhile."""
         if size < max(len(self._places), 1):
             raise SmidgenError(
                 f"The bank holds {len(self._places)} members; size={size} is too small, evict some first."
             )
-        order = self.names
-        keep = [self._places[name] for name in order]
+        order, keep = self.names, list(range(self.size))
+        if size < self.size:
+            keep = [self._places[name] for name in order]
+            with self._in_use:
+                if +self._rows_open:
+                    raise SmidgenError("A bank with an open block cannot get smaller; leave `bank.rows(...)` first.")
+            self._places = {name: i for i, name in enumerate(order)}
         for slot in self.slots.values():
             slot.resize(size, keep)
         for layer, weights in self._scaling.items():
@@ -232,7 +250,7 @@ class Bank:
             moved = {keep.index(row): value for row, value in own.items()}
             own.clear()
             own.update(moved)
-        self._places, self.size = {name: i for i, name in enumerate(order)}, size
+        self.size = size
 
     def remove(self) -> None:
         """Takes the bank off the model; a ``with`` block over the bank ends so."""
@@ -339,13 +357,21 @@ class Bank:
         with self._opened([Rows.of(indices)], copies, held):
             yield
 
-    def _opened(self, lanes: list[Rows], copies: bool, held: Mapping[nn.Module, Any] | None) -> Any:
+    @contextmanager
+    def _opened(self, lanes: list[Rows], copies: bool, held: Mapping[nn.Module, Any] | None) -> Iterator[None]:
         if not self._off.alive:
             raise SmidgenError("This bank was removed from its model.")
         scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
-        return calls.opened(
-            calls.Block(self._on, self._named, self._around, lanes, copies, held, scaling, heads, self._tested)
-        )
+        block = calls.Block(self._on, self._named, self._around, lanes, copies, held, scaling, heads, self._tested)
+        rows = {row for lane in lanes for row in lane.index.tolist() if row >= 0} if held is None else set()
+        with self._in_use:
+            self._rows_open.update(rows)
+        try:
+            with calls.opened(block):
+                yield
+        finally:
+            with self._in_use:
+                self._rows_open.subtract(rows)
 
     def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
         """Number of adapters that ``tensors`` hold."""

@@ -104,6 +104,32 @@ def test_a_bank_in_mixed_precision(method: str) -> None:
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in bank.parameters())
 
 
+@torch.no_grad()
+def test_an_open_block_keeps_its_adapters_whatever_the_bank_is_asked_for() -> None:
+    model, outputs, bank = zoo("lora", ["a", "b", "c"])
+    x = inputs()
+    bank.evict("a")  # a free place below those in use
+    with bank.rows(["b", "c", "b", None]):
+        before = model(x)
+        for name in ("b", "c"):
+            with pytest.raises(SmidgenError, match=f"Member '{name}' is used by an open block"):
+                bank.evict(name)
+        with pytest.raises(SmidgenError, match="cannot get smaller"):
+            bank.resize(2)
+        bank.put("d", trained("lora", seed=9))
+        bank.put("e", trained("lora", seed=10))  # no place is free: the bank grows
+        testing.close(model(x), before, "after others came")
+        with bank.rows(["d"]):
+            pass
+        bank.evict("d")
+        testing.close(model(x), before, "after another went")
+    testing.close(before[1], outputs["c"][1], "alone")
+    bank.evict("b")
+    bank.resize(2)
+    with bank.rows(["c"] * 4):
+        testing.close(model(x), outputs["c"], "moved together")
+
+
 def test_blocks_nest_and_end_with_an_error() -> None:
     model, outputs, bank = zoo("lora", ["a", "b"])
     plain = Net()(inputs()).detach()
