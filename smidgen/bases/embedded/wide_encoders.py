@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from smidgen.bases.embedded import wide
 from smidgen.bases.embedded.judge import Images, as_tensor, block, load_weights
-from smidgen.bases.embedded.wide_judge import TINTS, lab_tensor
+from smidgen.bases.embedded.wide_judge import looked_at
 
 FILE = Path(__file__).parent / "encoder_weights" / "wide.safetensors"
 WIDTH = 96
@@ -64,15 +64,8 @@ class WideEncoder(nn.Module):
         words = {
             name: head(who if name in wide.IDENTITY_ATTRIBUTES else scene).float() for name, head in self.heads.items()
         }
-        maps = self.looks[0](first)
-        for look, coarse in zip(list(self.looks)[1:], (second, third), strict=True):
-            maps = maps + nn.functional.interpolate(look(coarse), maps.shape[-2:], mode="bilinear")
+        colors = looked_at(self.looks, (first, second, third), pictures, words["light"])
         doubt, there = self.doubt(features).float(), self.there(features).float().squeeze(-1).sigmoid()
-        with torch.autocast("cpu", enabled=False):  # a colour needs all its digits
-            where = maps.float().flatten(2).softmax(-1)
-            cells = nn.functional.avg_pool2d(pictures.float(), 2).flatten(2).mT / 2 + 0.5
-            tint = words["light"].softmax(-1) @ TINTS.to(pictures.device)
-            colors = lab_tensor(((where @ cells) / tint[:, None]).clamp(0, 1))
         seen = torch.cat([who, colors[:, FREE].flatten(1) / 30, doubt[:, FREE]], 1)
         return Seen(words, colors, doubt, seen, scene, there)
 

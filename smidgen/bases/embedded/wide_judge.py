@@ -43,6 +43,19 @@ def lab_tensor(channels: Tensor) -> Tensor:
     return torch.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
 
 
+def looked_at(looks: nn.ModuleList, found: Sequence[Tensor], pictures: Tensor, light: Tensor) -> Tensor:
+    """Colours [n, colours, 3] in Lab: the mean of the cells that ``looks`` choose by what was ``found`` at three sizes, divided by the
+    tint of the ``light`` whose logits are given."""
+    maps = looks[0](found[0])
+    for look, coarse in zip(list(looks)[1:], found[1:], strict=True):
+        maps = maps + nn.functional.interpolate(look(coarse), maps.shape[-2:], mode="bilinear")
+    with torch.autocast(pictures.device.type, enabled=False):  # a colour needs all its digits
+        where = maps.float().flatten(2).softmax(-1)
+        cells = nn.functional.avg_pool2d(pictures.float(), 2).flatten(2).mT / 2 + 0.5
+        tint = light.float().softmax(-1) @ TINTS.to(pictures.device)
+        return lab_tensor(((where @ cells) / tint[:, None]).clamp(0, 1))
+
+
 class WideReader(nn.Module):
     """[n, 3, 64, 64] in -1..1 -> word logits per attribute, colours [n, 5, 3] in Lab and their log sigma [n, 5]."""
 
@@ -63,14 +76,8 @@ class WideReader(nn.Module):
         third = self.third(second)
         features = self.trunk(third)
         words = {name: head(features) for name, head in self.heads.items()}
-        maps = self.looks[0](first)
-        for look, coarse in zip(list(self.looks)[1:], (second, third), strict=True):
-            maps = maps + nn.functional.interpolate(look(coarse), maps.shape[-2:], mode="bilinear")
-        where = maps.flatten(2).softmax(-1)
-        cells = nn.functional.avg_pool2d(pictures, 2).flatten(2).mT / 2 + 0.5
-        tint = words["light"].softmax(-1) @ TINTS.to(pictures.device)
-        seen = ((where @ cells) / tint[:, None]).clamp(0, 1)
-        return words, lab_tensor(seen), self.doubt(features)
+        colors = looked_at(self.looks, (first, second, third), pictures, words["light"])
+        return words, colors, self.doubt(features)
 
 
 class WideJudge:
