@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from smidgen.bases.embedded import world
 from smidgen.difflora.generator import fit as fitting
 from smidgen.difflora.generator.diffusion import Process
 from smidgen.difflora.generator.mixing import MixedImageFeatures
@@ -283,6 +285,24 @@ def test_end_to_end_training_that_is_killed_ends_with_the_same_bytes(tmp_path, m
     assert again.digest == whole.digest
     for name in ("network.safetensors", "codec/codec.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_training_goes_on_from_a_generator(tmp_path):
+    first = fitting.fit(debug(tmp_path / "first"), progress=False)
+    stage = replace(PRESETS["debug"].end_to_end, generator=str(tmp_path / "first"))
+    still = replace(stage, learning_rate=1e-12, decoder_learning_rate=1e-12)
+    (tmp_path / "still").mkdir()
+    (tmp_path / "still" / "people").symlink_to(tmp_path / "first" / "people")
+    same = fitting.fit(debug(tmp_path / "still", end_to_end=still), progress=False)
+    photo = world.render(world.sample_identity(rng := np.random.default_rng(2)), world.sample_scene(rng))
+    one, other = first.predict([photo]), same.predict([photo])
+    start = one - first.codec.decode(torch.zeros(1, first.codec.latents))
+    assert float(start.norm()) > 0 and float((other - one).norm()) < 1e-2 * float(start.norm())
+    wider = replace(PRESETS["debug"].model, latents=9)
+    with pytest.raises(ConfigError, match="has latents 8, asked for is 9"):
+        fitting.fit(debug(tmp_path / "wider", end_to_end=stage, model=wider), progress=False)
+    with pytest.raises(ConfigError, match="leave out the two stages"):
+        debug(tmp_path, end_to_end=stage, shared_basis=PRESETS["two-stage"].shared_basis)
 
 
 def test_a_generator_for_the_wide_base_learns_its_people_and_has_latents_for_each_layer(tmp_path, monkeypatch):

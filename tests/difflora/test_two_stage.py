@@ -15,7 +15,14 @@ from smidgen.difflora.generator import encoders, two_stage
 from smidgen.difflora.generator import fit as fitting
 from smidgen.difflora.generator.encoders import PictureEncoder
 from smidgen.difflora.generator.generator import load_generator
-from smidgen.difflora.generator.latent_zoo import AutoDecoderTask, LatentTable, ZooTask, first_latents, read_latents
+from smidgen.difflora.generator.latent_zoo import (
+    AutoDecoderTask,
+    LatentTable,
+    ZooTask,
+    first_latents,
+    read_latents,
+    strong_first,
+)
 from smidgen.difflora.generator.people import people_of
 from smidgen.difflora.generator.settings import PRESETS, GeneratorConfig, SharedBasis, TwoStage
 from smidgen.difflora.generator.tasks import LatentTask
@@ -146,6 +153,13 @@ def test_strong_noise_is_shown_more_often_by_the_power(made):
     assert torch.equal(plain.levels_at(quantiles), schedule.levels(quantiles))
     assert torch.equal(strong.levels_at(quantiles**3), schedule.levels((quantiles**3) ** (1 / 3)))
     assert strong.levels_at(quantiles).mean() > plain.levels_at(quantiles).mean() + 0.1
+    falling = strong_first(made.pictures, 3.0, LoopConfig(max_train_steps=50, gradient_accumulation_steps=2))
+    assert torch.equal(falling.levels_at(quantiles, 0), strong.levels_at(quantiles))
+    between = replace(made.pictures, noise_power=2.0)
+    assert torch.equal(
+        falling.levels_at(quantiles, 30), between.levels_at(quantiles)
+    )  # of 60 batches, those of 30 steps
+    assert all(torch.equal(falling.levels_at(quantiles, at), plain.levels_at(quantiles)) for at in (60, 99))
 
 
 def test_the_first_latents_tell_people_apart_by_their_pictures_alone(made):
@@ -205,7 +219,7 @@ def test_standardised_latents_decode_as_before():
 def test_the_shipped_basis_is_counted_in_lengths_of_its_vectors():
     shipped = load_generator()
     codec = two_stage.given_basis("shipped", shipped.layout)
-    one = codec.decode(torch.eye(64)[:1]) - codec.decode(torch.zeros(1, 64))
+    one = codec.decode(torch.eye(codec.latents)[:1]) - codec.decode(torch.zeros(1, codec.latents))
     assert abs(float(one.norm()) - 1) < 1e-3
     with pytest.raises((DataError, BaseLockError)):
         two_stage.given_basis("shipped", some_layout())

@@ -21,6 +21,7 @@ from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator import encoders
 from smidgen.difflora.generator.card import write_card
 from smidgen.difflora.generator.generator import Generator, load_generator
+from smidgen.difflora.generator.latent_zoo import strong_first
 from smidgen.difflora.generator.network import Network
 from smidgen.difflora.generator.people import people_of
 from smidgen.difflora.generator.settings import EndToEnd, GeneratorConfig
@@ -68,7 +69,10 @@ def fit(config: GeneratorConfig, progress: bool = True) -> Generator:
         if config.shared_basis is not None:
             codec, network = in_a_basis(config, config.shared_basis, pipeline, seen, progress)
         if config.end_to_end is not None:
-            codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, progress)
+            origin = None
+            if config.end_to_end.generator is not None:
+                codec, network, origin = _going_on(config, config.end_to_end.generator, pipeline)
+            codec, network = _end_to_end(config, config.end_to_end, pipeline, seen, codec, network, origin, progress)
         if codec is not None and network is not None:
             generator = Generator(config.base, codec, network, config.encoders, config.model)
         else:
@@ -122,9 +126,9 @@ def _precision(config: GeneratorConfig) -> Any:
 
 def _end_to_end(
     config: GeneratorConfig, stage: EndToEnd, pipeline: AdaptedPipeline, seen: Seen, codec: Codec | None, network: Network | None,
-    progress: bool,
+    origin: str | None, progress: bool,
 ) -> tuple[Codec, Network]:  # fmt: skip
-    """The transformer and the decoder, from the two stages' weights or from nothing."""
+    """The transformer and the decoder, from the two stages' weights, a generator's, or from nothing."""
     people, moved = config.out / "people", config.encoders.moved_photos
     photos, encoded = people_of(people, stage.people, pipeline.base, seen[0], seen[1], progress, moved)
     bank = pipeline.bank(["start"])
@@ -136,9 +140,8 @@ def _end_to_end(
     if stage.gradient_checkpointing:
         pipeline.base.model.enable_gradient_checkpointing()
     rows = stage.batch_size * stage.pictures
-    pictures = PersonalizeTask(
-        encoded, pipeline.base, rows, config.seed, snr_gamma=stage.snr_gamma, noise_power=stage.noise_power
-    )
+    pictures = PersonalizeTask(encoded, pipeline.base, rows, config.seed, snr_gamma=stage.snr_gamma)
+    pictures = strong_first(pictures, stage.noise_power, stage.train)
     task = EndToEndTask(photos, pictures, pipeline.model, bank, codec, stage, config.seed)
     decoding = (
         stage.decoder_learning_rate or DECODING * rates(ZooConfig(adapter=config.adapter, base=config.base)).residual
@@ -148,6 +151,8 @@ def _end_to_end(
         {"params": list(decoder.parameters()), "lr": decoding, "weight_decay": 0.0},
     ]
     identity: dict[str, Any] = {"stage": to_dict(stage), "model": to_dict(config.model), "shared": config.shared}
+    if origin is not None:
+        identity["from"] = origin
     identity |= {"layout": pipeline.layout.digest, "decoder_learning_rate": decoding, "zoo": str(config.two_stage.zoo)}
     try:
         train(
@@ -160,9 +165,28 @@ def _end_to_end(
     return codec, network
 
 
+def _going_on(config: GeneratorConfig, name: str, pipeline: AdaptedPipeline) -> tuple[Codec, Network, str]:
+    """What a generator is made of, to be trained on, and its digest.
+
+    Raises:
+        ConfigError: its sizes or encoders are not those of ``config``.
+        DataError, BaseLockError: it makes other adapters.
+    """
+    generator = given_generator(name, pipeline.layout)
+    its = to_dict(generator.model) | {"face": generator.sees.face, "image": generator.sees.image}
+    asked = to_dict(config.model) | {"face": config.encoders.face, "image": config.encoders.image}
+    for key in its:
+        if its[key] != asked[key]:
+            raise ConfigError(
+                f"The generator {name!r} to go on from has {key} {its[key]!r}, asked for is {asked[key]!r}. Take its own settings "
+                "(config.yaml in its folder), or leave out end_to_end.generator."
+            )
+    return generator.codec, generator.network, generator.digest
+
+
 def _decoder(config: GeneratorConfig, layout: Any, start: Tensor, codec: Codec | None) -> Codec:
     """A codec whose decoder can be trained."""
     if codec is None:
         model = config.model
         return Basis.fresh(layout, start, model.latents, config.shared, model.per_layer, model.int8)
-    return codec if hasattr(codec, "network") else Basis.of(codec)
+    return codec if hasattr(codec, "network") or isinstance(codec, Basis) else Basis.of(codec)

@@ -124,7 +124,10 @@ class EndToEnd:
     batch_size: int = 32  # people in a step
     pictures: int = 1  # of each that its adapter has to draw
     references: int = 3  # photos of each at most that the generator sees
-    noise_power: float = 2.0  # as of a shared basis
+    noise_power: float = (
+        1.0  # how much oftener strong noise is shown at first; over three fifths of the steps it falls to 1
+    )
+    generator: str | None = None  # to go on from, shipped or a folder; None: the two stages, or nothing
     learning_rate: float = 5e-4  # of the transformer
     decoder_learning_rate: float | None = (
         None  # of what turns latents into adapters; None: 0.08 of personalize's own rate
@@ -137,7 +140,7 @@ class EndToEnd:
     gradient_checkpointing: bool = False  # less memory, slower steps
     train: LoopConfig = field(
         default_factory=lambda: LoopConfig(
-            max_train_steps=9000, lr_warmup_steps=100, checkpointing_steps=300, ema_decay=0.999
+            max_train_steps=7000, lr_warmup_steps=100, checkpointing_steps=500, ema_decay=0.999
         )
     )
 
@@ -189,6 +192,9 @@ class GeneratorConfig:
                 f"own_latents.generator is {own.generator!r}: it names a generator that was trained before, and is left out after an "
                 "end-to-end stage."
             )
+        staged = self.two_stage.zoo is not None or self.shared_basis is not None
+        if staged and self.end_to_end is not None and self.end_to_end.generator is not None:
+            raise ConfigError("end_to_end.generator is what training goes on from; leave out the two stages, or it.")
         if self.two_stage.zoo is not None and self.shared_basis is not None:
             raise ConfigError(
                 f"two_stage.zoo={str(self.two_stage.zoo)!r} and shared_basis: a zoo in a shared basis is trained here. Leave one out."
@@ -217,7 +223,7 @@ _WIDE = GeneratorConfig(
 )
 
 PRESETS = {
-    "default": GeneratorConfig(model=Model(latents=128, int8=True), two_stage=_POSSIBLE, own_latents=OwnLatents()),
+    "default": GeneratorConfig(two_stage=_POSSIBLE, own_latents=OwnLatents()),
     "seeds": GeneratorConfig(two_stage=_POSSIBLE, end_to_end=None, own_latents=OwnLatents("shipped")),
     "paper": GeneratorConfig(
         adapter=ZooConfig().adapter,

@@ -142,7 +142,7 @@ class EndToEndTask:
         rows, latents = len(drawn), (len(people), self._latents)
         return batch | {
             "noise": torch.randn(batch["latents"].shape, generator=noise),
-            "levels": self.pictures.levels(rows, noise),
+            "levels": self.pictures.levels(rows, noise, index),
             "weights": torch.full((rows,), 1 / rows),
             "first": torch.randn(latents, generator=noise),
             "again": torch.randn(latents, generator=noise),

@@ -25,6 +25,7 @@ from smidgen.difflora.generator.latent_zoo import (
     LatentTable,
     ZooTask,
     first_latents,
+    strong_first,
     write_latents,
 )
 from smidgen.difflora.generator.network import Network
@@ -242,7 +243,10 @@ class _Training:
             first = stage.first_spread * first_latents(seeing, start, config.model.latents)
         model = LatentTable(codec, first)
         codec.numbers.requires_grad_(True)
-        task = AutoDecoderTask(*(*self.parts, stage.batch_size, stage.pictures, derive(config.seed, "basis")))
+        pictures = strong_first(self.parts[0], stage.noise_power, stage.train)
+        task = AutoDecoderTask(
+            *(pictures, *self.parts[1:], stage.batch_size, stage.pictures, derive(config.seed, "basis"))
+        )
         groups = [
             {"params": list(codec.numbers.parameters()), "lr": stage.learning_rate, "weight_decay": 0.0},
             {"params": [model.table], "lr": stage.latent_learning_rate, "weight_decay": 0.0},

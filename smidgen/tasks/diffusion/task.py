@@ -185,7 +185,8 @@ class PersonalizeTask:
 
     ``base`` says what noise there is and what the denoiser predicts, ``prior`` are the class examples (``prior_batch_size`` to a batch,
     their mean loss weighted by ``prior_weight``), ``snr_gamma`` the clamp of min-SNR weighting (None: off). ``noise_power`` says how much
-    oftener strong noise is shown, where a picture is laid out: quantiles u of the base's own noise become u^(1 / noise_power).
+    oftener strong noise is shown, where a picture is laid out: quantiles u of the base's own noise become u^(1 / noise_power). It falls to 1
+    over the first ``noise_batches`` batches (0: it stays).
 
     ``dropout`` is the share of the subject's captions that ``blank``, the encoded empty prompt, takes the place of.
     ``preserved`` are prompts, one for each example of the subject: at the same noisy latents the model is held to what the
@@ -207,6 +208,7 @@ class PersonalizeTask:
     previewer: Callable[[nn.Module, int, Path], None] | None = None
     schedule: Schedule | None = None
     noise_power: float = 1.0
+    noise_batches: float = 0.0
 
     def batch(self, index: int) -> dict[str, Any]:
         noise = stream(self.seed, "noise", index)
@@ -224,7 +226,7 @@ class PersonalizeTask:
             weights.append(torch.full((self.prior_batch_size,), self.prior_weight / self.prior_batch_size))
         batch = {key: join([part[key] for part in parts]) for key in parts[0]}
         batch["noise"] = torch.randn(batch["latents"].shape, generator=noise)
-        batch["levels"] = torch.cat([self.levels(len(weight), noise) for weight in weights])
+        batch["levels"] = torch.cat([self.levels(len(weight), noise, index) for weight in weights])
         batch |= {"weights": torch.cat(weights)}
         return batch if self.preserved is None else self._with_preserved(batch, numbers)
 
@@ -267,13 +269,15 @@ class PersonalizeTask:
         if self.previewer is not None:
             self.previewer(model, step, folder)
 
-    def levels(self, count: int, noise: torch.Generator) -> Tensor:
-        """Noise levels [count] evenly spread over their density: less variance between batches."""
-        return self.levels_at(self.quantiles(count, noise))
+    def levels(self, count: int, noise: torch.Generator, index: int) -> Tensor:
+        """Noise levels [count] of batch ``index``, evenly spread over their density: less variance between batches."""
+        return self.levels_at(self.quantiles(count, noise), index)
 
-    def levels_at(self, quantiles: Tensor) -> Tensor:
-        """Noise levels [n] of quantiles [n] that are uniform in 0..1."""
-        return (self.schedule or self.base.schedule).levels(quantiles ** (1 / self.noise_power))
+    def levels_at(self, quantiles: Tensor, index: int = 0) -> Tensor:
+        """Noise levels [n] of quantiles [n] that are uniform in 0..1, in batch ``index``."""
+        left = max(0.0, 1 - index / self.noise_batches) if self.noise_batches else 1.0
+        power = 1 + (self.noise_power - 1) * left
+        return (self.schedule or self.base.schedule).levels(quantiles ** (1 / power))
 
     def quantiles(self, count: int, noise: torch.Generator) -> Tensor:
         """Numbers in 0..1 spread evenly from one random start, uniform each."""
