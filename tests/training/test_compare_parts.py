@@ -25,7 +25,7 @@ def test_experiments_survive_yaml(tmp_path):
     assert load_experiment(path) == experiment()
 
 
-@pytest.mark.parametrize("name", ["debug", "tweets", "scheme", "foods", "mpnet", "emoji", "wordnet"])
+@pytest.mark.parametrize("name", ["debug", "tweets", "scheme", "foods", "mpnet", "fashion", "wordnet"])
 def test_shipped_experiments_are_valid(name):
     found = load_experiment(name)
     assert found.name == name

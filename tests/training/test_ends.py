@@ -36,6 +36,7 @@ def refused(capsys, *words):
     ("personalize x --batch_size 3", "Did you mean --train-batch-size?"),
     ("train instruction x --lora-r=8", "Did you mean --rank?"),
     ("train instruction x --targets q", "Did you mean --target-modules?"),
+    ("train instruction x --train.max-train-steps 3", "Did you mean --max-train-steps?"),
     ("invert x --out o --lr 1", "Did you mean --invert-rate?"),
     ("generate x --prompt a --cfg 3", "Did you mean --guidance?"),
     ("generate x --prompt a --rnak 3", "`generate` has no --rnak."),
