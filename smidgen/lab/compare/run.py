@@ -41,13 +41,17 @@ def compare(
         workers: processes, one thread each.
         command: what the page names as the way to do it again.
         report: where the page goes (default: ``folder``).
-        work: what does a cell, in this process (default: a ``Trainer`` in each worker).
+        work: what does a cell, in this process (default: a ``Trainer``, here or in each worker).
 
     Raises:
         TrainingError: a worker died; what it had finished is kept.
     """
     if stage != "report":
         replace_file(folder / "experiment.yaml", dump_yaml(experiment))
+    if work is None and workers <= 1:
+        from smidgen.lab.compare.trainer import Trainer
+
+        work = Trainer(experiment)  # one for all stages and rounds: data, probe and states below are made once
     if stage in (None, "search"):
         _finish("search", experiment, folder, workers, work)
     if stage == "search":
@@ -66,7 +70,7 @@ def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work
     while missing := cells.missing(_PLANS[stage](experiment, cells)):
         logger.info("%s: %d cells to do.", stage, len(missing))
         before = len(missing)
-        if work is not None or workers <= 1:
+        if work is not None:
             with _single_thread():
                 work_on(stage, experiment, cells, work)
         else:
@@ -76,12 +80,8 @@ def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work
             raise TrainingError(f"{after[0].label} is being done by another process; run the same command again later.")
 
 
-def work_on(stage: str, experiment: Experiment, cells: Cells, work: Work | None = None) -> None:
+def work_on(stage: str, experiment: Experiment, cells: Cells, work: Work) -> None:
     """Do what nobody else is doing of one stage, in this process."""
-    if work is None:
-        from smidgen.lab.compare.trainer import Trainer
-
-        work = Trainer(experiment)
     plan = _PLANS[stage](experiment, cells)
     total = len(plan)
 
