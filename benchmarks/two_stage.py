@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks._harness import between, write_result
+from benchmarks._harness import RESULTS, between, write_result
 from benchmarks._true_drawings import hard_set, lab_errors, rank_1
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import world
@@ -51,6 +51,13 @@ from smidgen.training.randomness import derive
 
 PAGE = Path(__file__).parents[1] / "docs" / "difflora_generator.md"
 KINDS = {"learned": "a basis learnt with the zoo", "shipped": "the shipped generator's basis"}
+ORDER = (
+    "base model",
+    "LoRA",
+    *(f"{kind}, " for kind in KINDS),
+    "shipped generator",
+    "paper",
+)  # of contenders in the table
 MEASURES = ("identity", "caption", "rank-1", "hard set", "hair Lab", "skin Lab")
 
 
@@ -304,19 +311,22 @@ def sheet(path: Path, held: Held, pictures: list[list[Any]], people: int = 12) -
     canvas.save(path)
 
 
-def table(found: dict[str, dict[str, list[float]]], seconds: dict[str, float], given: argparse.Namespace) -> str:
+def table(figures: dict[str, Any], given: argparse.Namespace) -> str:
     """The page's table."""
     lines = ["| contender | " + " | ".join(MEASURES) + " |", "|---" * (1 + len(MEASURES)) + "|"]
-    for name, scores in found.items():
+    names = [key.removesuffix(": identity") for key in figures if key.endswith(": identity")]
+    for name in sorted(names, key=lambda name: next(n for n, start in enumerate(ORDER) if name.startswith(start))):
         cells = []
         for measure in MEASURES:
-            values = [value for value in scores[measure] if value == value]
-            interval, digits = bootstrap(values), 1 if "Lab" in measure else 3
-            bracket = f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if measure == "identity" else ""
-            cells.append(f"{interval.mean:.{digits}f}{bracket}")
+            digits = 1 if "Lab" in measure else 3
+            low, high = figures[f"{name}: {measure} interval"]
+            bracket = f" [{low:.{digits}f}, {high:.{digits}f}]" if measure == "identity" else ""
+            cells.append(f"{figures[f'{name}: {measure}']:.{digits}f}{bracket}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    people = ", ".join(f"{kind} {_of(kind, given, 'people')}" for kind in given.only)
-    told = "; ".join(f"{stage} {round(value)}" for stage, value in seconds.items())
+    people = ", ".join(f"{kind} {figures[f'{kind}: people']}" for kind in KINDS if f"{kind}: people" in figures)
+    told = "; ".join(
+        f"{k.removeprefix('seconds: ')} {round(v)}" for k, v in figures.items() if k.startswith("seconds: ")
+    )
     return "\n".join(lines) + (
         f"\n\n{given.held_out} held-out people, one photo each, three scenes of 10 steps at guidance 3; training people: "
         f"{people}. "
@@ -324,12 +334,24 @@ def table(found: dict[str, dict[str, list[float]]], seconds: dict[str, float], g
     )
 
 
+def kept(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Figures of an earlier run of kinds that this one does not do again, and which run that was."""
+    path, others = RESULTS / "two_stage.json", set(KINDS) - set(given.only)
+    if not path.is_file() or not others:
+        return {}, ""
+    before = json.loads(path.read_text())
+    of = tuple(start for kind in others for start in (f"{kind}, ", f"{kind}: ", f"seconds: {kind}"))
+    found = {key: value for key, value in before["figures"].items() if key.startswith(of)}
+    return found, f"; {', '.join(sorted(others))} as of {before['commit']}: {before['command']}"
+
+
 def write(
     given: argparse.Namespace, found: dict[str, dict[str, list[float]]], noise: dict[str, list[float]], held: Held,
     seconds: Seconds,
 ) -> None:  # fmt: skip
     """The figures, and the page's tables."""
-    figures: dict[str, Any] = {"held_out": given.held_out}
+    before, said = kept(given)
+    figures: dict[str, Any] = {"held_out": given.held_out} | before
     figures |= {f"{kind}: people": _of(kind, given, "people") for kind in given.only}
     for name, scores in found.items():
         for measure, values in scores.items():
@@ -343,11 +365,11 @@ def write(
         for name, value in spread(load_generator(given.work / kind / f"round_{given.rounds}"), held).items():
             figures[f"{kind}: spread of {name}"] = value
     figures |= {f"seconds: {stage}": round(value, 1) for stage, value in seconds.known.items()}
-    write_result("two_stage", figures, "python -m benchmarks.two_stage " + " ".join(sys.argv[1:]))
+    write_result("two_stage", figures, "python -m benchmarks.two_stage " + " ".join(sys.argv[1:]) + said)
     head = "| quantile | " + " | ".join(f"{q:g}" for q in QUANTILES) + " |\n" + "|---" * (1 + len(QUANTILES)) + "|\n"
     lines = ["| " + " | ".join([name, *(f"{v:.3f}" for v in values)]) + " |" for name, values in noise.items()]
     between(PAGE, "two_stage_noise", head + "\n".join(lines))
-    between(PAGE, "two_stage", table(found, seconds.known, given))
+    between(PAGE, "two_stage", table(figures, given))
 
 
 def main() -> None:
