@@ -80,7 +80,7 @@ class Bank:
             )
         self._places = {name: i for i, name in enumerate(names)}
         self._filled: set[str] = set()
-        self._in_use, self._rows_open = threading.Lock(), Counter[int]()  # places that open blocks of any thread use
+        self._using, self._rows_open = threading.Lock(), Counter[int]()  # places that open blocks of any thread use
         self.size = max(len(names), 1)
         taken = {label for layer in self.layers.values() for label in layer.banks}
         self.label = next(label for k in range(len(taken) + 1) if (label := f"bank{k or ''}") not in taken)
@@ -115,6 +115,12 @@ class Bank:
     def count(self) -> int:
         """How many members there are."""
         return len(self._places)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a block is open whose rows go through members, in any thread."""
+        with self._using:
+            return bool(+self._rows_open)
 
     def put(self, name: str, source: nn.Module | str | os.PathLike[str], adapter_name: str = "default") -> None:
         """Copies an adapter into the bank under ``name``: its parameters, heads and strength.
@@ -219,7 +225,7 @@ class Bank:
             SmidgenError: an open block uses it, in this thread or another.
         """
         row = self.index(name, filled=False)
-        with self._in_use:
+        with self._using:
             if self._rows_open[row]:
                 raise SmidgenError(
                     f"Member {name!r} is used by an open block; leave `bank.rows(...)` before it is evicted."
@@ -238,9 +244,8 @@ class Bank:
         order, keep = self.names, list(range(self.size))
         if size < self.size:
             keep = [self._places[name] for name in order]
-            with self._in_use:
-                if +self._rows_open:
-                    raise SmidgenError("A bank with an open block cannot get smaller; leave `bank.rows(...)` first.")
+            if self.in_use:
+                raise SmidgenError("A bank with an open block cannot get smaller; leave `bank.rows(...)` first.")
             self._places = {name: i for i, name in enumerate(order)}
         for slot in self.slots.values():
             slot.resize(size, keep)
@@ -364,13 +369,13 @@ class Bank:
         scaling, heads = ({}, {}) if held is not None else (self._scaling, self._heads)
         block = calls.Block(self._on, self._named, self._around, lanes, copies, held, scaling, heads, self._tested)
         rows = {row for lane in lanes for row in lane.index.tolist() if row >= 0} if held is None else set()
-        with self._in_use:
+        with self._using:
             self._rows_open.update(rows)
         try:
             with calls.opened(block):
                 yield
         finally:
-            with self._in_use:
+            with self._using:
                 self._rows_open.subtract(rows)
 
     def _check_held(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> int:

@@ -144,7 +144,7 @@ class Residents:
 def _make_place(bank: Bank) -> None:
     """Room for one more member, little more than is needed: places cost what members cost."""
     members = bank.count
-    if members == bank.size or bank.size > 2 * members + 64:
+    if members == bank.size or (bank.size > 2 * members + 64 and not bank.in_use):
         bank.resize(members + max(8, members // 16))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving.helpers import CHAT, METHODS, alone
+from serving.helpers import CHAT, METHODS, alone, chat_adapter
 from smidgen.errors import ConfigError, DataError
 from smidgen.serving.library import Library
 from smidgen.serving.requests import CancelledRequestError, TextPiece, TextRequest, TextResult
@@ -62,6 +62,32 @@ def test_requests_join_and_leave_between_tokens(library: Library) -> None:
             time.sleep(0)
         handles.append(library.generate(request))
     assert [handle.result().token_ids for handle in handles] == expected
+
+
+def test_a_bank_that_has_become_too_large_waits_for_open_blocks(tmp_path: Path) -> None:
+    """Making it smaller moves its members; a batch that is being written would go on with whoever comes to lie there."""
+    names = [f"chat-{seed}" for seed in range(4)]
+    for seed, name in enumerate(names):
+        chat_adapter(tmp_path / name, seed=seed)
+    with Library(tmp_path, bases=[CHAT]) as library:
+        for name in names[:3]:
+            library.load(name)
+        (host,) = library._hosts.values()
+        assert host.residents is not None
+        (bank,) = host.residents._banks.values()
+        bank.resize(200)
+        library.unload(names[0])  # a free place below the others
+        last = bank.names[-1]
+        place = bank.index(last)
+        with host.residents.rows([[(last, 1.0)]]):
+            library.load(names[3])
+            assert (bank.size, bank.index(last)) == (200, place)
+        library.load(names[0])
+        assert bank.size < 50
+        for name in names:
+            assert library.generate(TextRequest(name, PROMPT, 5)).result().token_ids == alone(
+                tmp_path / name, PROMPT, 5
+            )
 
 
 def test_pieces_are_the_text_and_come_before_the_result(library: Library) -> None:
