@@ -124,7 +124,7 @@ def test_the_pull_is_the_mean_square_of_the_way(made):
     for pull in (0.0, 0.5):
         task = zoo_task(made, start=start, pull=pull)
         with torch.no_grad():
-            losses.append(task.losses(latents, made.codec.decode(latents), task.batch(0)))
+            losses.append(task.losses(latents, made.codec.decode(latents), task.batch(1)))
         task.release()
     torch.testing.assert_close(losses[1] - losses[0], torch.full((2,), 4.5))
 
