@@ -88,7 +88,7 @@ wide-base: $(VENV)/.ready  ## train the embedded wide base and its judge from no
 	for stage in render judge autoencoder flow; do \
 	  $(ENV) $(BIN)/python -m smidgen.lab.embedded_base --world wide --work work/wide_base --stage $$stage || exit 1; done
 
-generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour; resumable)
+generator: $(VENV)/.ready  ## train the embedded base's encoders and generator from nothing (an hour and a quarter; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage render
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders
 	$(ENV) $(BIN)/smidgen generator train --out work/generator

@@ -1,12 +1,13 @@
 """Who a photo may show: eight seeds of photos that hide something, of plain photos, and of no photo.
 
-    python -m benchmarks.possible    (16 held-out people; about 2 processor minutes; resumable, a file a kind in work/)
+    python -m benchmarks.possible    (32 held-out people; about 12 processor minutes; resumable, a file a kind in work/)
 
-Held-out people, each in a plain photo and under a hat. Of each photo eight seeds are drawn in one scene, and read by the judge. ``words``: how many different words of an
+Held-out people, each in a plain photo and under a hat. Each of eight seeds is drawn in three scenes, and the judge reads the three together: of
+each attribute the word of the greatest mean log-probability. ``words``: how many different words of an
 attribute the eight show; ``right``: how often the word is right; ``one right``: in how many people one of the eight at least is. Of a
 hidden hair nothing can be told but what is likely: with 24 hairs one of eight guesses is right by chance in a third at most. ``spread``: mean
 change of the pixels from their mean over the seeds, in % of their range. ``kept``: the same word as in what is drawn from the person's plain
-photo in that scene. ``guidance`` and ``steps`` are the same of hatted photos with other settings of the sampler. ``samples``: the deviation of latents drawn without a photo, in that of the training
+photo; ``kept, one picture``: the same of single pictures, each beside the plain photo's in its scene. ``guidance`` and ``steps`` are the same of hatted photos with other settings of the sampler. ``samples``: the deviation of latents drawn without a photo, in that of the training
 people, and how near each is to the nearest of them, beside how near held-out people are. Identity: three scenes, seed 0, against
 the person's other pictures.
 """
@@ -29,11 +30,11 @@ from benchmarks._true_drawings import array
 from benchmarks.two_stage import Held
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import wide, world
+from smidgen.bases.embedded.judge import as_tensor
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.directions import load_directions
 from smidgen.difflora.generator.generator import SHIPPED, Generator, Possible, load_generator
 from smidgen.difflora.generator.reading import latents_alone
-from smidgen.tasks.diffusion.scenes import Scenes
 
 PAGE, PICTURE = ROOT / "docs" / "difflora_generator.md", ROOT / "docs" / "results" / "possible.png"
 SEEDS, SHOWN = 8, 4
@@ -57,11 +58,9 @@ class Bench:
         if self.generator.possible is None:
             raise SystemExit(f"{self.folder} has no possible.safetensors.")
         self.possible = self.generator.possible
-        self.plain_words: list[dict[str, list[str]]] = []
+        self.usual: list[tuple[list[dict[str, str]], dict[str, str]]] = []
         self.pipeline = AdaptedPipeline.load("embedded", self.generator.layout)
         self.held = Held(work / "held_out", count, self.pipeline.base)
-        scenes = self.held.scenes
-        self.one = Scenes(scenes.prompts[:1], scenes.seeds[:1], scenes.steps, scenes.guidance)
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         path = self.work / self.generator.digest[:12] / f"{name}.json"
@@ -81,27 +80,42 @@ class Bench:
     def drawn(self, photos: Sequence[Image.Image], kind: str, **chosen: Any) -> Any:
         """Pictures [person][seed]."""
         latents = [self.latents(photo, kind, range(SEEDS), **chosen) for photo in photos]
-        flat = self.pipeline.draw(self.generator.rows(torch.cat(latents)), self.one, batch=16)
-        return [[own[0] for own in flat[at : at + SEEDS]] for at in range(0, len(flat), SEEDS)]
+        flat = self.pipeline.draw(self.generator.rows(torch.cat(latents)), self.held.scenes, batch=16)
+        return [flat[at : at + SEEDS] for at in range(0, len(flat), SEEDS)]
 
-    def read(self, pictures: Sequence[Sequence[Image.Image]], visible: Sequence[str]) -> dict[str, list[float]]:
+    @torch.no_grad()
+    def words(self, pictures: Sequence[Image.Image]) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """What is read in each of one person's pictures, and in all of them together."""
+        logits = self.held.judge.reader(as_tensor(pictures))
+        together = {}
+        for name in VISIBLE["plain"]:
+            together[name] = list(world.ATTRIBUTES[name])[int(logits[name].log_softmax(-1).mean(0).argmax())]
+        alone = self.held.judge.read(pictures)
+        return [{name: words[at] for name, words in alone.items()} for at in range(len(pictures))], together
+
+    def read(
+        self, pictures: Sequence[Sequence[Sequence[Image.Image]]], visible: Sequence[str]
+    ) -> dict[str, list[float]]:
         """Figures of each person."""
-        found: dict[str, list[float]] = {"spread": []}
-        if not self.plain_words:
+        if not self.usual:
             own = [self.latents(photo, "plain", [0]) for photo in self.held.photos]
-            drawn = self.pipeline.draw(self.generator.rows(torch.cat(own)), self.one, batch=16)
-            self.plain_words = [self.held.judge.read(row) for row in drawn]
-        for row, person, usual in zip(pictures, self.held.people, self.plain_words, strict=False):
-            words, pixels = self.held.judge.read(list(row)), np.stack([array(picture) for picture in row])
+            drawn = self.pipeline.draw(self.generator.rows(torch.cat(own)), self.held.scenes, batch=16)
+            self.usual = [self.words(row) for row in drawn]
+        found: dict[str, list[float]] = {"spread": []}
+        for seeds, person, (alone, together) in zip(pictures, self.held.people, self.usual, strict=False):
+            pixels = np.stack([np.stack([array(picture) for picture in row]) for row in seeds])
             found["spread"].append(100 * float(np.abs(pixels - pixels.mean(0)).mean()))
-            right = {name: [word == getattr(person, name) for word in words[name]] for name in VISIBLE["plain"]}
+            each, whole = zip(*(self.words(row) for row in seeds), strict=True)
+            right = {name: [word[name] == getattr(person, name) for word in whole] for name in VISIBLE["plain"]}
             for name, own in right.items():
-                found.setdefault(f"{name}: words", []).append(len(set(words[name])))
+                found.setdefault(f"{name}: words", []).append(len({word[name] for word in whole}))
                 found.setdefault(f"{name}: right", []).append(float(np.mean(own)))
                 found.setdefault(f"{name}: one right", []).append(float(any(own)))
+            same = [word[name] == together[name] for word in whole for name in visible]
+            single = [w[name] == u[name] for row in each for w, u in zip(row, alone, strict=True) for name in visible]
+            found.setdefault("visible kept", []).append(float(np.mean(same)))
+            found.setdefault("visible kept, one picture", []).append(float(np.mean(single)))
             found.setdefault("visible right", []).append(float(np.mean([right[name] for name in visible])))
-            kept = [word == usual[name][0] for name in visible for word in words[name]]
-            found.setdefault("visible kept", []).append(float(np.mean(kept)))
             found.setdefault("one right", []).append(float(np.mean([any(own) for own in right.values()])))
         return found
 
@@ -181,12 +195,12 @@ def sheet(path: Path, rows: Sequence[Sequence[Image.Image]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--people", type=int, default=16)
+    parser.add_argument("--people", type=int, default=32)
     parser.add_argument("--generator", type=Path, help="the folder of another than the shipped one")
     parser.add_argument("--training", type=Path, help="people/ of its training, for how near samples are to them")
     parser.add_argument("--work", type=Path, default=Path("work/possible"))
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--guidance", type=float, nargs="*", default=[0.5, 2.0])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[2.0])
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--no-write", action="store_true")
     given = parser.parse_args()
@@ -204,7 +218,10 @@ def main() -> None:
 
         def hatted(chosen: dict[str, Any] = chosen, name: str = name) -> dict[str, list[float]]:
             hats = bench.read(bench.drawn(photos["hat"], "hat", **chosen), VISIBLE["hat"])
-            return {f"hat, {name}": hats[name] for name in ("hair: words", "spread", "visible kept", "visible right")}
+            return {
+                f"hat, {name}": hats[name]
+                for name in ("hair: words", "spread", "visible kept", "visible right", "one right")
+            }
 
         figures |= figures_of(f"{name} {value:g}", bench.kept(f"{name} {value:g}", hatted))
     figures |= figures_of("no photo", bench.kept("samples", bench.samples))
@@ -221,7 +238,7 @@ def main() -> None:
         figures |= figures_of("near", bench.kept("near", copies))
     drawn = bench.drawn(photos["hat"][:SHOWN], "hat")
     truth = [world.render(person, bench.held.shown[0]) for person in bench.held.people[:SHOWN]]
-    sheet(given.picture, [[photos["hat"][n], truth[n], *drawn[n]] for n in range(SHOWN)])
+    sheet(given.picture, [[photos["hat"][n], truth[n], *(seed[0] for seed in drawn[n])] for n in range(SHOWN)])
     if not given.no_write:
         write_result("possible", figures, "python -m benchmarks.possible --training PEOPLE")
         between(PAGE, "possible", table(figures))

@@ -137,6 +137,17 @@ def test_a_diffusion_over_own_latents_leaves_the_generator_and_a_killed_training
     torch.testing.assert_close(alone, three[2])  # whichever others are asked for
     assert not torch.equal(three[0], three[1])
     assert whole.possible.latents(None, [0], steps=4).shape == (1, 8)
+    large, whole.possible = whole.possible, replace(whole.possible, model=replace(whole.possible.model, int8=True))
+    whole.save(tmp_path / "small")
+    small = load_generator(tmp_path / "small").possible
+    assert small is not None
+    torch.testing.assert_close(small.latents(features, range(3), steps=4), three, rtol=0.05, atol=0.05)
+    weight = large.network.transformer.state_dict()
+    for name, value in small.network.transformer.state_dict().items():  # half a step of its row at most
+        step = weight[name].abs().amax(tuple(range(1, value.ndim)), keepdim=True) / 127 if value.ndim > 1 else 1e-3
+        assert ((value - weight[name]).abs() <= 0.51 * step + 1e-3 * weight[name].abs() + 1e-6).all()
+    sizes = [(tmp_path / name / POSSIBLE).stat().st_size for name in ("whole", "small")]
+    assert sizes[1] < 0.8 * sizes[0]
     own = replace(
         config(tmp_path / "of"),
         end_to_end=None,

@@ -121,8 +121,7 @@ class Generator:
         return digest.hexdigest()
 
     def _content(self) -> bytes:
-        tensors = {n: t.half().contiguous() for n, t in self.network.state_dict().items()}
-        return save_tensors(in_int8(tensors) if self.model.int8 else tensors)
+        return save_tensors(_kept(self.network, self.model))
 
     @property
     def _wanted(self) -> str:
@@ -211,12 +210,22 @@ class Generator:
         }  # fmt: skip
         replace_file(folder / TENSORS, content)
         if self.possible is not None:
-            tensors = {n: t.half().contiguous() for n, t in self.possible.network.state_dict().items()}
+            tensors = _kept(self.possible.network, self.possible.model)
             about = {"generator": self._digest(content), "model": to_dict(self.possible.model)}
             packed = {"smidgen": json.dumps(about, sort_keys=True)}  # one key: safetensors does not keep their order
             replace_file(folder / POSSIBLE, save_tensors(tensors | {"width": self.possible.width}, metadata=packed))
         replace_file(folder / JSON, json.dumps(described, indent=1, sort_keys=True))
         return folder
+
+
+def _kept(network: Network, model: Model) -> dict[str, Tensor]:
+    """Its numbers as files hold them: in 16 bits, matrices in 8 where ``model`` says so."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
+    return in_int8(tensors) if model.int8 else tensors
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in spread(tensors).items()}
 
 
 def shipped(base: str | None = None) -> Path:
@@ -246,7 +255,7 @@ def load_generator(folder: str | os.PathLike[str] | None = None) -> Generator:
     try:
         model, sees = from_dict(Model, described["model"]), from_dict(Encoders, described["encoders"])
         network = Network(described["widths"]["face"], described["widths"]["image"], described["latents"], model)
-        network.load_state_dict({name: value.float() for name, value in spread(load_tensors(content)).items()})
+        network.load_state_dict(_whole(load_tensors(content)))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder} is damaged: {error}") from error
     generator = Generator(described["base"], load_codec(folder / CODEC), network, sees, model)
@@ -261,10 +270,10 @@ def _load_possible(path: Path, generator: Generator, widths: Mapping[str, int]) 
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {})["smidgen"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         width, model = tensors.pop("width"), from_dict(Model, about["model"])
         network = Network(widths["face"], widths["image"], len(width), model).eval().requires_grad_(False)
-        network.load_state_dict(tensors)
+        network.load_state_dict(_whole(tensors))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{path} is damaged ({error}). {again}") from error
     if about.get("generator") != generator.digest:

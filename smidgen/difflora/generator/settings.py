@@ -158,7 +158,7 @@ class OwnLatents:
         default_factory=lambda: Subjects(people=1000, held_out=300, pictures=6, same_scenes=False, people_seed=1)
     )
     model: Model = field(
-        default_factory=lambda: Model(width=88, depth=2)
+        default_factory=lambda: Model(width=104, depth=3, int8=True)
     )  # of this network; latents are the generator's
 
 
@@ -205,9 +205,9 @@ _POSSIBLE = TwoStage(
     learning_rate=1.5e-3,
     weight_decay=1e-2,
     condition_noise=0.1,
-    hidden_photos=6,
-    hidden_noise=0.6,
-    train=LoopConfig(max_train_steps=2500, lr_warmup_steps=30, checkpointing_steps=500, ema_decay=0.99),
+    hidden_photos=24,
+    hidden_noise=0.03,
+    train=LoopConfig(max_train_steps=12000, lr_warmup_steps=30, checkpointing_steps=500, ema_decay=0.998),
 )
 
 _WIDE = GeneratorConfig(
