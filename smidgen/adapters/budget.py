@@ -2,7 +2,7 @@
 
 Bytes are those of the folder that :func:`smidgen.save` writes, ``adapter_config.json`` and ``adapter_model.safetensors``
 together (peft's own ``save_pretrained`` adds about 150); heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
-directions in fp16, on the few matrices with the largest gradient per number. Most of it lies in the value and output
+directions in 4 bits, on the few matrices with the largest gradient per number. Most of it lies in the value and output
 projections of the last layers, so without a loss these are taken.
 """
 
@@ -59,7 +59,7 @@ def allocate(
             gradients say which matrices matter. Without them the value and output projections of the last layers do.
         target_modules: what may be chosen from; all linear layers but the head unless given.
         **options: other fields of the config, as in :func:`smidgen.config` (``seed``, ``task_type``,
-            ``modules_to_save``; ``store_dtype="float32"`` to keep more digits, ``"int4"`` for nearly four times the numbers).
+            ``modules_to_save``; ``store_dtype="float16"`` to keep more digits of a quarter of the numbers).
 
     Returns:
         A config whose folder has at most ``budget`` bytes.
@@ -75,6 +75,7 @@ def allocate(
         True
     """
     limit = parse_bytes(budget)
+    options = {"store_dtype": "int4"} | options
     chosen = _repeated(matched_layers(config("seeded", target_modules=target_modules, **options), model))
     matrices, parts = base_matrices(chosen), base_parts(model)
     order, first = _by_place(list(chosen))

@@ -182,7 +182,7 @@ def test_budgets_count_bits(dtype: str, tmp_path: Path) -> None:
     folder = smidgen.save(net, tmp_path)
     found = sum((folder / name).stat().st_size for name in (WEIGHTS, CONFIG))
     assert found == budget.file_bytes(Net(), own) and 1940 <= found <= 2000
-    halves = smidgen.trained_numbers(smidgen.adapt(Net(), budget.allocate(Net(), "2kB", loss)))
+    halves = smidgen.trained_numbers(smidgen.adapt(Net(), budget.allocate(Net(), "2kB", loss, store_dtype="float16")))
     assert smidgen.trained_numbers(net) / halves == pytest.approx({"int8": 1.94, "int4": 3.7}[dtype], rel=0.06)
     stored = smidgen.config("svfit", r=5, target_modules=["q_proj"], store_dtype=dtype, store_factors=True)
     folder = smidgen.save(testing.perturb(smidgen.adapt(Net(), stored)), tmp_path / "factors")
