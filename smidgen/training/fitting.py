@@ -54,14 +54,15 @@ class Beside:
 BUDGET_BATCHES = 4  # a budget is spent where these have their gradients
 
 
-def budgeted(model: nn.Module, task: Task, heads: Sequence[str], budget: int | str, **options: Any) -> Any:
-    """The config that makes the most of ``budget`` bytes beside the ``heads``, by the gradients of the first batches."""
+def budgeted(model: nn.Module, task: Task | None, heads: Sequence[str], budget: int | str, **options: Any) -> Any:
+    """The config that makes the most of ``budget`` bytes beside the ``heads``, by the gradients of the first batches, or without a
+    task by the places of matrices."""
     from smidgen.adapters.budget import allocate
 
     if heads:
         options["modules_to_save"] = list(heads)  # their names are in the config's bytes
-    batches = [task.batch(index) for index in range(BUDGET_BATCHES)]
-    return allocate(model, budget, (task.loss, batches), **options)
+    looked = None if task is None else (task.loss, [task.batch(index) for index in range(BUDGET_BATCHES)])
+    return allocate(model, budget, looked, **options)
 
 
 def fit(

@@ -14,6 +14,7 @@ from smidgen.adapters.methods import Rates, learning_rates
 from smidgen.bases.packaged import debug
 from smidgen.bases.transformers import Head, load_classifier
 from smidgen.errors import CheckpointError, ConfigError, DataError, TargetError, TrainingError
+from smidgen.tasks.finetune import course
 from smidgen.tasks.finetune.course import _settled
 from smidgen.tasks.finetune.settings import Adapter, FinetuneConfig, rates, setup
 from smidgen.tasks.image_classification import recipe as image_classification
@@ -174,6 +175,21 @@ def test_a_budget_decides_ranks_and_targets(tmp_path):
         run("text", replace(made, adapter=Adapter(budget="1500", rank=3)))
     with pytest.raises(ConfigError, match="leave out method tlora"):
         run("text", replace(made, adapter=Adapter("tlora", budget="1500")))
+
+
+@pytest.mark.parametrize(
+    "changed, error, said",
+    [
+        ({"budget": "300"}, ConfigError, "Give at least"),
+        ({"target_modules": ("nowhere",)}, TargetError, "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_head_is_probed(changed, error, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "fit_probe", lambda *_: pytest.fail("minutes went into the head"))
+    made = config("text", tmp_path / "out")
+    with pytest.raises(error, match=said):
+        run("text", replace(made, adapter=replace(Adapter(), **changed)))
+    assert not made.out.exists()
 
 
 def test_few_bits_are_scored_as_their_file_has_them(tmp_path):

@@ -16,6 +16,8 @@ import torch
 import smidgen
 from smidgen.adapters.atomic import replace_file
 from smidgen.adapters.methods import Kind
+from smidgen.adapters.tuner.config import SmidgenConfig
+from smidgen.adapters.tuner.matching import matched_layers
 from smidgen.bases.origin import TASK_TYPES
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.transformers import fingerprint, revision_of
@@ -87,6 +89,8 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
     for warning in prepared.warnings:
         logger.warning("%s", warning)
     rate = rates(chosen, prepared.family)
+    if config.from_adapter is None:
+        _check_fits(kind, config, prepared)
     probe, from_probe = _head(config, prepared)
     config_of_peft = _setup(kind, config, prepared)
     identity = _identity(config, prepared, rate)
@@ -213,6 +217,13 @@ def _check_start(kind: str, config: FinetuneConfig, prepared: Prepared, wanted: 
     }
     assert config.from_adapter is not None
     return check_start(config.from_adapter, config.out, kind, wanted, given, prepared.model, prepared.labels)
+
+
+def _check_fits(kind: str, config: FinetuneConfig, prepared: Prepared) -> None:
+    """Refuses targets that are not in this model and a budget that is too small for it, before minutes go into a head."""
+    made = _setup(kind, config, replace(prepared, task=None))
+    if isinstance(made, SmidgenConfig):
+        matched_layers(made, prepared.model)
 
 
 def _setup(kind: str, config: FinetuneConfig, prepared: Prepared) -> Any:
