@@ -222,7 +222,20 @@ def search(best, extensions=4, failing=()):
 def test_halving_keeps_the_best_of_each_round():
     wanted, choice = search((1e-2, 1e-2))
     assert wanted[:3] == [(rate, 0) for rate in RATES] and {training[0] for training in wanted[3:]} <= set(RATES)
-    assert len(wanted) == 5 and choice == Choice(1e-2, 0.0, RATES, False)
+    assert len(wanted) == 6 and choice == Choice(1e-2, 0.0, RATES, False)
+
+
+def test_a_rate_that_fewer_steps_dropped_comes_back_when_the_best_lies_beside_it():
+    rates, rounds = (1e-3, 1e-2, 1e-1, 1.0, 10.0), (Round(10, 2), Round(40, 1))
+    done, best = {}, (1e-2, 1.0)  # ten steps want little, forty want much
+    while True:
+        wanted, choice = halving(rates, rounds, 4, lambda rate, n: done.get((rate, n)))
+        if choice is not None:
+            break
+        for rate, n in wanted:
+            done[rate, n] = -abs(math.log10(rate) - math.log10(best[n]))
+    assert choice.rate == 1.0 and not choice.at_edge
+    assert [rate for rate, n in wanted if n == 1] == [1e-2, 1e-3, 1e-1, 1.0, 10.0]
 
 
 def test_a_winner_at_the_edge_extends_its_grid_until_it_lies_inside():

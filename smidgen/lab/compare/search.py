@@ -32,11 +32,12 @@ def halving(
     """The trainings of a search as far as they are known, and the choice when all of them are done.
 
     Every rate is tried in the first round, the best ``keep`` of a round in the next. Whenever the best of a round is the
-    smallest or the largest rate of all that were tried, the next rate beyond it joins that round.
+    smallest or the largest rate of that round, the next rate beyond it joins, be it one that an earlier, shorter round dropped; not
+    one that failed there.
     """
     grid, left, wanted = sorted(rates), extensions, []
-    kept = list(grid)
-    best = math.nan
+    kept, lost = list(grid), set[float]()  # rates that failed with fewer steps fail with more
+    best, beyond = math.nan, None
     for number, each in enumerate(rounds):
         while True:
             wanted += [(rate, number) for rate in kept if (rate, number) not in wanted]
@@ -47,21 +48,27 @@ def halving(
             best = max(known, key=lambda rate: known[rate])
             if known[best] == -math.inf:
                 return wanted, Choice(best, math.inf, tuple(grid), False, failed=True)
-            beyond = _beyond(grid, best)
-            if beyond is None or not left:
+            beyond = _beyond(sorted(kept), grid, best)
+            if beyond is None or beyond in lost or (beyond not in grid and not left):
                 break
-            grid, left = sorted([*grid, beyond]), left - 1
+            if beyond not in grid:
+                grid, left = sorted([*grid, beyond]), left - 1
             kept.append(beyond)
+        lost |= {rate for rate in known if known[rate] == -math.inf}
         kept = sorted(known, key=lambda rate: -known[rate])[: each.keep]
         kept = [rate for rate in kept if known[rate] > -math.inf]
-    return wanted, Choice(best, -known[best], tuple(grid), _beyond(grid, best) is not None)
+    return wanted, Choice(best, -known[best], tuple(grid), beyond is not None and beyond not in lost)
 
 
-def _beyond(grid: Sequence[float], rate: float) -> float | None:
-    """The next rate beyond the edge of an ascending grid that ``rate`` lies at; None where it lies inside, or alone."""
-    if len(grid) < 2 or rate not in (grid[0], grid[-1]):
+def _beyond(tried: Sequence[float], grid: Sequence[float], rate: float) -> float | None:
+    """The next rate beyond the edge of the ascending ``tried`` that ``rate`` lies at: the grid's, or beyond it in the grid's proportion;
+    None where it lies inside, or alone."""
+    if len(tried) < 2 or rate not in (tried[0], tried[-1]):
         return None
-    factor = grid[0] / grid[1] if rate == grid[0] else grid[-1] / grid[-2]
+    place = grid.index(rate) + (1 if rate == tried[-1] else -1)
+    if 0 <= place < len(grid):
+        return grid[place]
+    factor = grid[0] / grid[1] if place < 0 else grid[-1] / grid[-2]
     return float(f"{rate * factor:.3g}")
 
 
