@@ -1,6 +1,6 @@
 """Training step of one adapted layer, as ratios against the frozen layer and peft's LoRA r=8, in one run.
 
-python -m benchmarks.step_time        (about 15 minutes, one thread; medians of interleaved rounds, processor seconds)
+python -m benchmarks.step_time        (about 25 minutes, one thread; medians of interleaved rounds, processor seconds)
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _ours(width: int, method: str | None, **options) -> nn.Module:  # type: igno
 
 def contenders(width: int) -> dict[str, Callable[[], nn.Module]]:
     """Name -> module under test, all over layers of the same width."""
-    modes = {384: (6, 8, 8), 768: (8, 8, 12), 1280: (8, 10, 16)}[width]
+    modes = {384: (6, 8, 8), 768: (8, 8, 12), 1280: (8, 10, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)}[width]
     return {
         "frozen": lambda: One(width).requires_grad_(False),
         "peft_lora_r8": lambda: peft.get_peft_model(One(width), peft.LoraConfig(r=8, target_modules=["proj"])),

@@ -24,6 +24,7 @@ UNMEASURED = "not measured yet"  # its benchmark is there, and has not been run
 VERDICTS = (MET, NOT_MET, AGAINST, UNTESTABLE, UNMEASURED)
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
+COMPARISONS = DOCS / "results"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Claim:
         paper: a key of the papers' table.
         says: words of the abstract.
         here: what was measured, with expressions over figures in braces, as in an f-string.
-        figures: name -> address, ``FILE:KEY`` of a figure in benchmarks/results/FILE.json. An interval beside it (KEY_interval) is
-            NAME_low and NAME_high.
+        figures: name -> address, ``FILE:KEY`` of a figure in benchmarks/results/FILE.json, or of a comparison in docs/results, where
+            KEY is a method of its claim, whose figure is its score less the baseline's. An interval beside it (KEY_interval) is NAME_low and NAME_high.
         met, against: rules over the names; where neither holds the verdict is "not met".
         page: where it is explained, from docs/.
         untestable: why it cannot be decided here; then there are no figures and no rules.
@@ -111,7 +112,7 @@ def decide(claim: Claim, results: Path = RESULTS) -> Decided:
     if claim.untestable:
         return Decided(claim, {}, UNTESTABLE)
     files = dict.fromkeys(address.partition(":")[0] for address in claim.figures.values())
-    lacking = [file for file in files if not (results / f"{file}.json").exists()]
+    lacking = [file for file in files if _results(file, results) is None]
     if unknown := [file for file in lacking if not (BENCHMARKS / f"{file}.py").exists()]:
         raise SmidgenError(f"The claim {claim.says!r} needs {unknown[0]}.json, and there is no benchmark of that name.")
     if lacking:
@@ -129,12 +130,25 @@ def _figures(claim: Claim, results: Path) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, address in claim.figures.items():
         file, _, key = address.partition(":")
-        figures: dict[str, Any] = json.loads((results / f"{file}.json").read_text())["figures"]
+        figures = _results(file, results) or {}
         if key not in figures:
             raise SmidgenError(f"The claim {claim.says!r} needs the figure {key!r}, which {file}.json does not hold.")
         found[name] = figures[key]
         if (ends := figures.get(f"{key}_interval") or figures.get(f"{key} interval")) is not None:
             found[f"{name}_low"], found[f"{name}_high"] = ends
+    return found
+
+
+def _results(file: str, results: Path) -> dict[str, Any] | None:
+    """All figures of a benchmark or a comparison; None where it has not been run."""
+    if (path := results / f"{file}.json").exists():
+        return json.loads(path.read_text())["figures"]  # type: ignore[no-any-return]
+    if not (path := COMPARISONS / f"{file}.json").exists():
+        return None
+    found: dict[str, Any] = {}
+    for claim in json.loads(path.read_text())["claims"]:
+        told = claim["difference"]
+        found |= {claim["method"]: told["mean"], f"{claim['method']}_interval": (told["low"], told["high"])}
     return found
 
 

@@ -56,6 +56,18 @@ def test_a_benchmark_that_has_not_been_run_is_said(tmp_path: Path) -> None:
     assert "`make bench NAME=convergence`" in page({"us": claims.Paper("Us", "1")}, [one], results=tmp_path)
 
 
+def test_a_comparison_gives_a_method_less_its_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "COMPARISONS", tmp_path / "pages")
+    one = _claim(figures={"gap": "mood:ours"}, here="{gap:+.2f} to {gap_high:+.2f}", met="gap_low > 0", against="")
+    with pytest.raises(SmidgenError, match=r"needs mood\.json"):
+        decide(one, tmp_path)
+    (tmp_path / "pages").mkdir()
+    told = {"method": "ours", "difference": {"mean": 0.02, "low": -0.01, "high": 0.05}}
+    (tmp_path / "pages" / "mood.json").write_text(json.dumps({"claims": [told]}))
+    assert decide(one, tmp_path).figures == {"gap": 0.02, "gap_low": -0.01, "gap_high": 0.05}
+    assert "| +0.02 to +0.05 | **not met** |" in page({"us": claims.Paper("Us", "1")}, [one], results=tmp_path)
+
+
 def _claim(**changed: Any) -> Claim:
     return Claim(**{
         "paper": "us", "says": "better", "here": "{ours:.2f}", "figures": {"ours": "bench:ours", "theirs": "bench:theirs"},
