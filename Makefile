@@ -97,7 +97,7 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 	mkdir -p $(SHIPPED)
 	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors possible.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
 
-wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (an hour and a half; resumable)
+wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (an hour and three quarters; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders --world wide --work work/wide_base
 	$(ENV) $(BIN)/smidgen generator train --preset wide --out work/wide_generator
 	$(ENV) $(BIN)/smidgen generator calibrate work/wide_generator --people work/wide_generator/people --most 300

@@ -1,7 +1,6 @@
 """A generator of people of the wide world: from one photo of a held-out person an adapter on the wide base, judged beside everything
 simpler.
 
-    make wide-generator
     python -m benchmarks.wide_people    (64 people; about 10 processor minutes; resumable)
 
 Each person is drawn in three scenes that hide nothing (no hat, normal light, the plain style) and in one scene of any kind, which counts
@@ -40,7 +39,7 @@ from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import EMBEDDED_WIDE, colors, wide
 from smidgen.bases.embedded.wide_judge import load_wide_judge
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
-from smidgen.difflora.generator.generator import Generator, load_generator
+from smidgen.difflora.generator.generator import Generator, load_generator, shipped
 from smidgen.difflora.generator.people import photos_of
 from smidgen.difflora.generator.reading import moved
 from smidgen.difflora.zoo.settings import Subjects
@@ -297,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument(
-        "--generator", type=Path, default=ROOT / "work" / "wide_generator", help="as make wide-generator makes it"
+        "--generator", type=Path, default=shipped(EMBEDDED_WIDE), help="the one that ships, or another folder"
     )
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "wide_people")
     run(parser.parse_args())

@@ -159,6 +159,10 @@ def test_a_word_below_its_floor_is_said(generator, reader):
     seen = reader.look(generator, world.render(ANN, SCENE))
     strict = replace(reader, words={name: replace(word, floor=1.1) for name, word in reader.words.items()})
     assert any(said.startswith("hair bob (") and "below 1.10" in said for said in strict.unsure(seen))
+    sure = seen.words["hair"][1]
+    nearly = replace(reader, words={name: replace(word, floor=sure + 4e-4) for name, word in reader.words.items()})
+    said = next(said for said in nearly.unsure(seen) if said.startswith("hair "))
+    assert f"({sure:.2f}, below {sure:.2f})" not in said
 
 
 def test_a_floor_is_where_the_wrong_ones_end():

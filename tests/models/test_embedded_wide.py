@@ -11,6 +11,8 @@ from smidgen.bases.embedded import EMBEDDED_WIDE, WIDE_FLOW, wide, wide_judge
 from smidgen.bases.embedded.judge import as_tensor
 from smidgen.bases.families import load_base
 from smidgen.cli import main
+from smidgen.difflora.adapted_pipeline import AdaptedPipeline
+from smidgen.difflora.generator.generator import SHIPPED_FOR, load_generator
 
 pytest.importorskip("diffusers")
 
@@ -25,6 +27,7 @@ def test_what_ships_is_small_and_holds_no_pickle():
     for folder, most, kinds in (
         (wide_judge.FOLDER, 2_500_000, {".safetensors"}),
         (WIDE_FLOW, 10_000_000, {".safetensors", ".json", ".txt", ".md"}),
+        (SHIPPED_FOR[EMBEDDED_WIDE], 10_000_000, {".safetensors", ".json", ".yaml", ".md"}),
     ):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert files and sum(path.stat().st_size for path in files) <= most
@@ -39,6 +42,25 @@ def test_the_base_draws_what_a_caption_asks():
     scores = wide_judge.load_wide_judge().caption_score(images, scenes)
     assert scores["mean"] > 0.87 and min(scores[name] for name in ("background", "framing", "light", "hat")) > 0.8
     assert base.unknown_words(["a person, in a red turban, in warm light"]) == []
+
+
+def test_its_generator_draws_whoever_a_photo_shows():
+    rng = np.random.default_rng(3)
+    people = [wide.sample_identity(rng, "test") for _ in range(12)]
+    plain = wide.Scene("open", "smile", "t-shirt", "white", "none", "sky blue")
+    generator = load_generator(SHIPPED_FOR[EMBEDDED_WIDE])
+    rows = torch.cat([generator.predict([wide.render(person, plain)]) for person in people])
+    pipeline = AdaptedPipeline.load(EMBEDDED_WIDE, generator.layout)
+    base = pipeline.base
+    prompts, negative = base.encode_prompts([wide.caption(plain)] * len(people)), base.encode_prompts([""])
+    sampling = {"negative": negative, "steps": 8, "guidance": 3.0, "batch": len(people)}
+    with torch.no_grad(), pipeline.banked() as bank:
+        with bank.holding(pipeline.layout.unpack(rows), list(range(len(rows))), copies=True):
+            drawn = base.decode(base.draw_latents(prompts, range(len(rows)), **sampling))
+    judge = wide_judge.load_wide_judge()
+    scores = [[judge.identity_score([one], [wide.render(p, plain)]).item() for p in people] for one in drawn]
+    right = np.mean([int(np.argmax(own)) == number for number, own in enumerate(scores)])
+    assert right >= 0.75 and np.diag(scores).mean() > 0.8
 
 
 def test_the_autoencoder_that_ships_keeps_free_colors_of_people():

@@ -214,7 +214,7 @@ class Reader:
     def unsure(self, seen: Seen) -> list[str]:
         """The words that are read below their floor."""
         return [
-            f"{name.replace('_', ' ')} {word} ({sure:.2f}, below {self.words[name].floor:.2f})"
+            f"{name.replace('_', ' ')} {word} ({_below(sure, self.words[name].floor)})"
             for name, (word, sure) in seen.words.items()
             if sure < self.words[name].floor
         ] + [
@@ -241,6 +241,12 @@ class Reader:
             if surely or (far[one, other] and (differ or not pairs)):
                 return one, other
         return None
+
+
+def _below(sure: float, floor: float) -> str:
+    """The two with as many digits as tell them apart."""
+    digits = next(n for n in (2, 3, 4) if n == 4 or f"{sure:.{n}f}" != f"{floor:.{n}f}")
+    return f"{sure:.{digits}f}, below {floor:.{digits}f}"
 
 
 def _other_shade(one: tuple[str, float], other: tuple[str, float]) -> bool:

@@ -217,7 +217,8 @@ _WIDE = GeneratorConfig(
         people=Subjects(people=5000, held_out=200, pictures=4, same_scenes=False, people_seed=1),
         decoder_learning_rate=2e-3,
         short_captions=32,
-        train=LoopConfig(max_train_steps=2000, lr_warmup_steps=50, checkpointing_steps=100, ema_decay=0.998),
+        train=LoopConfig(max_train_steps=7000, lr_warmup_steps=50, checkpointing_steps=100, ema_decay=0.998),
+        noise_power=3.0,
     ),
     base=EMBEDDED_WIDE,
 )
