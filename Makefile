@@ -97,12 +97,13 @@ generator: $(VENV)/.ready  ## train the embedded base's encoders and generator f
 	mkdir -p $(SHIPPED)
 	cd work/generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors possible.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)
 
-wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (an hour and three quarters; resumable)
+wide-generator: $(VENV)/.ready  ## train the embedded wide base's encoder and generator from nothing (two hours; resumable)
 	$(ENV) $(BIN)/python -m smidgen.lab.embedded_base --stage encoders --world wide --work work/wide_base
 	$(ENV) $(BIN)/smidgen generator train --preset wide --out work/wide_generator
+	$(ENV) $(BIN)/smidgen generator directions work/wide_generator --people work/wide_generator/people
 	$(ENV) $(BIN)/smidgen generator calibrate work/wide_generator --people work/wide_generator/people --most 300
 	mkdir -p $(SHIPPED)_wide
-	cd work/wide_generator && cp -r generator.json network.safetensors codec reading.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)_wide
+	cd work/wide_generator && cp -r generator.json network.safetensors codec directions.safetensors reading.safetensors README.md config.yaml $(CURDIR)/$(SHIPPED)_wide
 
 clean:           ## the environments and what the demo wrote
 	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(DEMO)

@@ -116,7 +116,7 @@ def finetune(kind: str, config: FinetuneConfig, prepared: Prepared, progress: bo
         scores["head"], headline = dict(probe.scores["test"]), _beside_head(probe, scores, prepared.task)
         notes.append(
             f"The head alone is a regression on the frozen base's features (C {probe.strength:g}); training started from "
-            f"{'it' if from_probe else 'another one'}."
+            f"{'it' if from_probe else 'another one (--head probe starts from it)'}."
         )
     report = replace(_report(kind, config, prepared, fitted, scores, notes, identity), headline=headline)
     write_report(out, report, card(report))
