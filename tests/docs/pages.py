@@ -319,6 +319,7 @@ Path("tweets.csv").write_text("text\\nwhat a day\\n")
         slow=True,
         runs_commands=True,
         apart=True,
+        parsed=("4.attention.self.value",),  # six thousand tweets in six layers
         smaller={
             "text-classification tweets --model minilm": "text-classification debug-text --model debug-text --max-length 32",
             "emoji --model vit-s14 --resolution 70": "debug-image --model debug-image",
