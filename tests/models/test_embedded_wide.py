@@ -54,9 +54,9 @@ def test_its_generator_draws_whoever_a_photo_shows():
     base = pipeline.base
     prompts, negative = base.encode_prompts([wide.caption(plain)] * len(people)), base.encode_prompts([""])
     sampling = {"negative": negative, "steps": 8, "guidance": 3.0, "batch": len(people)}
-    with torch.no_grad(), pipeline.banked() as bank:
-        with bank.holding(pipeline.layout.unpack(rows), list(range(len(rows))), copies=True):
-            drawn = base.decode(base.draw_latents(prompts, range(len(rows)), **sampling))
+    owners = list(range(len(rows)))
+    with torch.no_grad(), pipeline.banked() as bank, bank.holding(pipeline.layout.unpack(rows), owners, copies=True):
+        drawn = base.decode(base.draw_latents(prompts, owners, **sampling))
     judge = wide_judge.load_wide_judge()
     scores = [[judge.identity_score([one], [wide.render(p, plain)]).item() for p in people] for one in drawn]
     right = np.mean([int(np.argmax(own)) == number for number, own in enumerate(scores)])
