@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--training", type=Path, help="people/ of its training, for how near samples are to them")
     parser.add_argument("--work", type=Path, default=Path("work/possible"))
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--guidance", type=float, nargs="*", default=[2.0])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0])
     parser.add_argument("--steps", type=int, nargs="*", default=[])
     parser.add_argument("--no-write", action="store_true")
     given = parser.parse_args()

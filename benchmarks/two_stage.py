@@ -32,6 +32,7 @@ from benchmarks._harness import RESULTS, between, write_result
 from benchmarks._true_drawings import hard_set, lab_errors, rank_1
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import world
+from smidgen.bases.embedded.base import GUIDANCE
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.fit import fit
 from smidgen.difflora.generator.generator import Generator, load_generator
@@ -131,7 +132,7 @@ class Held:
         rng = np.random.default_rng(derive(0, "two stage"))
         self.shown = [world.sample_scene(rng) for _ in range(3)]
         captions = tuple(world.caption(scene) for scene in self.shown)
-        self.scenes = Scenes(captions, tuple(derive(0, "two stage", n) for n in range(3)), 10, 3.0)
+        self.scenes = Scenes(captions, tuple(derive(0, "two stage", n) for n in range(3)), 10, GUIDANCE)
         self.judge: Any = base.judge()._judge
 
     @property
@@ -328,7 +329,7 @@ def table(figures: dict[str, Any], given: argparse.Namespace) -> str:
         f"{k.removeprefix('seconds: ')} {round(v)}" for k, v in figures.items() if k.startswith("seconds: ")
     )
     return "\n".join(lines) + (
-        f"\n\n{given.held_out} held-out people, one photo each, three scenes of 10 steps at guidance 3; training people: "
+        f"\n\n{given.held_out} held-out people, one photo each, three scenes of 10 steps at guidance {GUIDANCE:g}; training people: "
         f"{people}. "
         f"Brackets: 95 % bootstrap over people. Processor seconds: {told}."
     )
@@ -342,7 +343,8 @@ def kept(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
     before = json.loads(path.read_text())
     of = tuple(start for kind in others for start in (f"{kind}, ", f"{kind}: ", f"seconds: {kind}"))
     found = {key: value for key, value in before["figures"].items() if key.startswith(of)}
-    return found, f"; {', '.join(sorted(others))} as of {before['commit']}: {before['command']}"
+    told = before["command"].partition("; ")[0]
+    return found, f"; {', '.join(sorted(others))} as of {before['commit']}: {told}"
 
 
 def write(

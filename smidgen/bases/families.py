@@ -1,7 +1,7 @@
 """The families of bases: one row each, with how it is recognised. A new family is a file, a row, and its row in the tests.
 
 base = load_base("embedded")
-base.draw(base.encode_prompts(["a portrait of a person"]), [0], negative=base.encode_prompts([""]), steps=20, guidance=3)
+base.draw(base.encode_prompts(["a portrait of a person"]), [0], negative=base.encode_prompts([""]), steps=20, guidance=2)
 """
 
 from __future__ import annotations

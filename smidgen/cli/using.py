@@ -357,7 +357,7 @@ def subject(
         folder: where the pictures and metadata.jsonl go.
         seed: which person, and which scenes.
         num_pictures: how many pictures.
-        world: that of the embedded bases, or the wide one, which a base of make wide-base knows.
+        world: that of the embedded bases, or the wide one, which the base embedded-wide knows.
     """
     from smidgen.tasks.drawing import draw_subject as run
 

@@ -1,7 +1,7 @@
 """A base with an adapter: any adapters of one layout are held in its bank, drawn with and trained.
 
 pipeline = AdaptedPipeline.load("embedded", generator.layout)
-images = pipeline.draw(generator.predict([photo]), Scenes(("a portrait of a person",), (0,), steps=20, guidance=3.0))
+images = pipeline.draw(generator.predict([photo]), Scenes(("a portrait of a person",), (0,), steps=20, guidance=2.0))
 """
 
 from __future__ import annotations

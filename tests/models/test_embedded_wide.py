@@ -38,7 +38,7 @@ def test_the_base_draws_what_a_caption_asks():
     base, rng = load_base(EMBEDDED_WIDE), np.random.default_rng(5)
     scenes = [wide.sample_scene(rng) for _ in range(32)]
     prompts, negative = base.encode_prompts([wide.caption(scene) for scene in scenes]), base.encode_prompts([""])
-    images = base.draw(prompts, range(32), negative=negative, steps=8, guidance=3.0)
+    images = base.draw(prompts, range(32), negative=negative, **base.sampling._asdict())
     scores = wide_judge.load_wide_judge().caption_score(images, scenes)
     assert scores["mean"] > 0.87 and min(scores[name] for name in ("background", "framing", "light", "hat")) > 0.8
     assert base.unknown_words(["a person, in a red turban, in warm light"]) == []
@@ -53,7 +53,7 @@ def test_its_generator_draws_whoever_a_photo_shows():
     pipeline = AdaptedPipeline.load(EMBEDDED_WIDE, generator.layout)
     base = pipeline.base
     prompts, negative = base.encode_prompts([wide.caption(plain)] * len(people)), base.encode_prompts([""])
-    sampling = {"negative": negative, "steps": 8, "guidance": 3.0, "batch": len(people)}
+    sampling = {"negative": negative, "batch": len(people), **base.sampling._asdict()}
     owners = list(range(len(rows)))
     with torch.no_grad(), pipeline.banked() as bank, bank.holding(pipeline.layout.unpack(rows), owners, copies=True):
         drawn = base.decode(base.draw_latents(prompts, owners, **sampling))

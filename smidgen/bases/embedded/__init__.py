@@ -30,7 +30,7 @@ def embedded_base(name: str = EMBEDDED) -> Path:
 
     Example:
         >>> pipe = StableDiffusionPipeline.from_pretrained(embedded_base())
-        >>> pipe("a portrait of a person, smiling", num_inference_steps=20, guidance_scale=3).images[0].size
+        >>> pipe("a portrait of a person, smiling", num_inference_steps=20, guidance_scale=2).images[0].size
         (64, 64)
     """
     if name not in FOLDERS:

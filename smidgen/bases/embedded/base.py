@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 FACE = 0.5  # a drawn face is there when the face encoder finds it likelier
+GUIDANCE = 2.0  # from there on captions gain nothing, and people with adapters lose likeness
 
 
 @cache
@@ -91,7 +92,7 @@ class Embedded(Portraits, StableDiffusion):
     """A UNet."""
 
     family = EMBEDDED
-    sampling = Sampling(20, 3.0)
+    sampling = Sampling(20, GUIDANCE)
 
 
 class EmbeddedFlow(Portraits, Flux2Klein):
@@ -99,7 +100,7 @@ class EmbeddedFlow(Portraits, Flux2Klein):
     fixed length: FLUX.2 attends to padding."""
 
     family = EMBEDDED_FLOW
-    sampling = Sampling(8, 3.0)  # type: ignore[assignment]
+    sampling = Sampling(8, GUIDANCE)  # type: ignore[assignment]
     prompt_options: Mapping[str, Any] = {
         "max_sequence_length": 40,
         "text_encoder_out_layers": (-1,),

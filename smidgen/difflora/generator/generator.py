@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 JSON, TENSORS, CODEC, POSSIBLE = "generator.json", "network.safetensors", "codec", "possible.safetensors"
 POSSIBLE_STEPS = 20  # of the sampler, unless asked otherwise
+POSSIBLE_GUIDANCE = 2.0  # with less, less is kept of what a photo does show
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "embedded"
 SHIPPED_FOR = {EMBEDDED: SHIPPED, EMBEDDED_WIDE: Path(__file__).parent / "embedded_wide"}
@@ -62,7 +63,7 @@ class Possible:
         features: tuple[Tensor, Tensor] | None,
         seeds: Sequence[int],
         steps: int = POSSIBLE_STEPS,
-        guidance: float = 1.0,
+        guidance: float = POSSIBLE_GUIDANCE,
     ) -> Tensor:
         """Latents [n, size], one for each seed, of somebody whom the photos with these ``features`` may show; None: of anybody."""
         noise = _noise(self.network, seeds)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from smidgen.adapters.checkpoint.files import is_recipe
 from smidgen.difflora.generator.directions import load_directions
-from smidgen.difflora.generator.generator import POSSIBLE_STEPS, Generator
+from smidgen.difflora.generator.generator import POSSIBLE_GUIDANCE, POSSIBLE_STEPS, Generator
 from smidgen.difflora.use.folders import Photo, new_folder, people_in, photos_in, read_photos
 from smidgen.difflora.use.invert import Invert, invert
 from smidgen.difflora.use.recipes import open_recipe
@@ -100,7 +100,7 @@ def _predicted(
     """The adapters of one person, one for each seed, in the folder ``name``."""
     generator, many = sampler.generator, len(seeds) > 1
     model, names = generator.model, [str(photo) for photo in photos]
-    usual = (POSSIBLE_STEPS, 1.0) if looked.hiding else (model.inference_steps, model.guidance_scale)
+    usual = (POSSIBLE_STEPS, POSSIBLE_GUIDANCE) if looked.hiding else (model.inference_steps, model.guidance_scale)
     steps, guidance = usual[0] if steps is None else steps, usual[1] if guidance is None else guidance
     info = {
         "command": "predict", "photos": [photo.digest for photo in photos], "read": looked.facts, "steps": steps,

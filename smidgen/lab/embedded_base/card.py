@@ -7,6 +7,7 @@ from safetensors import safe_open
 
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import EMBEDDED_FLOW, EMBEDDED_WIDE, wide, world
+from smidgen.bases.embedded.base import GUIDANCE
 from smidgen.bases.families import card_lines
 from smidgen.lab.embedded_base.config import Config
 from smidgen.lab.embedded_base.export import training_facts
@@ -212,7 +213,7 @@ def write(config: Config, folder: Path, out: Path) -> None:
         names=", ".join(world.PLACEHOLDERS),
         words=bullets(f"{n.replace('_', ' ')}: {', '.join(w)}" for n, w in world.SCENE_ATTRIBUTES.items()),
         facts=", ".join(f"{n.replace('_', ' ')} {v}" for n, v in facts.items()),
-        guidance=figures["guidance"] if figures else 3,
+        guidance=f"{GUIDANCE:g}",
         figures=_table(figures) if figures else "Not measured yet.",
         **{part: f"{_numbers(out / where):,}" for part, where in _WEIGHTS.items()},
     )
