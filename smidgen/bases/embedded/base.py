@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 FACE = 0.5  # a drawn face is there when the face encoder finds it likelier
-GUIDANCE = 2.0  # from there on captions gain nothing, and people with adapters lose likeness
+GUIDANCE = 2.0  # more drives colours past those of the person whom an adapter draws (benchmarks/guidance.py)
 
 
 @cache
