@@ -122,5 +122,5 @@ class Visit:
 
     def close(self):
         self.page.close()
-        assert self.errors == []
-        assert self.elsewhere == []
+        assert not self.errors, self.errors
+        assert not self.elsewhere, self.elsewhere

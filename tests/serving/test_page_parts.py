@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install 'smidgen[ui]'")
 
+from smidgen.difflora.use.folders import read_recipe
 from smidgen.errors import ConfigError, DataError
 from smidgen.serving.page import html, making, pictures, runs, texts
 from smidgen.serving.page.making import Wanted
@@ -123,6 +124,34 @@ def test_a_prediction_is_a_run(ann):
     folder, run = ann
     assert run.finished and run.status().state == runs.DONE and run.about == "from one picture"
     assert [one.name for one in making.drawable(folder)] == [one.name for one in making.people(folder)] == ["ann"]
+
+
+def test_a_person_of_the_wide_world_is_predicted_edited_and_blended(tmp_path):
+    """The base that was chosen predicts, and everything after it is that base's."""
+    folder = tmp_path / "runs"
+    found = pictures.look(making.example(tmp_path / "photos", 3, "embedded-wide"), 64)
+    run, made = making.predict(folder, "Wide", found[:1], "embedded-wide")
+    assert read_recipe(run.folder)["base"] == "embedded-wide" and any("skin #" in note for note in made.notes)
+    assert "hair=bald" in making.sliders(run) and "hair=bald" not in making.sliders(None)
+    for out in (
+        making.edit(run, tmp_path / "edited", {"hair=bald": 1.0}),
+        making.blend(
+            run, making.predict(folder, "Other", found[1:2], "embedded-wide")[0], tmp_path / "blend", 0.5
+        ).folder,
+    ):
+        assert read_recipe(out)["base"] == "embedded-wide"
+    assert "a " in making.scenes(making.Bases(), run.folder, 1)[0]
+
+
+@pytest.mark.parametrize("base", ["embedded-flow", "/some/pipeline"])
+def test_no_prediction_for_another_base_than_was_chosen(tmp_path, base):
+    """Rather than an adapter for the embedded base, without a word."""
+    found = pictures.look([picture(tmp_path / "a.png")])
+    with pytest.raises(
+        ConfigError, match=f"predict adapters for '{base}': choose the base embedded or embedded-wide, or train"
+    ):
+        making.predict(tmp_path / "runs", "Ann", found, base)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_prediction_is_trained_further(ann, monkeypatch):

@@ -9,10 +9,11 @@ Example:
 
 from types import ModuleType
 
-from smidgen.bases.embedded import wide, world
+from smidgen.bases.embedded import EMBEDDED, EMBEDDED_FLOW, EMBEDDED_WIDE, wide, world
 from smidgen.errors import ConfigError, did_you_mean
 
 WORLDS: dict[str, ModuleType] = {"embedded": world, "wide": wide}
+WORLD_OF = {EMBEDDED: "embedded", EMBEDDED_FLOW: "embedded", EMBEDDED_WIDE: "wide"}  # that each base draws
 
 
 def load_world(name: str) -> ModuleType:

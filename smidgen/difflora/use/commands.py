@@ -23,7 +23,7 @@ from smidgen.difflora.use.invert import Invert, invert
 from smidgen.difflora.use.recipes import open_recipe
 from smidgen.difflora.use.refine import Refine, captions_of, refine_rows
 from smidgen.difflora.use.sampler import Adapter, Looked, Output, Result, Sampler
-from smidgen.difflora.use.sources import Source, latent_of
+from smidgen.difflora.use.sources import Source, base_of, latent_of
 from smidgen.errors import ConfigError, DataError
 
 FARTHEST = 10  # that a slider or a share goes: beyond it nothing is drawn but noise
@@ -283,8 +283,11 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def _open(output: Output, sources: Sequence[Path], seed: int) -> tuple[Sampler, Source]:
     """The generator with its base, and where an edit or a blend starts; photos are looked at before anything is loaded."""
-    if not any(path.is_dir() or is_recipe(path) for path in sources):
+    made = next((path for path in sources if path.is_dir() or is_recipe(path)), None)
+    if made is None:
         read_photos(sources)
+    elif output.generator is None and output.base is None:
+        output = replace(output, base=base_of(made))
     sampler = Sampler(output)
     return sampler, latent_of(sampler, sources, seed)
 

@@ -16,7 +16,7 @@ import smidgen
 from smidgen.adapters.checkpoint.files import is_recipe
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.injection import remove
-from smidgen.difflora.generator.generator import Generator
+from smidgen.difflora.generator.generator import SHIPPED_FOR, Generator
 from smidgen.difflora.use.folders import read_photos, read_recipe
 from smidgen.difflora.use.recipes import open_recipe
 from smidgen.difflora.use.sampler import Sampler
@@ -62,6 +62,13 @@ def latent_of(sampler: Sampler, sources: Sequence[Path], seed: int = 0) -> Sourc
         return Source(latent, {"recipe": adapters[0].name}, [])
     recipe = read_recipe(adapters[0])
     return _encoded(sampler, adapters[0]) if recipe is None else _remembered(sampler.generator, adapters[0], recipe)
+
+
+def base_of(made: Path) -> str | None:
+    """The base of the generator that made an adapter folder or a recipe, of those whose generator ships; None: it is not told."""
+    recipe = None if is_recipe(made) else read_recipe(made)
+    base = open_recipe(made)[0].base if is_recipe(made) else recipe and recipe.get("base")
+    return base if base in SHIPPED_FOR else None
 
 
 def _remembered(generator: Generator, folder: Path, recipe: dict[str, Any]) -> Source:

@@ -179,7 +179,7 @@ def _flow_table(figures: dict) -> str:
     head = ["read back as asked (95 % interval)", "this base", "the UNet base"]
     return f"""`make bench NAME=embedded_flow`: {figures["pictures"]} new captions, the same for both, read by the judge. On real drawings
 the reader is sure of hair at {figures["drawings_certainty_hair"]:.3f}, of skin at {figures["drawings_certainty_skin"]:.3f}. {figures["threads"]} threads,
-{figures["embedded_flow_steps"]} steps against {figures["embedded_steps"]}.
+{figures["embedded_flow_steps"]} steps against {figures["embedded_steps"]}, guidance {figures["embedded_flow_guidance"]:g}.
 
 {table(head, rows)}"""
 

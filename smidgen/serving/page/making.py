@@ -22,15 +22,18 @@ from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, public_
 from smidgen.adapters.combine import combine
 from smidgen.adapters.components import component_folders
 from smidgen.adapters.export import size
+from smidgen.bases.embedded import EMBEDDED
+from smidgen.bases.embedded.worlds import WORLD_OF
 from smidgen.bases.families import load_base, located
 from smidgen.bases.origin import IMAGES, read_origin
 from smidgen.bases.pipelines import default_device
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.generator.directions import load_directions
-from smidgen.difflora.generator.generator import SHIPPED, load_generator
+from smidgen.difflora.generator.generator import SHIPPED_FOR, load_generator, shipped
 from smidgen.difflora.use.commands import blend as blend_command
 from smidgen.difflora.use.commands import edit as edit_command
 from smidgen.difflora.use.commands import predict as predict_command
+from smidgen.difflora.use.folders import read_recipe
 from smidgen.difflora.use.sampler import Output, Result, Sheet
 from smidgen.errors import ConfigError, SmidgenError
 from smidgen.serving.page import runs
@@ -163,14 +166,18 @@ def _rhythm(steps: int, previews: int = 5) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def predict(folder: Path, title: str, found: Sequence[Finding]) -> tuple[Run, Result]:
+def predict(folder: Path, title: str, found: Sequence[Finding], base: str = EMBEDDED) -> tuple[Run, Result]:
     """The adapter of the person in the pictures, without training, and what the prediction says of itself."""
+    if base not in SHIPPED_FOR:
+        raise ConfigError(
+            f"Nobody has learnt to predict adapters for {base!r}: choose the base {' or '.join(SHIPPED_FOR)}, or train."
+        )
     if not any(one.used for one in found):
         raise ConfigError("Drop a picture first: one photo of a person is enough.")
     path = runs.new_run(folder, title)
     try:
         photos = keep(found, path / "pictures")
-        made = predict_command(photos, _output(path), progress=False)
+        made = predict_command(photos, replace(_output(path), base=base), progress=False)
         about = f"from {len(photos)} pictures" if len(photos) > 1 else "from one picture"
         return runs.note(path, "predict", title, about), made
     except BaseException:
@@ -316,21 +323,26 @@ def drawable(folder: Path) -> list[Run]:
     return found
 
 
+def sliders(person: Run | None) -> list[str]:
+    """What a predicted person can be moved along, as ``skin=dark``; None: one of the embedded base."""
+    recipe = read_recipe(person.folder) if person else None
+    return _sliders(shipped(recipe["base"] if recipe else None))
+
+
 @cache
-def sliders() -> list[str]:
-    """What a predicted person can be moved along, as ``skin=dark``."""
-    return [direction.name for direction in load_directions(SHIPPED, load_generator(SHIPPED)).directions]
+def _sliders(generator: Path) -> list[str]:
+    return [direction.name for direction in load_directions(generator, load_generator(generator)).directions]
 
 
-def example(folder: Path, seed: int) -> list[Path]:
-    """Pictures of an invented person, to try the page with.
+def example(folder: Path, seed: int, base: str = EMBEDDED) -> list[Path]:
+    """Pictures of an invented person of the world that ``base`` draws, to try the page with.
 
     Raises:
         MissingExtraError: what draws them is not installed.
     """
     from smidgen.tasks.drawing import draw_subject
 
-    draw_subject(folder, seed, 8)
+    draw_subject(folder, seed, 8, WORLD_OF.get(base, WORLD_OF[EMBEDDED]))
     return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jsonl"))
 
 

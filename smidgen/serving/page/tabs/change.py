@@ -130,21 +130,30 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab) -> None:
         second = second if second in names else names[1] if len(names) > 1 else None
         few = "Make one under Make first." if not found else "Make a second one under Make to blend two."
         words = html.note(few) if len(found) < 2 else ""
-        updates = {
+        yield {
             source: chosen(people, name),
             one: chosen(found, first),
             two: chosen(found, second) | {"value": second},
             blended: words,
         }
-        yield updates | {
-            what: gr.update(choices=[(_words(slider), slider) for slider in making.sliders()]) for what in rows[::2]
+
+    def offer(name: str | None, *values: str | None) -> Updates:
+        """The attributes that the chosen person can be moved along; what was chosen stays where there is such a one."""
+        known = making.sliders(runs.find(context.folder, name) if name else None)
+        named = [(_words(slider), slider) for slider in known]
+        yield {
+            what: gr.update(choices=named, value=value if value in known else known[0])
+            for what, value in zip(rows[::2], values, strict=True)
         }
 
     outputs = [edited, blended, kept, blank, before, after, keeping, title, tried]
     edit.click(told(edited, make_edit), [source, *rows], outputs, **QUIET)
     blend.click(told(blended, make_blend), [one, two, share], outputs, **QUIET)
     keep.click(told(kept, keep_it), [tried, title], [kept, keeping, source, one, two], **QUIET)
-    tab.select(told(blended, refresh), [source, one, two], [source, one, two, blended, *rows[::2]], **QUIET)
+    tab.select(told(blended, refresh), [source, one, two], [source, one, two, blended], **QUIET).then(
+        told(edited, offer), [source, *rows[::2]], [edited, *rows[::2]], **QUIET
+    )
+    source.change(told(edited, offer), [source, *rows[::2]], [edited, *rows[::2]], **QUIET)
 
 
 def _words(slider: str) -> str:

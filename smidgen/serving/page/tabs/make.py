@@ -46,13 +46,17 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
                 title = gr.Textbox(label="Name", placeholder="Ann", max_length=60, elem_id="sm-title")
                 kind = gr.Textbox(label="What it is", value="person", max_length=40, info="The word for it in prompts.")
             gr.HTML(html.heading("3", "Make the adapter"), padding=False)
+            base = gr.Dropdown(
+                list(PIXELS), value=EMBEDDED, label="Base", allow_custom_value=True,
+                info="What draws. To train, also the folder of a diffusers pipeline, or one .safetensors file.",
+            )  # fmt: skip
             with gr.Row():
                 predict = gr.Button("Predict in a second", variant="primary", elem_id="sm-predict")
                 train = gr.Button("Train", variant="secondary", elem_id="sm-train")
             notice = gr.HTML(padding=False)
             gr.HTML(
-                '<p class="sm-hint">Predict reads one face as the embedded base draws them. Train learns any subject in some '
-                "minutes, and is closer.</p>", padding=False,
+                '<p class="sm-hint">Predict reads one face as the base draws them, with embedded-wide of any hair and skin colour. '
+                "Train learns any subject in some minutes, and is closer.</p>", padding=False,
             )  # fmt: skip
             with gr.Accordion("Training settings", open=False):
                 method = gr.Dropdown(
@@ -66,10 +70,6 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
                         max_length=40,
                         info="A rare word to call it by.",
                     )
-                base = gr.Dropdown(
-                    list(PIXELS), value=EMBEDDED, label="Base", allow_custom_value=True,
-                    info="Or the folder of a diffusers pipeline, or one .safetensors file.",
-                )  # fmt: skip
                 prompts = gr.Textbox(label="Prompts to preview, one a line", value=PROMPTS, lines=2, max_lines=6)
                 start = gr.Dropdown(
                     [("nothing", "")], value="", label="Start from", info="An earlier adapter, to train it further."
@@ -111,10 +111,10 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
     def draw_example(base: str | None) -> Updates:
         yield {notice: html.busy("Drawing a person nobody has seen before.")}
         folder = runs.scratch(context.folder)
-        drawn = making.example(folder, int(folder.name[:4], 16))
+        drawn = making.example(folder, int(folder.name[:4], 16), base or EMBEDDED)
         yield check([str(path) for path in drawn], base) | {title: gr.update(value="Example")}
 
-    def make_prediction(found: list[pictures.Finding], name: str) -> Updates:
+    def make_prediction(found: list[pictures.Finding], name: str, base: str | None) -> Updates:
         _check(found, name)
         yield {
             notice: html.busy("Reading the face."),
@@ -122,7 +122,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
             gallery: gr.update(visible=False),
             draw: gr.update(visible=False),
         } | live.show(None)
-        run, made = making.predict(context.folder, name, found)
+        run, made = making.predict(context.folder, name, found, (base or EMBEDDED).strip())
         took = (
             f"{run.title} was predicted in {max(made.seconds['prediction'], 0.01):.2f} s and takes {size(run.bytes())}."
         )
@@ -189,7 +189,7 @@ def build(context: Context, page: gr.Blocks, tab: gr.Tab, open_in_draw: Callable
     base.change(told(notice, look_again), [dropped, base], looked, **QUIET)
     again.click(told(notice, start_over), [], looked, **QUIET)
     example.click(told(notice, draw_example), [base], [*looked, title], **QUIET)
-    predict.click(told(notice, make_prediction), [seen, title], result, **QUIET)
+    predict.click(told(notice, make_prediction), [seen, title, base], result, **QUIET)
     train.click(told(notice, start_training), [seen, *settings], result, **QUIET)
     plan.click(told(planned, make_plan), settings, [planned], **QUIET)
     live.wire(notice, finished, [gallery, draw])
