@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from smidgen.adapters.atomic import replace_file
+from smidgen.bases.embedded.base import GUIDANCE
 
 ROOT = Path(__file__).parents[1]
-STEPS, BATCH, PICTURES, DRAW_STEPS, GUIDANCE = 150, 4, 6, 12, 3.0
+STEPS, BATCH, PICTURES, DRAW_STEPS = 150, 4, 6, 12
 
 
 class Portraits:

@@ -540,6 +540,13 @@ def test_inspect_tells_what_a_generator_is(trained, sliders, capsys):
     assert "Did you mean 'inspect'" in capsys.readouterr().err
 
 
+def test_a_base_that_no_generator_ships_for_is_refused_in_words(photos, tmp_path):
+    words = "No generator ships for 'embedded-flow', only for embedded and embedded-wide: name one with --generator"
+    with pytest.raises(BaseLockError, match=words):
+        commands.predict([photos[0]], Output(tmp_path / "out", base="embedded-flow"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["embedded-flow", "embedded-wide"])
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ from smidgen.adapters.checkpoint.files import RECIPE_ENDING, public_name
 from smidgen.bases.protocol import ImageBase
 from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.card import adapter_card
-from smidgen.difflora.generator.generator import Generator, load_generator, shipped
+from smidgen.difflora.generator.generator import SHIPPED_FOR, Generator, load_generator, shipped
 from smidgen.difflora.generator.reading import Framing, Seen, load_reader
 from smidgen.difflora.use import folders
 from smidgen.difflora.use.folders import Photo, write_folder
 from smidgen.difflora.use.recipes import write_recipe
 from smidgen.difflora.weightspace.layout import Layout, is_lora
-from smidgen.errors import ConfigError, DataError
+from smidgen.errors import BaseLockError, ConfigError, DataError
 from smidgen.tasks.contact_sheet import Row, contact_sheet
 from smidgen.tasks.data.pixels import fit
 from smidgen.tasks.diffusion.scenes import Scenes
@@ -125,10 +125,22 @@ class Sampler:
         with self.timed("loading"):
             self.folder = output.generator or shipped(output.base)
             self.generator = generator or load_generator(self.folder)
-            self.pipeline = AdaptedPipeline.load(output.base or self.generator.base, self.generator.layout)
+            self.pipeline = self._pipeline()
             self.base = public_name(self.pipeline.base.name)
             self.encoders = self.generator.face, self.generator.image  # loaded now
             self.reader = None if generator else load_reader(self.folder, self.generator)
+
+    def _pipeline(self) -> AdaptedPipeline:
+        base = self.output.base or self.generator.base
+        try:
+            return AdaptedPipeline.load(base, self.generator.layout)
+        except BaseLockError as error:
+            if self.output.generator is not None or base in SHIPPED_FOR:
+                raise
+            known = " and ".join(SHIPPED_FOR)
+            raise BaseLockError(
+                f"No generator ships for {base!r}, only for {known}: name one with --generator. {error}"
+            ) from error
 
     def at(self, output: Output) -> Sampler:
         """The same generator and base, which are not loaded again, for another output."""
