@@ -307,8 +307,8 @@ def test_rates_and_cards_need_no_weights(base):
     assert learning_kind(base.name) in KINDS and learning_kind(base.name, "control") in KINDS
     assert base.learning["image"] == learning_kind(base.name)
     loaded, sampling = card_lines(base.name)
-    flow = "8, guidance_scale=3, height=64"
-    steps = {"embedded": "20, guidance_scale=3", "embedded-flow": flow, "embedded-wide": flow}.get(base.name)
+    flow = "8, guidance_scale=2, height=64"
+    steps = {"embedded": "20, guidance_scale=2", "embedded-flow": flow, "embedded-wide": flow}.get(base.name)
     if steps is None:
         assert loaded.endswith(f"from_pretrained({base.name!r})") and sampling == ""
     else:
