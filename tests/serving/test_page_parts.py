@@ -126,7 +126,7 @@ def test_a_prediction_is_a_run(ann):
     assert [one.name for one in making.drawable(folder)] == [one.name for one in making.people(folder)] == ["ann"]
 
 
-def test_a_person_of_the_wide_world_is_predicted_edited_and_blended(tmp_path):
+def test_a_person_of_the_wide_world_is_predicted_edited_and_blended(ann, tmp_path):
     """The base that was chosen predicts, and everything after it is that base's."""
     folder = tmp_path / "runs"
     found = pictures.look(making.example(tmp_path / "photos", 3, "embedded-wide"), 64)
@@ -141,6 +141,11 @@ def test_a_person_of_the_wide_world_is_predicted_edited_and_blended(tmp_path):
     ):
         assert read_recipe(out)["base"] == "embedded-wide"
     assert "a " in making.scenes(making.Bases(), run.folder, 1)[0]
+    with pytest.raises(
+        ConfigError, match="Wide is for embedded-wide, and Ann for embedded: adapters of one base add up"
+    ):
+        making.blend(run, ann[1], tmp_path / "two bases", 0.5)
+    assert not (tmp_path / "two bases").exists()
 
 
 @pytest.mark.parametrize("base", ["embedded-flow", "/some/pipeline"])

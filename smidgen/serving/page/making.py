@@ -33,8 +33,8 @@ from smidgen.difflora.generator.generator import SHIPPED_FOR, load_generator, sh
 from smidgen.difflora.use.commands import blend as blend_command
 from smidgen.difflora.use.commands import edit as edit_command
 from smidgen.difflora.use.commands import predict as predict_command
-from smidgen.difflora.use.folders import read_recipe
 from smidgen.difflora.use.sampler import Output, Result, Sheet
+from smidgen.difflora.use.sources import base_of
 from smidgen.errors import ConfigError, SmidgenError
 from smidgen.serving.page import runs
 from smidgen.serving.page.pictures import Finding, keep
@@ -216,14 +216,14 @@ def blend(first: Run, second: Run, out: Path, share: float) -> Blend:
     """
     if first.folder == second.folder:
         raise ConfigError("Choose two different ones to blend.")
-    if all((run.folder / RECIPE).is_file() for run in (first, second)):
-        blend_command(first.folder, second.folder, _output(out), share)
-        return Blend({out: 1.0}, "The person between the two.")
     origin, other = (read_origin(run.folder) for run in (first, second))
     if origin.base != other.base:
         raise ConfigError(
             f"{first.title} is for {origin.base}, and {second.title} for {other.base}: adapters of one base add up."
         )
+    if all((run.folder / RECIPE).is_file() for run in (first, second)):
+        blend_command(first.folder, second.folder, _output(out), share)
+        return Blend({out: 1.0}, "The person between the two.")
     weights = {first.folder: round(1 - share, 6), second.folder: share}
     try:
         combine(list(weights), list(weights.values()), out=out)
@@ -325,8 +325,7 @@ def drawable(folder: Path) -> list[Run]:
 
 def sliders(person: Run | None) -> list[str]:
     """What a predicted person can be moved along, as ``skin=dark``; None: one of the embedded base."""
-    recipe = read_recipe(person.folder) if person else None
-    return _sliders(shipped(recipe["base"] if recipe else None))
+    return _sliders(shipped(base_of(person.folder) if person else None))
 
 
 @cache
