@@ -6,9 +6,9 @@ Trains the preset two-stage twice on the same people: in a basis that is learnt 
 photos takes part) and in the shipped generator's. Every round of both stands beside the training people's mean, the training person
 whose photo is the most alike, ridge from features to latents, and two adapters that the person trained on all their pictures: their
 own latent in the same basis, and a LoRA alone, each for the zoo's steps. Identity and captions are the judge's; rank-1, hard set and
-Lab errors (``_true_drawings``) know no network. Killed, it goes on: trainings from their checkpoints, scores from those
-that are there. ``--paper FOLDER`` adds a row for a generator of the preset paper. Seconds are of one processor core, those of a
-killed run without what the kill lost.
+Lab errors (``_true_drawings``) know no network. What ships is measured after `smidgen invert` too, and on 256 held-out people. Killed, it goes on: trainings from
+their checkpoints, scores from those that are there. ``--paper FOLDER`` adds a row for a generator of the preset paper. Seconds are of one
+processor core, those of a killed run without what the kill lost.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks._harness import RESULTS, between, write_result
 from benchmarks._true_drawings import hard_set, lab_errors, rank_1
+from benchmarks.wide_people import inverted
 from smidgen.adapters.atomic import replace_file
 from smidgen.bases.embedded import world
 from smidgen.bases.embedded.base import GUIDANCE
@@ -60,6 +61,7 @@ ORDER = (
     "paper",
 )  # of contenders in the table
 MEASURES = ("identity", "caption", "rank-1", "hard set", "hair Lab", "skin Lab")
+MANY = 256  # held-out people on whom what ships is measured too
 
 
 def config_of(kind: str, given: argparse.Namespace, rounds: int) -> GeneratorConfig:
@@ -240,7 +242,9 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
     """Contender -> measure -> people."""
     found: dict[str, dict[str, list[float]]] = {}
 
-    def score(name: str, make: Callable[[], Tensor | None], drawn_by: AdaptedPipeline = pipeline) -> None:
+    def score(
+        name: str, make: Callable[[], Tensor | None], drawn_by: AdaptedPipeline = pipeline, held: Held = held
+    ) -> None:
         path = given.work / "scores" / f"{name}.json"
         if not path.is_file():
             rows = make()
@@ -255,10 +259,12 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
         found[name] = json.loads(path.read_text())
         print(name, {m: round(float(np.nanmean(v)), 3) for m, v in found[name].items()}, flush=True)
 
-    def predicted(generator: Generator) -> Tensor:
+    def predicted(generator: Generator, held: Held = held) -> Tensor:
         return torch.cat([generator.predict([photo]) for photo in held.photos])
 
+    many = Held(given.work / f"held_out_{MANY}", MANY, pipeline.base)
     score("base model", lambda: None)
+    score(f"base model, {MANY} people", lambda: None, held=many)
     score("LoRA of the person alone", lambda: own(held, pipeline, None, given, given.work / "own" / "lora"))
     for kind in given.only:
         rounds = [
@@ -290,6 +296,8 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
             lambda k=kind, c=generator.codec: own(held, pipeline, c, given, given.work / "own" / k),
         )
     score("shipped generator", lambda: predicted(load_generator()))
+    score("shipped generator, inverted", lambda: inverted(load_generator(), pipeline, held.photos))
+    score(f"shipped generator, {MANY} people", lambda: predicted(load_generator(), many), held=many)
     if given.paper:
         paper = load_generator(given.paper)
         score("paper", lambda: predicted(paper), AdaptedPipeline.load("embedded", paper.layout))

@@ -14,7 +14,7 @@ nearest training person  a perfect drawing of the training person whose photo th
 
 ``trained on 24 pictures`` is what the base and an adapter of this size can do at all: from the prediction on, 300 steps on 24 true drawings of
 the person with their captions (no contender from one photo). ``mean`` is the adapter of the mean latent of training people, ``another's photo`` the generator's from the next person's photo. Photos show the
-whole person; ``moved photo`` is the same 0.8 to 1.25 times as large and a tenth off the middle, ``any photo`` one of any scene, and ``held-out
+whole person; ``inverted`` is the prediction after 30 steps on that photo (`smidgen invert`); ``moved photo`` is the same 0.8 to 1.25 times as large and a tenth off the middle, ``any photo`` one of any scene, and ``held-out
 colours`` are 32 people with hair or skin of the ranges of colours that no training person has. Intervals: 95 % bootstrap over people.
 """
 
@@ -43,7 +43,8 @@ from smidgen.difflora.adapted_pipeline import AdaptedPipeline
 from smidgen.difflora.generator.generator import Generator, load_generator, shipped
 from smidgen.difflora.generator.people import photos_of
 from smidgen.difflora.generator.reading import moved
-from smidgen.difflora.use.refine import Refine, refine_rows
+from smidgen.difflora.use.invert import invert
+from smidgen.difflora.use.refine import Refine, captions_of, refine_rows
 from smidgen.difflora.zoo.settings import Subjects
 from smidgen.difflora.zoo.subjects import TABLE, make_subjects, read_subjects
 from smidgen.tasks.data.images import to_tensor
@@ -155,6 +156,12 @@ def draw(pipeline: AdaptedPipeline, rows: Tensor | None, people: People, batch: 
 def predicted(generator: Generator, photos: Sequence[Image.Image]) -> Tensor:
     """Adapters [people, numbers] of one photo each."""
     return torch.cat([generator.predict([photo]) for photo in photos])
+
+
+def inverted(generator: Generator, pipeline: AdaptedPipeline, photos: Sequence[Image.Image]) -> Tensor:
+    """The same after `smidgen invert`: the latent alone trained on the photo, under the caption that the encoder reads in it."""
+    own = [invert(generator, pipeline, [photo], captions=captions_of(generator.image, [photo]))[0] for photo in photos]
+    return generator.rows(torch.stack(own))
 
 
 def trained_on_many(generator: Generator, pipeline: AdaptedPipeline, people: People) -> Tensor:
@@ -297,13 +304,14 @@ def contenders(
         "another's photo": (lambda: predicted(generator, after), people),
         "trained on 24 pictures": (lambda: trained_on_many(generator, contest.pipeline, people), people),
         "generator": (lambda: predicted(generator, people.photos), people),
+        "generator, inverted": (lambda: inverted(generator, contest.pipeline, people.photos), people),
         "generator, moved photo": (lambda: predicted(generator, people.moved), people),
         "generator, any photo": (lambda: predicted(generator, people.any), people),
         "generator, held-out colours": (lambda: predicted(generator, away.photos), away),
     }
 
 
-OWN = ("mean", "another's photo", "trained on 24 pictures", "generator", "generator, moved photo", "generator, any photo", "generator, held-out colours")  # fmt: skip
+OWN = ("mean", "another's photo", "trained on 24 pictures", "generator", "generator, inverted", "generator, moved photo", "generator, any photo", "generator, held-out colours")  # fmt: skip
 
 
 def main() -> None:

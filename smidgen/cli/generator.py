@@ -204,8 +204,9 @@ def invert(
     /,
     output: Output,
     settings: Annotated[Any, Section("difflora.use.invert:Invert")],
-    from_prediction: bool = False,
+    from_prediction: bool = True,
     caption: str | None = None,
+    recipe: bool = False,
 ) -> None:
     """Find the adapter that draws PHOTOS best among those that the generator can make: its latent alone is trained.
 
@@ -216,7 +217,8 @@ def invert(
         settings: how it is sought.
         from_prediction: start from the prediction (otherwise from the mean adapter).
         caption: what the photos show (none: what the image encoder reads, or a neutral caption).
+        recipe: write a file of 256 bytes that stands for the adapter (`smidgen load` opens it).
     """
     from smidgen.difflora.use.commands import invert_photos as run
 
-    print(run(photos, output, settings, from_prediction, caption))
+    print(run(photos, output, settings, from_prediction, caption, recipe))

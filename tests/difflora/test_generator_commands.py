@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import smidgen
-from smidgen.adapters.checkpoint.files import LORA_NAME
+from smidgen.adapters.checkpoint.files import LORA_NAME, is_recipe
 from smidgen.bases.embedded import world
 from smidgen.bases.families import load_base
 from smidgen.cli import main
@@ -509,7 +509,10 @@ def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, t
     generator = load_generator(trained)
     pipeline = AdaptedPipeline.load("embedded", generator.layout)
     image = Image.open(photos[0]).convert("RGB")
-    latent = invert(generator, pipeline, [image], Invert(invert_steps=12, invert_batch=4))
+    latent, start = invert(
+        generator, pipeline, [image], Invert(invert_steps=12, invert_rate=0.3), from_prediction=False
+    )
+    near, predicted = invert(generator, pipeline, [image], Invert(invert_steps=12, invert_rate=0.3))
     task = photo_task(pipeline, [image], ["a portrait of a person"], 8, seed=5)
 
     def loss(latent: torch.Tensor) -> float:
@@ -519,16 +522,20 @@ def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, t
             measured.release()
         return float(value)
 
-    assert loss(latent) < loss(torch.zeros(8))
+    assert torch.equal(start, torch.zeros(8)) and loss(latent) < loss(start)
+    assert torch.equal(predicted, generator.latents(generator.condition([image]), [0])[0])
+    assert loss(near) < loss(predicted)
 
 
 def test_invert_writes_an_adapter(trained, photos, predicted, tmp_path):
     out = tmp_path / "ann"
     words = ["invert", str(photos[0]), "--out", str(out), "--generator", str(trained), "--invert-steps", "2", *QUICK]
-    assert main([*words, "--from-prediction", "--invert-batch", "1"]) == 0
+    assert main([*words, "--invert-batch", "1"]) == 0
     recipe = read_recipe(out)
     assert recipe["invert_steps"] == 2 and recipe["from_prediction"] is True
     assert recipe["latent"] != read_recipe(predicted)["latent"]
+    assert main([*words[:2], "--recipe", *words[2:], "--invert-batch", "1", "--overwrite"]) == 0
+    assert is_recipe(out / "ann.recipe")
 
 
 def test_inspect_tells_what_a_generator_is(trained, sliders, capsys):

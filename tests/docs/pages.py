@@ -184,6 +184,10 @@ from PIL import Image
 photo = Image.open("pictures/001.png").convert("RGB")
 photos = [[photo], [photo]]
 photo.save("ann.jpg", quality=98, subsampling=0)
+import numpy
+from smidgen.bases.embedded import wide, world
+rng = numpy.random.default_rng(5)
+wide.in_a_hat(world.sample_identity(rng, "test").as_dict(), world.sample_scene(rng), rng).save("hat.png")
 """,
         runs_commands=True,
         parsed=("generator directions", "generator train", "generator calibrate", "--each", "--from-adapter ann"),

@@ -229,8 +229,9 @@ def invert_photos(
     photos: Sequence[Path],
     output: Output,
     config: Invert | None = None,
-    from_prediction: bool = False,
+    from_prediction: bool = True,
     caption: str | None = None,
+    recipe: bool = False,
     progress: bool = True,
 ) -> Result:
     """The adapter whose latent draws ``photos`` best, sought from the mean or from the prediction; see :mod:`invert`."""
@@ -238,25 +239,22 @@ def invert_photos(
     with new_folder(output.out, output.overwrite) as scratch:
         found = read_photos(photos_in(photos))
         sampler = Sampler(output)
-        looked, start = sampler.look(found), None
+        looked = sampler.look(found)
         images = looked.images
-        if from_prediction:
-            with sampler.timed("prediction"):
-                condition = sampler.generator.condition(images, [str(photo) for photo in found])
-                start = sampler.generator.latents(condition, [config.seed])[0]
         captions = captions_of(sampler.generator.image, images, caption)
         with sampler.timed("inversion"):
-            latent = invert(sampler.generator, sampler.pipeline, images, config, captions, start, progress)
+            latent, start = invert(
+                sampler.generator, sampler.pipeline, images, config, captions, from_prediction, progress
+            )
         info = {
             "command": "invert", "photos": [photo.digest for photo in found], "read": looked.facts, "captions": captions,
             "from_prediction": from_prediction, **asdict(config),
         }  # fmt: skip
-        begun = torch.zeros_like(latent) if start is None else start
         adapters = [
-            sampler.adapter(begun, "the prediction" if from_prediction else "the mean"),
+            sampler.adapter(start, "the prediction" if from_prediction else "the mean"),
             sampler.adapter(latent, "inverted", "", **info),
         ]
-        return sampler.finish(scratch, adapters, images, looked.notes)
+        return sampler.finish(scratch, adapters, images, looked.notes, recipe=recipe)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
