@@ -6,7 +6,7 @@ Trains the preset two-stage twice on the same people: in a basis that is learnt 
 photos takes part) and in the shipped generator's. Every round of both stands beside the training people's mean, the training person
 whose photo is the most alike, ridge from features to latents, and two adapters that the person trained on all their pictures: their
 own latent in the same basis, and a LoRA alone, each for the zoo's steps. Identity and captions are the judge's; rank-1, hard set and
-Lab errors (``_true_drawings``) know no network. What ships is measured after `smidgen invert` too, and on 256 held-out people. Killed, it goes on: trainings from
+Lab errors (``_true_drawings``) know no network. What ships is measured after `smidgen invert` too. Rows of 256 held-out people, the 64 among them, tell closer. Killed, it goes on: trainings from
 their checkpoints, scores from those that are there. ``--paper FOLDER`` adds a row for a generator of the preset paper. Seconds are of one
 processor core, those of a killed run without what the kill lost.
 """
@@ -291,6 +291,11 @@ def scored(given: argparse.Namespace, pipeline: AdaptedPipeline, held: Held) -> 
             rows["mean"] = numbers(read_latents(folder)[1].mean(0, keepdim=True))
         for name, value in rows.items():
             score(f"{kind}, {name}", lambda value=value: value)
+        first = load_generator(given.work / kind / f"round_{rounds[0]}")
+        score(f"{kind}, round {rounds[0]}, {MANY} people", lambda g=first: predicted(g, many), held=many)
+        with torch.no_grad():
+            fitted = numbers(nearest_and_ridge(generator, folder, photos, many)[1])
+        score(f"{kind}, ridge, {MANY} people", lambda value=fitted: value, held=many)
         score(
             f"{kind}, own latent",
             lambda k=kind, c=generator.codec: own(held, pipeline, c, given, given.work / "own" / k),
