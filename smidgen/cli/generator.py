@@ -118,7 +118,8 @@ def predict(
         keep_rank: bring a refined adapter back to the prediction's rank.
         refine_rate: learning rate of --refine (none: three tenths of personalize's).
         each: PHOTOS are people: each photo and each folder another one, whose adapter goes into OUT/NAME.
-        recipe: write OUT/NAME.recipe, 256 bytes that stand for the adapter wherever the generator is at hand, in place of a folder.
+        recipe: write OUT/NAME.recipe, 256 bytes (1,280 with embedded-wide) that stand for the adapter wherever the generator is at
+            hand, in place of a folder.
     """
     from smidgen.difflora.use.commands import parse_seeds
     from smidgen.difflora.use.commands import predict as run
@@ -136,7 +137,7 @@ def load(recipe: Path, /, output: Output) -> None:
     that SMIDGEN_GENERATORS names.
 
     Args:
-        recipe: a file of 256 bytes.
+        recipe: a file NAME.recipe.
         output: where results go.
     """
     from smidgen.difflora.use.commands import load as run
@@ -217,7 +218,7 @@ def invert(
         settings: how it is sought.
         from_prediction: start from the prediction (otherwise from the mean adapter).
         caption: what the photos show (none: what the image encoder reads, or a neutral caption).
-        recipe: write a file of 256 bytes that stands for the adapter (`smidgen load` opens it).
+        recipe: write OUT/NAME.recipe in place of a folder, as predict does.
     """
     from smidgen.difflora.use.commands import invert_photos as run
 

@@ -53,7 +53,7 @@ def predict(
         refine: how to refine; None: not at all.
         each: every photo is another person, and so is every folder: adapters go into ``output.out/NAME``. Whoever cannot be
             read is left out and named in the result.
-        recipe: write files of 256 bytes that stand for the adapters (see :mod:`recipes`) in place of their folders.
+        recipe: write files of some hundred bytes that stand for the adapters (see :mod:`recipes`) in place of their folders.
         sampler: a generator that is loaded already; None: that of ``output``.
 
     Raises:
