@@ -6,9 +6,9 @@ Trains the preset two-stage twice on the same people: in a basis that is learnt 
 photos takes part) and in the shipped generator's. Every round of both stands beside the training people's mean, the training person
 whose photo is the most alike, ridge from features to latents, and two adapters that the person trained on all their pictures: their
 own latent in the same basis, and a LoRA alone, each for the zoo's steps. Identity and captions are the judge's; rank-1, hard set and
-Lab errors (``_true_drawings``) know no network. What ships is measured after `smidgen invert` too. Rows of 256 held-out people, the 64 among them, tell closer. Killed, it goes on: trainings from
-their checkpoints, scores from those that are there. ``--paper FOLDER`` adds a row for a generator of the preset paper. Seconds are of one
-processor core, those of a killed run without what the kill lost.
+Lab errors (``_true_drawings``) know no network. What ships is measured after `smidgen invert` too. Rows of 256 held-out people,
+the 64 among them, tell more closely. Killed, it goes on: trainings from their checkpoints, scores from those that are there. ``--paper FOLDER``
+adds a row for a generator of the preset paper. Seconds are of one processor core, those of a killed run without what the kill lost.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ORDER = (
     "paper",
 )  # of contenders in the table
 MEASURES = ("identity", "caption", "rank-1", "hard set", "hair Lab", "skin Lab")
-MANY = 256  # held-out people on whom what ships is measured too
+MANY = 256  # held-out people of the rows that tell more closely
 
 
 def config_of(kind: str, given: argparse.Namespace, rounds: int) -> GeneratorConfig:

@@ -65,8 +65,8 @@ def invert(
     with pipeline.banked(generator.layout) as bank:
         model = _Coefficients(generator, start).to(pipeline.base.device)
         task = PhotoTask(pipeline, bank, generator.layout, [pictures], config.anchor)
-        rate = config.invert_rate * float(predicted.square().mean().sqrt())
-        descend(task, model, rate, config.invert_steps, config.seed, progress)
+        size = float(predicted.square().mean().sqrt()) or 1.0  # an untrained generator predicts zeros
+        descend(task, model, config.invert_rate * size, config.invert_steps, config.seed, progress)
     return (model.start + model.change).detach()[0].cpu(), start
 
 
