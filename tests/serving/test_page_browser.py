@@ -269,7 +269,9 @@ def test_edit_and_blend(visit, place, people):
     assert len(kept) == 1 and (kept[0] / "recipe.json").is_file()
     for label, name in (("First", "Bob"), ("Second", "Bob, skin dark 1")):
         at.page.get_by_label(label, exact=True).locator("visible=true").click()
-        at.page.get_by_role("option", name=name, exact=True).locator("visible=true").click()
+        option = at.page.get_by_role("option", name=name, exact=True).locator("visible=true")
+        option.click()
+        option.wait_for(state="hidden")  # the next list has the same names
     at.page.get_by_label("number input for How much of the second").fill("0.4")
     at.page.get_by_label("number input for How much of the second").press("Tab")
     at.click("Show the blend")
