@@ -133,7 +133,7 @@ def predict(
 
 
 def load(recipe: Path, /, output: Output) -> None:
-    """Write the adapter folder of RECIPE, which predict --recipe wrote. Its generator is looked for in the package and in the folders
+    """Write the adapter folder of RECIPE, which --recipe wrote. Its generator is looked for in the package and in the folders
     that SMIDGEN_GENERATORS names.
 
     Args:

@@ -1,7 +1,10 @@
 """Ctrl-C and SIGTERM during a run: note them, finish the step, write a checkpoint, say how to go on."""
 
 import signal
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,3 +55,17 @@ class Interrupts:
             "--resume-from-checkpoint latest goes on from there.",
             signum,
         )
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for a training that nobody goes on from: its checkpoints go with it, and TrainingInterrupted promises none."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield Path(folder)
+        except TrainingInterrupted as error:
+            name = signal.Signals(error.signum).name
+            raise TrainingInterrupted(
+                f"Stopped by {name}. This training keeps nothing on the way: the same command begins it again.",
+                error.signum,
+            ) from None

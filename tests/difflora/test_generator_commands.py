@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import signal
 import struct
 import zlib
 from pathlib import Path
@@ -242,6 +243,8 @@ def test_photos_that_are_none(trained, photos, tmp_path, name, message, monkeypa
     out = tmp_path / "some" / "where"
     with pytest.raises(DataError, match=message):
         commands.predict([photos[1], folder / name], work(out, trained))
+    with pytest.raises(DataError, match=message):
+        commands.invert_photos([photos[1], folder / name], work(out, trained))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -525,6 +528,30 @@ def test_inversion_finds_a_latent_that_draws_the_photo_better(trained, photos, t
     assert torch.equal(start, torch.zeros(8)) and loss(latent) < loss(start)
     assert torch.equal(predicted, generator.latents(generator.condition([image]), [0])[0])
     assert loss(near) < loss(predicted)
+
+
+@pytest.mark.parametrize("command", ["invert", "predict"])
+def test_stopping_a_training_on_photos_promises_nothing_that_is_gone(
+    command, trained, photos, tmp_path, monkeypatch, capsys
+):
+    from smidgen.difflora.use.refine import PhotoTask
+
+    batch = PhotoTask.batch
+
+    def stopped(task, index):
+        if index == 1:
+            signal.raise_signal(signal.SIGINT)
+        return batch(task, index)
+
+    monkeypatch.setattr(PhotoTask, "batch", stopped)
+    steps = ["--refine", "5"] if command == "predict" else ["--invert-steps", "5"]
+    assert (
+        main([command, str(photos[0]), "--out", str(tmp_path / "a"), "--generator", str(trained), *steps, *QUICK])
+        == 130
+    )
+    said = capsys.readouterr().err
+    assert "Stopped by SIGINT. This training keeps nothing on the way" in said and "resume" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_invert_writes_an_adapter(trained, photos, predicted, tmp_path):

@@ -53,7 +53,7 @@ def predict(
         refine: how to refine; None: not at all.
         each: every photo is another person, and so is every folder: adapters go into ``output.out/NAME``. Whoever cannot be
             read is left out and named in the result.
-        recipe: write files of some hundred bytes that stand for the adapters (see :mod:`recipes`) in place of their folders.
+        recipe: write small files that stand for the adapters (see :mod:`recipes`) in place of their folders.
         sampler: a generator that is loaded already; None: that of ``output``.
 
     Raises:
@@ -244,8 +244,9 @@ def invert_photos(
         captions = captions_of(sampler.generator.image, images, caption)
         with sampler.timed("inversion"):
             latent, start = invert(
-                sampler.generator, sampler.pipeline, images, config, captions, from_prediction, progress
-            )
+                sampler.generator, sampler.pipeline, images, config, captions, from_prediction, progress,
+                [str(photo) for photo in found],
+            )  # fmt: skip
         info = {
             "command": "invert", "photos": [photo.digest for photo in found], "read": looked.facts, "captions": captions,
             "from_prediction": from_prediction, **asdict(config),

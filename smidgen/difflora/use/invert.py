@@ -51,15 +51,17 @@ def invert(
     captions: Sequence[str] | None = None,
     from_prediction: bool = True,
     progress: bool = False,
+    names: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The latent [size] with which the base denoises ``photos`` best, and the one from which it was sought: the prediction, or the
     latent 0, which is the mean adapter.
 
     Raises:
+        DataError: no photo, or one without a face (``names`` are what to call them).
         TrainingError: the loss is not finite.
     """
     config = config or Invert()
-    predicted = generator.latents(generator.condition(photos), [config.seed])[0]
+    predicted = generator.latents(generator.condition(photos, names), [config.seed])[0]
     start = predicted if from_prediction else torch.zeros_like(predicted)
     pictures = photo_task(pipeline, photos, captions or [CAPTION] * len(photos), config.invert_batch, config.seed)
     with pipeline.banked(generator.layout) as bank:

@@ -9,7 +9,6 @@ refined as they are. Many people are refined at once through the bank, each as i
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from smidgen.difflora.zoo.task import GroupTask
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.data.pixels import fit, upright
 from smidgen.tasks.diffusion.task import PersonalizeTask
+from smidgen.training.interrupts import scratch_folder
 from smidgen.training.loop import LoopConfig, train
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def descend(task: PhotoTask, model: nn.Module, rate: float, steps: int, seed: in
         checkpointing_steps=steps,
         seed=seed,
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         try:
             train(task, model, groups, loop, scratch, progress=progress)
         finally:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from smidgen.difflora.weightspace.codec import Codec, Prepared
 from smidgen.difflora.weightspace.layout import Layout
 from smidgen.difflora.weightspace.normalise import Mode
 from smidgen.errors import ConfigError
+from smidgen.training.interrupts import scratch_folder
 from smidgen.training.loop import LoopConfig, train
 from smidgen.training.randomness import derive, examples, stream
 
@@ -109,9 +110,8 @@ class LearnedCodec(Codec):
         groups = [{"params": list(self.network.parameters()), "lr": chosen.learning_rate, "weight_decay": 1e-4}]
         identity = {"codec": self.name, "settings": self.settings(), "normalise": self.normalise, "rows": len(rows)}
         identity |= {"layout": self.layout.digest, "statistics": self._digest()}
-        with tempfile.TemporaryDirectory() as scratch:
-            where, resume = (Path(scratch), None) if folder is None else (folder, "latest")
-            task = AutoencoderTask(rows, chosen)
+        task, resume = AutoencoderTask(rows, chosen), None if folder is None else "latest"
+        with scratch_folder() if folder is None else nullcontext(folder) as where:
             train(task, self.network, groups, loop, where, resume=resume, identity=identity, progress=progress)
         self.network.requires_grad_(False).eval().to("cpu")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from smidgen.errors import ConfigError, SmidgenError
 from smidgen.tasks.data.images import load_picture
 from smidgen.tasks.diffusion.task import Encoded, PersonalizeTask
 from smidgen.training.checkpoints import CheckpointStore
+from smidgen.training.interrupts import scratch_folder
 from smidgen.training.loop import LoopConfig
 from smidgen.training.randomness import derive
 
@@ -72,7 +72,7 @@ def build_group(job: Job) -> GroupFiles:
         group = trainer(job.config)
         job.layout.check_same(group.layout, "Adapters made with this machine's base")
         with contextlib.ExitStack() as stack:
-            work = job.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work = job.work or stack.enter_context(scratch_folder())
             rows, records = group.make(job, work)
         return pack_group(job.layout, job.group, rows, records, time.perf_counter() - started)
 
