@@ -336,8 +336,8 @@ def _holds(
 
 
 def _same_numbers(held: Tensor, file: Tensor, codes: str | None = None) -> bool:
-    """Equality up to the coarser of two number formats, and to half a step of what was decoded from ``codes``: a model may
-    have been cast after the file was written."""
+    """Equality up to the coarser of two number formats, and to what rounding to ``codes`` takes: a model may have been cast after the
+    file was written."""
     if held.shape != file.shape or held.is_floating_point() != file.is_floating_point():
         return False
     if not held.is_floating_point():
@@ -346,7 +346,7 @@ def _same_numbers(held: Tensor, file: Tensor, codes: str | None = None) -> bool:
     eps, tiny = max(f.eps for f in formats), max(f.tiny * f.eps for f in formats)
     if held.dtype == file.dtype:
         eps, tiny = 0.0, 0.0
-    allowed = eps * file.double().abs() + tiny + (packing.half_step(file, codes) if codes else 0.0)
+    allowed = eps * file.double().abs() + tiny + (packing.rounded_by(file, codes) if codes else 0.0)
     return bool(((held.double() - file.double()).abs() <= allowed).all())
 
 

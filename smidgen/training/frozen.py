@@ -48,7 +48,8 @@ def frozen_matmuls(model: nn.Module, how: Matmuls) -> Iterator[bool]:
         for slot in slots:
             with torch.no_grad():
                 factors = slot.factors()
-            slot.rounded = factors.up.bfloat16(), factors.down.bfloat16()
+            if factors.down.dtype == torch.float32:
+                slot.rounded = factors.up.bfloat16(), factors.down.bfloat16()
         yield True
     finally:
         for slot in slots:
@@ -67,12 +68,11 @@ def _is_frozen(module: nn.Module) -> bool:
 
 
 def _diagonals(layer: ShiftLayer) -> list[Slot]:
-    """The slots of a linear layer that have a trained diagonal between two frozen factors in fp32."""
+    """The slots of a linear layer that have a trained diagonal between two frozen factors."""
     if isinstance(layer.kind, Conv2dKind | ExpertsKind):
         return []
     slots = [slot for slot in layer.smidgen_slots.values() if isinstance(slot, Slot)]
-    diagonals = [slot for slot in slots if slot.residual is not None and slot.residual.diagonal_between]
-    return [slot for slot in diagonals if slot.factors().down.dtype == torch.float32]
+    return [slot for slot in slots if slot.residual is not None and slot.residual.diagonal_between]
 
 
 def _in_bf16(module: nn.Linear, weight: Tensor, x: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ the order of the sorted target names, which the config lists. Nothing else is in
 
 In int8 and int4 a packed tensor is one tensor of bytes: the codes, in int4 two to a byte, the first in the lower half, then a
 bfloat16 scale for each ``GROUP`` of consecutive numbers (the last group may be shorter). number = code x scale, codes run from -127
-to 127 or from -7 to 7; -8 fills the last half byte of an odd count and is nothing else. A group's largest number always has the
-largest code, so that what was rounded once stays as it is, and bfloat16 has the range of float32, so that no number is too
-large or too small. Scales in a tensor of their own would cost 75 bytes of header a name.
+to 127 or from -7 to 7; -8 fills the last half byte of an odd count and is nothing else. The scale is, of a few, the one that the
+group loses least by: in int4 a group's largest number may be cut by up to a fifth for the sake of the others, which is 7 % less
+in all. The largest always has the largest code, so that what was rounded once stays as it is, and bfloat16 has the range of
+float32, so that no number is too large or too small. Scales in a tensor of their own would cost 75 bytes of header a name.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ Layout = Mapping[str, Mapping[str, tuple[tuple[int, ...], torch.dtype]]]  # targ
 
 
 class Code(NamedTuple):
-    """A number format of whole numbers: codes to a byte, and the largest code."""
+    """A number format of whole numbers: codes to a byte, the largest code, and what it may stand for, in shares of a group's
+    largest number."""
 
     per_byte: int
     most: int
+    shares: tuple[float, ...]
 
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16}
-CODES = {"int8": Code(1, 127), "int4": Code(2, 7)}
+CODES = {"int8": Code(1, 127, (1.0,)), "int4": Code(2, 7, (1.0, 0.95, 0.9, 0.85, 0.8))}
 STORED = (*FLOATS, *CODES)  # what store_dtype may be
 GROUP = 64  # of half as many each rounding is 9 % less, but their scales take what a longer code would make 16 %
 HALVES = "float16"  # of what is stored beside codes and is no packed number: heads, factors
@@ -136,14 +139,31 @@ def decode(tensors: Mapping[str, Tensor], dtype: str, where: str) -> dict[str, T
 def _coded(values: Tensor, code: Code) -> Tensor:
     """Numbers [n] as bytes: their codes, then their scales."""
     groups = _groups(values)
-    scales = (groups.abs().amax(1) / code.most).to(_SCALE)
-    scales[scales < torch.finfo(_SCALE).tiny] = 0  # below, bfloat16 has few digits, then none
-    codes = (groups / torch.where(scales == 0, torch.inf, scales.float())[:, None]).round().clamp(-code.most, code.most)
-    codes = codes.to(torch.int8).flatten()[: len(values)]
+    scales = _scales(groups, code)
+    codes = _steps(groups, scales.float(), code).to(torch.int8).flatten()[: len(values)]
     if code.per_byte == 2:
         codes = torch.cat([codes, codes.new_full((len(codes) % 2,), _PAD)]).view(torch.uint8)
         codes = (codes[::2] & 15) | (codes[1::2] & 15) << 4
     return torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)])
+
+
+def _scales(groups: Tensor, code: Code) -> Tensor:
+    """Of each group [groups, GROUP] the scale [groups] that loses least of it; of equals that of its largest number."""
+    largest = groups.abs().amax(1)
+    unit = groups / torch.where(largest == 0, 1, largest)[:, None]  # no square of these is too large
+    best, least = torch.zeros_like(largest, dtype=_SCALE), torch.full_like(largest, torch.inf)
+    for share in code.shares:
+        scales = (share * largest / code.most).to(_SCALE)
+        scales[scales < torch.finfo(_SCALE).tiny] = 0  # below, bfloat16 has few digits, then none
+        step = scales.float() / torch.where(largest == 0, 1, largest)
+        lost = (unit - _steps(unit, step, code) * step[:, None]).square().sum(1)
+        best, least = torch.where(lost < least, scales, best), torch.minimum(lost, least)
+    return best
+
+
+def _steps(groups: Tensor, step: Tensor, code: Code) -> Tensor:
+    """The codes of numbers [groups, n] in steps [groups]."""
+    return (groups / torch.where(step == 0, torch.inf, step)[:, None]).round().clamp(-code.most, code.most)
 
 
 def _decoded(name: str, raw: Tensor, dtype: str, where: str) -> Tensor:
@@ -181,11 +201,14 @@ def _groups(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, count * GROUP - len(values))).view(count, GROUP)
 
 
-def half_step(values: Tensor, dtype: str) -> Tensor:
-    """How far the numbers that were written as codes may lie from those that come back, ``values`` [n], in fp64."""
-    steps = _groups(values.double()).abs().amax(1, keepdim=True) / CODES[dtype].most
-    vanished = 1.01 * CODES[dtype].most * torch.finfo(_SCALE).tiny
-    return (0.501 * steps + vanished).expand(-1, GROUP).flatten()[: len(values)]
+def rounded_by(values: Tensor, dtype: str) -> Tensor:
+    """How far the numbers that were written as codes may lie from those that come back, ``values`` [n], in fp64: half a step, and
+    for what has the largest code what it may have been cut by."""
+    code, groups = CODES[dtype], _groups(values.double()).abs()
+    largest = groups.amax(1, keepdim=True)
+    cut = torch.where(groups == largest, (1 / min(code.shares) - 1) * largest, 0)
+    vanished = 1.01 * code.most * torch.finfo(_SCALE).tiny
+    return (0.501 * largest / code.most + cut + vanished).flatten()[: len(values)]
 
 
 def size(count: int, dtype: str) -> int:
