@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,10 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def _check_name(model: nn.Module, adapter_name: str) -> None:
     if not adapter_name or "." in adapter_name:
         raise SmidgenError(f"An adapter's name is a word without dots, got {adapter_name!r}.")
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise SmidgenError(
+            f"torch keeps the name {adapter_name!r} for itself (nn.ModuleDict); choose another adapter_name."
+        )
     if adapter_name in names(model):
         raise SmidgenError(f"The model already carries an adapter named {adapter_name!r}; choose another adapter_name.")
 
@@ -402,7 +407,7 @@ def trained_numbers(model: Any, adapter_name: str | None = None) -> int:
 
 def set_active(model: Any, adapter_names: str | list[str]) -> None:
     """Makes adapters active, several at once if a list is given: their deltas add."""
-    wanted = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    wanted = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
     _check_carried(model, wanted)
     heads = [
         (head, name, [n for n in wanted if n in head.modules_to_save])
@@ -426,14 +431,25 @@ def set_active(model: Any, adapter_names: str | list[str]) -> None:
         head.set_adapter(trained)
 
 
+def _finite(name: str, strength: Any) -> float:
+    try:
+        found = float(strength)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SmidgenError(f"The strength of adapter {name!r} is a number, got {strength!r}.") from error
+    if not isfinite(found):
+        raise SmidgenError(f"The strength of adapter {name!r} is a finite number, got {found}.")
+    return found
+
+
 def set_strength(model: Any, strength: float | dict[str, float]) -> None:
     """Sets the strength of all adapters, or of each by name; 0 is the base model, the delta is linear in it.
 
     Raises:
-        SmidgenError: no such adapter, or one of a method of peft's that has no strength (OFT, VeRA); nothing is changed.
+        SmidgenError: no such adapter, no finite number, or a method of peft's that has no strength (OFT, VeRA); nothing is changed.
     """
-    wanted = dict.fromkeys(names(model), float(strength)) if isinstance(strength, (int, float)) else strength
-    _check_carried(model, wanted)
+    given = strength if isinstance(strength, Mapping) else dict.fromkeys(names(model), strength)
+    _check_carried(model, given)
+    wanted = {name: _finite(name, value) for name, value in given.items()}
     pairs = [
         (layer, name)
         for name in wanted
@@ -441,6 +457,9 @@ def set_strength(model: Any, strength: float | dict[str, float]) -> None:
         for layer in tuner_layers(part, name).values()
     ]
     before = [(layer.scaling, dict(layer.scaling)) for layer, _ in pairs if hasattr(layer, "scaling")]
+    merged = {layer: list(layer.merged_adapters) for layer, name in pairs if name in layer.merged_adapters}
+    for layer in merged:
+        layer.unmerge()  # what was merged has the strength of before
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # how peft says that nothing was done
@@ -452,6 +471,9 @@ def set_strength(model: Any, strength: float | dict[str, float]) -> None:
         raise SmidgenError(
             f"Adapter {name!r} has no strength to set: peft's {type(layer).__module__.split('.')[-2]} has none."
         ) from error
+    finally:
+        for layer, again in merged.items():
+            layer.merge(adapter_names=again)
 
 
 @contextmanager

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from smidgen.adapters import api
-from smidgen.adapters.checkpoint import base_lock, packing
+from smidgen.adapters.checkpoint import base_groups, base_lock, packing
 from smidgen.adapters.tuner import calls, renames
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
+from smidgen.adapters.tuner.base import base_matrix
 from smidgen.adapters.tuner.building import make_slot, members_of
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.adapters.tuner.config import SmidgenConfig
@@ -401,6 +402,7 @@ class Bank:
     def _from_model(self, model: nn.Module, adapter_name: str) -> tuple[Any, Any, dict[str, float], str]:
         """(tensors by target, heads, strengths, why it does not fit) of an adapter that a model carries."""
         sources = adapted_layers(model, adapter_name)
+        self._check_base(sources)
         tensors: dict[str, dict[str, Tensor]] = {}
         for target, slot in self.slots.items():
             if target not in sources:
@@ -420,6 +422,22 @@ class Bank:
             if not self.slots[target].ready:
                 tensors[target] = layer.slot(adapter_name).frozen() | tensors[target]
         return tensors, heads, {target: layer.scaling[adapter_name] for target, layer in sources.items()}, ""
+
+    def _check_base(self, sources: Mapping[str, AdaptedLayer]) -> None:
+        """A live adapter is of the bank's base, as one of a file is."""
+        others = [name for name, layer in sources.items() if name in self.layers and layer is not self.layers[name]]
+        if not others:
+            return
+        own = [base_groups.samples(base_matrix(self.layers[name])).cpu() for name in others]
+        its = [base_groups.samples(base_matrix(sources[name])).cpu() for name in others]
+        if [part.shape for part in own] != [part.shape for part in its]:
+            return  # which the slots say better
+        off = float((torch.cat(its) - torch.cat(own)).norm() / torch.cat(own).norm().clamp(min=1e-30))
+        if off > base_lock.CAST:
+            raise SmidgenError(
+                f"The adapter is of another base than the bank's: the weights of its layers differ by {off:.0%} (at most "
+                f"{base_lock.CAST:.0%} are taken for a cast or a fine-tune)."
+            )
 
     def _from_file(self, path: str | os.PathLike[str]) -> tuple[Any, Any, dict[str, float], str]:
         """The same of an adapter folder; a config that fits, its base lock among it, is checked once."""

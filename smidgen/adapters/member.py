@@ -127,9 +127,10 @@ class Factors(NamedTuple):
         return Factors(self.up, diagonal if self.floor is None else torch.maximum(diagonal, self.floor), self.down)
 
     def dense(self) -> Tensor:
-        """D [rows, cols]; of factors that lead with an axis [experts], one D each."""
+        """D [rows, cols] in fp32 or better; of factors that lead with an axis [experts], one D each."""
         own = self.weighed()
-        return (own.up if own.diagonal is None else own.up * own.diagonal[..., None, :]) @ own.down
+        up, down = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (own.up, own.down))
+        return (up if own.diagonal is None else up * own.diagonal[..., None, :]) @ down
 
 
 class Residual(Member):

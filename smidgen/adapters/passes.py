@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smidgen.adapters import api
 from smidgen.adapters.example_inputs import Example, examples
 from smidgen.adapters.tuner.adapted_layer import AdaptedLayer
 from smidgen.adapters.tuner.carried import model_keys, tuner_layers
@@ -20,7 +20,7 @@ from smidgen.adapters.tuner.carried import model_keys, tuner_layers
 Inputs = tuple[Any, ...] | Mapping[str, Any] | Callable[[Any], Any]
 
 SMALLEST = 1e-8  # relative movement of an output below which it is rounding whatever its format
-_ENOUGH = 1e-3  # movement that needs no comparison with the noise of two equal passes
+NOISY = 1e-3  # the same of two equal passes, above which a model does not answer twice alike
 
 
 @dataclass
@@ -70,11 +70,9 @@ def run(model: nn.Module, adapter_name: str, inputs: Inputs | None, whole: Any =
         try:
             call, on, found.missing = _first_that_runs(model, inputs, model if whole is None else whole)
             found.called, found.owners = set(seen), set(parents)
-            with _silent(model, adapter_name):
+            with silent(layers.values(), adapter_name):
                 off = numbers(call())
-                found.moved = _distance(on, off)
-                if found.moved <= _ENOUGH:
-                    found.noise = _distance(numbers(call()), off)
+                found.moved, found.noise = _distance(on, off), _distance(numbers(call()), off)
             if any(training for _, training in modes):
                 seen.clear()
                 _set_modes(modes)
@@ -94,6 +92,8 @@ def _first_that_runs(
 
         def call(example: Example = example) -> Any:
             torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
             return example.run()
 
         try:
@@ -155,24 +155,34 @@ def _calls(modules: Mapping[str, nn.Module]) -> Iterator[set[str]]:
 
 
 @contextmanager
-def _silent(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Within, the adapter's layers do nothing; the model's other adapters and its heads stay as they are."""
-    layers = list(tuner_layers(model, adapter_name).values())
-    with api.disabled(model) if any(layer.merged for layer in layers) else silent(layers, adapter_name):
-        yield
-
-
-@contextmanager
 def silent(layers: Collection[Any], adapter_name: str) -> Iterator[None]:
-    """Within, an adapter that is not merged does nothing at these layers."""
-    before = [list(layer.active_adapters) for layer in layers]
+    """Within, an adapter does nothing at these layers; what is active or merged beside it stays, what it was merged in the place of
+    stays away."""
+    before = [
+        (layer, list(layer.active_adapters), list(layer.merged_adapters), list(getattr(layer, "_replaced", ())))
+        for layer in layers
+    ]
     try:
-        for layer, active in zip(layers, before, strict=True):
-            layer._active_adapter = [name for name in active if name != adapter_name]
+        for layer, active, merged, replaced in before:
+            if adapter_name in merged:
+                _merged_anew(layer, [name for name in merged if name != adapter_name], replaced)
+            layer._active_adapter = [name for name in active if name not in (adapter_name, *replaced)]
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, active, merged, replaced in before:
             layer._active_adapter = active
+            if adapter_name in merged:
+                _merged_anew(layer, merged, replaced)
+
+
+def _merged_anew(layer: Any, names: list[str], replaced: list[str]) -> None:
+    """Those adapters merged at a layer and no others."""
+    if layer.merged:
+        layer.unmerge()
+    if names:
+        layer.merge(adapter_names=names)
+    if hasattr(layer, "_replaced"):
+        layer._replaced = replaced
 
 
 # ---- nothing is left behind --------------------------------------------------------------------------------------------
@@ -210,9 +220,12 @@ def left_as_it_was(model: nn.Module) -> Iterator[Modes]:
     ]
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        states = random.getstate(), np.random.get_state()
         try:
             yield modes
         finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
             _set_modes(modes)
             with torch.no_grad():
                 for module, name, buffer, kept in buffers:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import smidgen
 from smidgen import testing
@@ -124,6 +125,83 @@ def test_generation(method: str, way: str) -> None:
 def test_generation_of_an_encoder_and_decoder(method: str, way: str) -> None:
     model, bank = banked(t5(), method, ["q", "v", "wo"], size=2.0)
     check_rows(model, bank, written(model, **WAYS[way]), ids())
+
+
+def music() -> nn.Module:
+    text = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "model_type": "t5"}
+    audio = {"num_filters": 4, "hidden_size": 16, "codebook_size": 64, "codebook_dim": 16, "upsampling_ratios": [4, 2]}
+    audio |= {
+        "sampling_rate": 2400,
+        "target_bandwidths": [1.5, 3.0, 6.0],
+        "use_causal_conv": False,
+        "model_type": "encodec",
+    }
+    decoder = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    decoder |= {"num_codebooks": 2, "pad_token_id": 64, "bos_token_id": 64}
+    model = made(
+        "MusicgenForConditionalGeneration", "MusicgenConfig", text_encoder=text, audio_encoder=audio, decoder=decoder
+    )
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, 64)
+    return model
+
+
+def test_generation_that_stacks_copies_of_its_rows_for_guidance() -> None:
+    model, bank = banked(music(), "lora", r"decoder\..*(q_proj|v_proj|fc1)", size=2.0)
+
+    def first(rows: Sequence[str | None], scale: float, **options: Any) -> Tensor:
+        with bank.rows(rows, **options), torch.no_grad():
+            given = {"input_ids": ids()[:2], "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+            told = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+            return (
+                model.generate(**given, **told, guidance_scale=scale)
+                .scores[0]
+                .nan_to_num(neginf=-9)
+                .unflatten(0, (2, -1))
+            )  # type: ignore[no-any-return]
+
+    for scale, options in ((1.0, {}), (3.0, {"copies": True})):
+        both = first(["a", "b"], scale, **options)
+        for row, name in enumerate("ab"):
+            testing.close(both[row], first([name, name], scale)[row], f"guidance {scale}, row {row}", factor=20)
+        testing.differs(both[1], first(["a", "a"], scale)[1], "the adapters")
+    with pytest.raises(SmidgenError, match=r"do not show which.*copies=True"):
+        first(["a", "b"], 3.0)  # the mask, [1, 1, 0, 0], looks like each row twice
+
+
+def test_generation_that_drops_rows_which_are_done() -> None:
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    }
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_target_positions": 64, "num_mel_bins": 80}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = made("WhisperForConditionalGeneration", "WhisperConfig", vocab_size=120, **sizes, **ends)
+    own = model.generation_config
+    own.no_timestamps_token_id, own.max_initial_timestamp_index, own.return_timestamps = 90, 5, True
+    own.is_multilingual, own.suppress_tokens, own.begin_suppress_tokens, own.forced_decoder_ids = (
+        False,
+        None,
+        None,
+        None,
+    )
+    model, bank = banked(model, "lora", r"model\.decoder.*(q_proj|v_proj|fc1)", size=2.0)
+    mask = torch.ones(2, 5000, dtype=torch.long)
+    mask[1, 300:] = 0  # the second clip is done after the first window of thirty seconds
+    sound = torch.randn(2, 80, 5000, generator=torch.Generator().manual_seed(4))
+
+    def heard(rows: Sequence[str | None]) -> list[list[Any]]:
+        told = {"return_timestamps": True, "max_new_tokens": 12, "return_segments": True, "num_beams": 2}
+        with bank.rows(rows), torch.no_grad():
+            found = model.generate(sound, attention_mask=mask, condition_on_prev_tokens=False, **told)
+        return [[part["tokens"].tolist() for part in clip] for clip in found["segments"]]
+
+    assert len(heard(["a", "a"])) == 2
+    with pytest.raises(SmidgenError, match="2 rows set and `generate` runs on 1"):  # of two beams each: as many as rows
+        heard(["a", "b"])
 
 
 def test_several_sampled_sequences_of_one_prompt() -> None:
@@ -480,12 +558,57 @@ def test_guidance_and_pictures_per_prompt(method: str, copies: int, repeats: int
         testing.close(found[place], wanted, f"place {place}, row {i}")
 
 
+class Tagger(nn.Module):
+    """Sorts its rows by length, as everybody does before packing them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.proj, self.lstm = nn.Embedding(97, 16), nn.Linear(16, 16), nn.LSTM(16, 16, batch_first=True)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        lengths, order = lengths.sort(descending=True)
+        packed = pack_padded_sequence(self.proj(self.embed(tokens[order])), lengths, batch_first=True)
+        found, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=tokens.shape[1])
+        return found[order.argsort()]
+
+
+@pytest.mark.parametrize("lengths", [[6, 5, 3], [3, 5, 6], [6, 6, 6]])
+def test_a_model_that_sorts_its_rows_is_refused_whatever_their_order(lengths: list[int]) -> None:
+    model, bank = banked(Tagger(), "lora", ["proj"])
+    with bank.rows(NAMES), pytest.raises(SmidgenError, match="is not known"):
+        model(ids(), torch.tensor(lengths))
+
+
+class Frames(nn.Module):
+    """Folds frames into the rows, or rows into the frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, frames_first: bool = False) -> Tensor:
+        x = x.transpose(0, 1) if frames_first else x
+        y = self.proj(x.reshape(-1, 16)).reshape(x.shape)
+        return y.transpose(0, 1) if frames_first else y
+
+
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_a_rule_is_not_carried_over_to_a_call_with_another_flag(order: tuple[bool, bool]) -> None:
+    model, bank = banked(Frames(), "lora", ["proj"])
+    x = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(3))
+    check_rows(model, bank, lambda x: model(x, frames_first=order[0]), x)
+    with bank.rows(NAMES), pytest.raises(SmidgenError, match="is not known"):
+        model(x, frames_first=order[1])
+
+
 def test_rows_that_the_call_does_not_show_are_asked_for() -> None:
     model, bank = banked(Denoiser(), "lora", ["to_q", "to_k"])
     g = torch.Generator().manual_seed(8)
     with bank.rows(NAMES), pytest.raises(SmidgenError, match=r"do not show which.*copies=True"):
         model(torch.randn(6, 16, generator=g), torch.randn(6, 8, generator=g))
-    x, text = guided(torch.randn(2, 16, generator=g), torch.ones(2, 8))
+    x, text = guided(torch.randn(2, 16, generator=g), torch.linspace(1, 2, 8).expand(2, 8))
     with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"show both.*copies=True"):
         model(x, text)  # two people with one prompt look like two pictures of each of two prompts
     with bank.rows(["a", "b"], copies=True), torch.no_grad():
@@ -497,6 +620,9 @@ def test_rows_that_the_call_does_not_show_are_asked_for() -> None:
         pytest.raises(SmidgenError, match="3 rows set, which do not divide a batch of 4"),
     ):
         model(x, text)
+    mask = torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand(4, 8)  # as of two prompts and two empty ones
+    with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match="do not show which"):
+        model(torch.randn(4, 16, generator=g), mask)
 
 
 # ---- training through rows ---------------------------------------------------------------------------------------------

@@ -11,14 +11,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from smidgen.adapters.checkpoint.base_groups import signs
 from smidgen.adapters.tuner import calls, experts, targets
-from smidgen.adapters.tuner.kinds import class_name, computed, kind_of, refresh
+from smidgen.adapters.tuner.kinds import Conv2dKind, class_name, computed, kind_of, refresh
 from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
 from smidgen.adapters.tuner.shards import whole
 from smidgen.adapters.tuner.slot import Slot
 from smidgen.errors import SmidgenError
 
 logger = logging.getLogger("smidgen")
+
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # TF32 is 1e-3 off
 
 
 class AdaptedLayer(ShiftLayer, BaseTunerLayer):
@@ -97,13 +100,16 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = self.active_adapters
-        if self.merged:
-            beside = [n for n in names if n in self.smidgen_slots and n not in (*self.merged_adapters, *self._replaced)]
-            if not beside:
-                return self.base_layer(x, *args, **kwargs)
-            names = [*self.merged_adapters, *beside]
-        return self.shifted(x, names, *args, **kwargs)
+        names = self._added()
+        return self.shifted(x, names, *args, **kwargs) if names else self.base_layer(x, *args, **kwargs)
+
+    def _added(self) -> list[str]:
+        """The adapters that a call adds to the base's own weight; none where the weight in its place says it all."""
+        names = [n for n in self.active_adapters if n in self.smidgen_slots]
+        if not self.merged:
+            return names
+        beside = [n for n in names if n not in (*self.merged_adapters, *self._replaced)]
+        return [*self.merged_adapters, *beside] if beside else []
 
     def _check_mixed(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -167,6 +173,36 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
                 "into it; take that off first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm or "
                 "prune.remove), or keep the adapter unmerged."
             )
+        if not self._is_its_weight():
+            raise SmidgenError(
+                f"A {class_name(layer)}{where} does more than multiply by its weight and add its bias (a mask, a norm of the weight), so "
+                "that an update merged into the weight is not what the adapter does; keep the adapter unmerged."
+            )
+
+    @torch.no_grad()
+    def _is_its_weight(self) -> bool:
+        """Whether the base layer gives what its weight and bias do, tried where its class has a forward of its own."""
+        layer: Any = self.get_base_layer()
+        own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward) or not isinstance(
+            layer, nn.Linear | nn.Conv2d
+        )
+        weight = self._original()
+        if own or self.merged or weight.is_meta:
+            return True
+        x, bias = probe(self).to(weight.device, weight.dtype), self._bias()
+        bias = bias if bias is None else bias.to(weight)
+        if isinstance(layer, nn.Linear):
+            wanted = nn.functional.linear(x, weight, bias)
+        else:
+            wanted = layer._conv_forward(x, weight, bias)
+        try:
+            found = self.base_layer(x)
+        except Exception:  # it wants more than an input
+            return False
+        size = float(wanted.float().norm())
+        return found.shape == wanted.shape and float((found - wanted).float().norm()) <= _ROUNDING[weight.dtype] * max(
+            size, 1e-30
+        )
 
     def unmerge(self) -> None:
         """Puts the original bits of the base weight back."""
@@ -229,9 +265,20 @@ class AdaptedExperts(AdaptedLayer):
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer()  # type: ignore[no-any-return]
-        return self.shifted_weight(self.active_adapters)
+        names = [] if self.disable_adapters else self._added()
+        return self.shifted_weight(names) if names else self.base_layer()  # type: ignore[no-any-return]
+
+
+def probe(layer: AdaptedLayer) -> Tensor:
+    """A fixed input for a layer: +-1 in every feature, a few tokens or a small picture."""
+    width = layer.kind.geometry(layer.base_layer)[0] * layer.kind.geometry(layer.base_layer)[3]
+    rows = signs(width, 2)
+    if not isinstance(layer.kind, Conv2dKind):
+        return rows.T.contiguous()
+    base: Any = layer.base_layer
+    size = 2 + max(k * d for k, d in zip(base.kernel_size, base.dilation, strict=True))
+    columns = rows[None]
+    return columns.repeat(1, 1, size * size // rows.shape[1] + 1)[..., : size * size].reshape(1, width, size, size)
 
 
 def adapted_layer(base: nn.Module) -> AdaptedLayer:

@@ -7,6 +7,7 @@ evaluation: :func:`follow` keeps an adapted one on the path that calls them.
 
 from __future__ import annotations
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -36,7 +37,7 @@ _FAST_PATH = "_smidgen_fast_path"  # what was set aside while an encoder carries
 def bypassed(model: nn.Module, name: str) -> str | None:
     """Why the layer ``name`` of a model is not called in a forward pass and what to adapt instead; None if unknown."""
     parent, _, last = name.rpartition(".")
-    owner = model.get_submodule(parent)
+    owner = (model.get_base_model() if isinstance(model, PeftModel) else model).get_submodule(parent)
     kind = type(owner).__name__
     if isinstance(owner, nn.MultiheadAttention) and type(owner).forward is nn.MultiheadAttention.forward:
         return (

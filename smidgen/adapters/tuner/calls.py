@@ -10,7 +10,8 @@ and rows of the batch become rows of a layer's input by one of
     each row repeated (tokens or windows folded into the first axis; once is "equal"), stacked copies, the second axis.
 
 No rule is guessed. A call with more rows than the block needs evidence in its inputs, or is told. A layer's rule is
-found by running the model with one row changed, and seeing which rows of the layer's input change with it.
+found by running the model with one row changed, and seeing which rows of the layer's input change with it, and with the rows in
+reverse, which they must follow. It holds for calls of one form: shapes, flags, and whether rows have masks of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import copy
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
@@ -48,6 +49,8 @@ _ABOUT = (
     "img_ids",
     "txt_ids",
 )  # inputs that say where tokens are; FLUX reads row 0's
+_TIMES = ("step", "time", "sigma")  # whole numbers that change from call to call
+_SAME = 1e-2  # of the largest number of an input: rows that differ by less are one row
 _CHANGED = 1e-3  # of the largest change at a layer: below is rounding of kernels that see the whole batch
 
 
@@ -164,6 +167,12 @@ class Call:
                 return 1, 1, False
             raise SmidgenError(f"A {type(self.module).__name__} was called without a batch to see rows in.")
         batch = len(x)
+        generation = None if block.constant else _generation()
+        if generation is not None and generation[0] != n and batch % generation[0] == 0:
+            raise SmidgenError(
+                f"The bank has {n} rows set and `generate` runs on {generation[0]}: which of them these are is not known (some models drop "
+                "rows that are done). Name a row for each prompt, give all rows the same adapter, or generate for one adapter at a time."
+            )
         if n in (1, batch):
             return 1, batch // n, False
         tokens = x.dim() == 3 or (x.dim() == 2 and not x.is_floating_point())
@@ -173,12 +182,15 @@ class Call:
             raise SmidgenError(f"The bank has {n} rows set, which do not divide a batch of {batch}.")
         if block.constant:
             return 1, batch // n, False
-        if block.stacked:
-            return batch // n, 1, False
-        if _generating():
-            return 1, batch // n, False
-        fits = [(s, batch // n // s) for s in range(1, batch // n + 1) if batch // n % s == 0]
-        shown = [fit for fit in fits if self._shows(*fit)]
+        times = batch // n
+        if generation is None:
+            fits = [(copies, times // copies) for copies in range(1, times + 1) if times % copies == 0]
+        else:  # that rows are repeated needs no evidence, what is more than that does
+            fits = [(times // generation[1], generation[1])] if times % generation[1] == 0 else []
+        if block.stacked and generation is None:
+            fits = [(times, 1)]
+        told = block.stacked or fits == [(1, times)]
+        shown = [fit for fit in fits if told or self._shows(*fit)]
         if len(shown) == 1:
             return *shown[0], False
         found = "its inputs show both" if shown else "its inputs do not show which"
@@ -194,7 +206,9 @@ class Call:
         batch = len(self.main)
         inputs = [t for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == batch]
         inputs = [t.detach().flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in inputs]
-        inputs = [t for t in inputs if not bool((t == t[:1]).all())]  # equal everywhere shows nothing
+        inputs = [
+            t for t in inputs if not (bool((t == t[:1]).all()) or _two_values(t))
+        ]  # rows alike, or masks, show nothing
         alike = [t.unflatten(0, (copies, -1)) for t in inputs]
         runs = [t.unflatten(0, (-1, repeats)) for t in inputs]
         return (copies == 1 or any(bool((t == t[:1]).all()) for t in alike)) and (
@@ -424,7 +438,9 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
     """Tests the module of a call with inputs of this form, once for the layers of a block."""
     module, main = call.module, call.main
     assert main is not None
-    key = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]), *sorted(call.kwargs))
+    shape = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]))
+    named = [*(("", value) for value in call.args), *sorted(call.kwargs.items(), key=lambda item: item[0])]
+    key = (*shape, *(_form(name, value, batch) for name, value in named))
     if (module, key) in block.tested or isinstance(module, ShiftLayer):
         return
     with _LOCK:
@@ -437,6 +453,17 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
             seen.update(block.names)
             block.made.clear()
         block.tested.add((module, key))
+
+
+def _form(name: str, value: Any, batch: int) -> tuple[Any, ...]:
+    """What of an input may decide how a model lays its rows: a setting's value, or that rows are masked differently."""
+    if isinstance(value, bool | str) or (value is None and not any(word in name for word in _ABOUT)):
+        return name, value
+    if isinstance(value, int):
+        return name, None if not name or any(word in name for word in _TIMES) else value
+    masks = isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch
+    masks = masks and ("mask" in name if name else value.dim() == 2 and _two_values(value))
+    return name, masks and not bool((value == value[:1]).all())
 
 
 class Probe:
@@ -478,33 +505,38 @@ class _Choices(TorchDispatchMode):
 
 def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
     """Runs the base model on the call's inputs, with the first row changed, the last one, and all."""
-    passes: list[Probe] = []
+    given, passes = (call.args, call.kwargs), list[Probe]()
     for change in (None, 0, batch - 1, slice(None)):
-        probe = Probe()
-        token = _PROBE.set(probe)
         try:
-            with _quiet(call.module), torch.no_grad(), torch.random.fork_rng(_devices(call.module)):
-                args, kwargs = _changed((call.args, call.kwargs), batch, packed, change)
-                if change is None:
-                    with _Choices(probe):
-                        call.module(*args, **kwargs)
-                else:
-                    call.module(*args, **kwargs)
+            passes.append(_pass(call.module, _changed(given, batch, packed, change), choices=change is None))
         except Exception as error:
             raise SmidgenError(
                 "Which rows of the batch a layer sees is found by running the base model with a row changed, and that "
                 f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
             ) from error
-        finally:
-            _PROBE.reset(token)
-        passes.append(probe)
     plain, *others = passes
-    return {
-        layer: _judged(layer, plain, others, batch, packed) for layer in plain.prints.keys() | others[2].prints.keys()
-    }
+    turned, folded = Probe(), [t for t in _tensors(given) if t.dim() and len(t) > batch and len(t) % batch == 0]
+    if not packed and batch > 1 and not folded:  # what has rows folded into it cannot be turned
+        with suppress(Exception):  # a model may want its rows in an order, as packed sequences do
+            turned = _pass(call.module, _reversed(given, batch))
+    layers = plain.prints.keys() | others[2].prints.keys()
+    return {layer: _judged(layer, plain, others, turned, batch, packed) for layer in layers}
 
 
-def _judged(layer: nn.Module, plain: Probe, others: Sequence[Probe], batch: int, packed: bool) -> Known:
+def _pass(module: nn.Module, inputs: tuple[Any, Any], choices: bool = False) -> Probe:
+    """The prints of one pass of the base model."""
+    probe = Probe()
+    token = _PROBE.set(probe)
+    try:
+        watch = _Choices(probe) if choices else nullcontext()
+        with _quiet(module), torch.no_grad(), torch.random.fork_rng(_devices(module)), watch:
+            module(*inputs[0], **inputs[1])
+    finally:
+        _PROBE.reset(token)
+    return probe
+
+
+def _judged(layer: nn.Module, plain: Probe, others: Sequence[Probe], turned: Probe, batch: int, packed: bool) -> Known:
     routed = Known(frozenset(), "what reaches it is picked by its content, as a router picks tokens for an expert")
     shapes = [[tuple(print.shape) for print in probe.prints.get(layer, [])] for probe in (plain, *others)]
     if layer in plain.routed or any(own != shapes[0] for own in shapes):
@@ -513,6 +545,8 @@ def _judged(layer: nn.Module, plain: Probe, others: Sequence[Probe], batch: int,
     for number, print in enumerate(plain.prints[layer]):
         first, last = ((probe.prints[layer][number] - print).abs().amax(-1) for probe in others[:2])
         kinds &= _obeyed(print, first, last, batch, packed)
+        if len(turned.prints.get(layer, [])) == len(shapes[0]):
+            kinds = frozenset(kind for kind in kinds if _follows(print, turned.prints[layer][number], kind, batch))
     return Known(kinds, "" if kinds else "its rows do not change with those of the call in a way that is known")
 
 
@@ -528,19 +562,39 @@ def _obeyed(print: Tensor, first: Tensor, last: Tensor, batch: int, packed: bool
     if not first.any() and not last.any():
         same = n == batch and bool((print == print[:1]).all())  # one value for the whole batch, such as the time
         return frozenset((REPEATED, COPIES)) if same else frozenset()
-    hits = [change > _CHANGED * change.max() for change in (first, last)]
-    if not all(bool(hit.any()) for hit in hits):
-        return frozenset()
+    hits = [
+        (change > _CHANGED * change.max(), own) for change, own in ((first, 0), (last, batch - 1))
+    ]  # one may be masked
     found = []
     row = torch.arange(n, device=print.device)
     if n % batch == 0:
         for kind, owner in ((REPEATED, row // (n // batch)), (COPIES, row % batch)):
-            if all(bool((owner[hit.any(1)] == own).all()) for hit, own in zip(hits, (0, batch - 1), strict=True)):
+            if all(bool((owner[hit.any(1)] == own).all()) for hit, own in hits):
                 found.append(kind)
     column = torch.arange(m, device=print.device)
-    if m == batch and all(bool((column[hit.any(0)] == own).all()) for hit, own in zip(hits, (0, m - 1), strict=True)):
+    if m == batch and all(bool((column[hit.any(0)] == own).all()) for hit, own in hits):
         found.append(SECOND)
     return frozenset(found)
+
+
+def _follows(print: Tensor, turned: Tensor, kind: str, batch: int) -> bool:
+    """Whether an input with the call's rows in reverse is not that of other rows than a rule says: a model that sorts its rows
+    has an order of its own."""
+    if turned.shape != print.shape:
+        return True
+    rows = [_by_row(value, kind, batch) for value in (print, turned)]
+    off = torch.stack([(rows[1] - row).abs().amax(1) for row in rows[0]], 1)  # [turned, plain]
+    alike = off <= _SAME * print.abs().max()
+    return bool((alike.flip(1).diagonal() | ~alike.any(1)).all())
+
+
+def _by_row(print: Tensor, kind: str, batch: int) -> Tensor:
+    """[rows of the call, ...] of a print [first axis, second axis, 16] by a rule."""
+    if kind == SECOND:
+        return print.transpose(0, 1).flatten(1)
+    if kind == COPIES:
+        return print.unflatten(0, (-1, batch)).transpose(0, 1).flatten(1)
+    return print.unflatten(0, (batch, -1)).flatten(1)
 
 
 # ---- inputs ------------------------------------------------------------------------------------------------------------
@@ -559,14 +613,23 @@ def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
 
 
-def _generating() -> bool:
-    """Whether a text model's own ``generate`` is calling: it repeats each prompt for its beams and return sequences."""
+def _two_values(t: Tensor) -> bool:
+    return t.dtype == torch.bool or bool(((t == t.min()) | (t == t.max())).all())
+
+
+def _generation() -> tuple[int, int] | None:
+    """(rows that a text model's innermost ``generate`` was given, how often it repeats each for its beams and return sequences);
+    None outside one. It hands on neither, so they are looked up where it keeps them."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__") == "transformers.generation.utils":
-            return True
+        code = frame.f_code
+        if code.co_name == "generate" and {"generation_config", "batch_size"} <= set(code.co_varnames):
+            known = frame.f_locals
+            given, settings = known.get("batch_size"), known.get("generation_config")
+            if isinstance(given, int) and given > 0 and hasattr(settings, "num_beams"):
+                return given, max(settings.num_beams or 1, settings.num_return_sequences or 1)
         frame = frame.f_back
-    return False
+    return None
 
 
 def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) -> Any:
@@ -593,6 +656,24 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
     return tree_map(change, args), {
         name: tree_map(partial(change, about=about[name]), value) for name, value in kwargs.items()
     }
+
+
+def _reversed(inputs: Any, batch: int) -> Any:
+    """Inputs with their rows in reverse, caches too."""
+
+    def turn(leaf: Any, name: str = "") -> Any:
+        if isinstance(leaf, Tensor):
+            shared = leaf.dim() == 1 and any(word in name for word in _ABOUT)  # places of tokens, the same for all rows
+            return leaf.flip(0) if leaf.dim() and len(leaf) == batch and not shared else leaf
+        if not any(c.__name__.endswith("Cache") for c in type(leaf).__mro__):
+            return leaf
+        leaf = copy.deepcopy(leaf)
+        if leaf.get_seq_length():
+            leaf.reorder_cache(torch.arange(batch - 1, -1, -1, device=next(iter(_tensors(inputs))).device))
+        return leaf
+
+    args, kwargs = inputs
+    return tree_map(turn, args), {name: tree_map(partial(turn, name=name), value) for name, value in kwargs.items()}
 
 
 def _devices(module: nn.Module) -> list[int]:

@@ -56,6 +56,12 @@ def inject(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         except SmidgenError:
             raise
         except (ValueError, TypeError) as error:
+            held = getattr(owner, "peft_type", config.peft_type)
+            if held != config.peft_type:
+                raise ConfigError(
+                    f"A PeftModel holds adapters of one kind, this one of {getattr(held, 'value', held)}: put a "
+                    f"{type(config).__name__}'s on the model inside it, model.get_base_model(), on layers that carry none."
+                ) from error
             raise ConfigError(f"peft refuses its own {type(config).__name__}: {error}") from error
     for name, layer in tuner_layers(model, adapter_name).items():
         if name.endswith(".base_layer") or isinstance(getattr(layer, "base_layer", None), BaseTunerLayer):

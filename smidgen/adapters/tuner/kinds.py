@@ -258,8 +258,11 @@ def computed(layer: nn.Module) -> str | None:
 
 @torch.no_grad()
 def refresh(layer: nn.Module) -> None:
-    """Makes a weight anew that torch's older norms or pruning made before the tensors it comes from were loaded."""
+    """Makes a weight anew that torch's older norms or pruning made before the tensors it comes from were loaded, and takes one out of
+    the order that bitsandbytes packs it into for calls on a CPU, in which nobody else can read it."""
     if "weight" in layer._parameters or "weight" in layer._buffers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            layer.state_dict()  # which unpacks the weight itself
         return
     training, layer.training = layer.training, False  # a spectral norm moves on at each call in training
     for hook in layer._forward_pre_hooks.values():

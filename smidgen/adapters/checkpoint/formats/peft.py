@@ -44,6 +44,15 @@ MAGNITUDE = {"lora_magnitude_vector": "magnitude"}
 _DENOISERS = ("unet", "transformer")
 
 
+_MAMBA = (
+    "falcon_h1",
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "nemotron_h",
+)  # whose out_proj peft refuses, as kernels read it
+
+
 class PeftFolder(Format):
     """What folders of peft's methods share: one a component, a config that names targets exactly, heads beside."""
 
@@ -130,6 +139,9 @@ class Peft(PeftFolder):
             return "peft's LoRA of fused experts is laid out by each model in its own way; --to merged holds it"
         if not place.plain:
             return "peft's LoRA of a convolution knows no dilation or padding mode; --to full-diff or merged hold it"
+        kind = getattr(getattr(source.model, "config", None), "model_type", None)
+        if kind in _MAMBA and place.layer.rpartition(".")[2] in ("out_proj", "conv1d"):
+            return f"peft puts no LoRA on this layer of a {kind}; adapt others (in_proj, x_proj), or take --to merged"
         return None
 
     def config(self, places: Mapping[Place, Any], options: Mapping[str, Any]) -> PeftConfig:
