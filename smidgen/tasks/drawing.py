@@ -11,7 +11,7 @@ from typing import Any
 
 import smidgen
 from smidgen.adapters.api import folders, read_adapter
-from smidgen.adapters.atomic import new_file, new_files
+from smidgen.adapters.atomic import new_file
 from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats import ADAPTERS_NAME, FORMATS, read_lora
@@ -32,7 +32,7 @@ from smidgen.tasks.control.conditions import edge_picture
 from smidgen.tasks.control.pairs import as_controls, load_control
 from smidgen.tasks.control.sampling import draw_controlled
 from smidgen.tasks.data.images import load_picture
-from smidgen.tasks.data.listing import holds_training_data
+from smidgen.tasks.data.listing import drawn_into, holds_training_data
 from smidgen.tasks.diffusion.limits import unknown_words
 from smidgen.tasks.png import about_adapter, read_facts, write_png
 from smidgen.training import engine
@@ -298,11 +298,8 @@ def draw_subject(folder: Path, seed: int, num_pictures: int, world: str = "embed
     drawn = load_world(world)
     if num_pictures < 1:
         raise ConfigError(f"num_pictures must be at least 1, not {num_pictures}.")
-    if folder.is_dir() and any(path.suffix == ".png" for path in folder.iterdir()):
-        known = len(list(folder.glob("*.png")))
-        logger.info("%s holds %d pictures already; they are drawn anew.", folder, known)
     identity = drawn.sample_identity(numpy.random.default_rng(seed), "test")
-    with new_files(folder) as scratch:
+    with drawn_into(folder) as scratch:
         drawn.write_subject(scratch, identity, num_pictures, seed)
     looks = ", ".join(f"{name.replace('_', ' ')} {word}" for name, word in identity.as_dict().items())
     return f"{folder}: {num_pictures} pictures of a person the base has never seen ({looks})."

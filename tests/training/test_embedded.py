@@ -6,6 +6,8 @@ import numpy
 import pytest
 
 from smidgen.bases.families import load_base
+from smidgen.errors import ConfigError
+from smidgen.tasks.control.pairs import write_pairs
 from smidgen.tasks.diffusion.limits import words_alike
 from smidgen.tasks.drawing import draw_subject
 from smidgen.tasks.personalize.recipe import personalize
@@ -43,6 +45,22 @@ def test_subjects_are_held_out_and_repeatable(tmp_path):
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
     identity = world.sample_identity(numpy.random.default_rng(3), "test")
     assert world.split_of(identity) == "test"
+    draw_subject(tmp_path / "a", seed=3, num_pictures=2)  # the same again
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda folder: draw_subject(folder, 3, 2), lambda folder: write_pairs(folder, "canny", 2, 3)]
+)
+def test_nobodys_pictures_are_drawn_over(tmp_path, draw):
+    draw(tmp_path / "drawn")
+    name = min(path.name for path in (tmp_path / "drawn").glob("*.png"))
+    for found in (name, "holiday.jpg", "metadata.jsonl"):
+        own = tmp_path / found.replace(".", "-")
+        own.mkdir()
+        (own / found).write_bytes(b"mine")
+        with pytest.raises(ConfigError, match=f"holds {found} already; give a new folder"):
+            draw(own)
+        assert [(path.name, path.read_bytes()) for path in own.iterdir()] == [(found, b"mine")]
 
 
 @pytest.mark.slow

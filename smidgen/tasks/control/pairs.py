@@ -17,11 +17,10 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor
 
-from smidgen.adapters.atomic import new_files
 from smidgen.errors import ConfigError, DataError
 from smidgen.tasks.control.conditions import check, dot_picture, edge_picture
 from smidgen.tasks.data import images, metadata
-from smidgen.tasks.data.listing import TABLES
+from smidgen.tasks.data.listing import TABLES, drawn_into
 from smidgen.tasks.data.pixels import decode, fit
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def write_pairs(folder: Path, control: str, num_pictures: int, seed: int) -> str
         raise ConfigError(f"num_pictures must be at least 2, not {num_pictures}.")
     rng, lines = np.random.default_rng([seed, 400]), []
     unseen = max(1, num_pictures // 10)
-    with new_files(folder) as scratch:
+    with drawn_into(folder) as scratch:
         (scratch / CONTROL_FOLDER).mkdir()
         for number in range(num_pictures):
             portrait = pose.sample_portrait(rng, "test" if number >= num_pictures - unseen else "train")

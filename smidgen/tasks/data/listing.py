@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from smidgen.adapters.atomic import new_files
+from smidgen.errors import ConfigError
 from smidgen.tasks.data.pixels import known_endings, no_file, why_unread
 from smidgen.tasks.data.tables import counted, split_of
 from smidgen.tasks.png import written_by_smidgen
@@ -193,6 +196,26 @@ def holds_training_data(folder: Path, whole: bool = True) -> str:
     signs = [path for path in files if path.name.lower() in TABLES]
     signs += [path for path in pictures if whole or path.stem in stems]
     return f"it holds {signs[0].name}" if signs else ""
+
+
+@contextmanager
+def drawn_into(folder: Path) -> Iterator[Path]:
+    """A scratch folder whose files are in ``folder`` afterwards, which must be new or empty, or hold just these already.
+
+    Raises:
+        ConfigError: it holds something else, which would be lost or trained on with them.
+    """
+    with new_files(folder) as scratch:
+        yield scratch
+        new = {path.relative_to(scratch): path for path in scratch.rglob("*") if path.is_file()}
+        there = (
+            {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else {}
+        )
+        there = {name: path for name, path in there.items() if not any(part.startswith(".") for part in name.parts)}
+        others = sorted(n for n, path in there.items() if n not in new or path.read_bytes() != new[n].read_bytes())
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise ConfigError(f"{folder} holds {others[0]}{more} already; give a new folder, or empty this one.")
 
 
 def _sort(found: Listing, path: Path) -> None:
