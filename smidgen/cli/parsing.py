@@ -5,10 +5,11 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str, style: S
         return functools.partial(command, *given, **named)
 
     later.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
-    _check_words(words, command)
+    hints = {flag: str(hint) for flag, hint in _flags(command)}
+    _check_words(words, hints)
+    words = _gathered(words, hints)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -44,17 +47,45 @@ def parse(command: Callable[..., Any], words: Sequence[str], name: str, style: S
     return call  # type: ignore[no-any-return]
 
 
-def _check_words(words: Sequence[str], command: Callable[..., Any]) -> None:
+def _gathered(words: Sequence[str], hints: Mapping[str, str]) -> list[str]:
+    """Words in which a list that is given in several places, of which the parser takes the last, stands in one."""
+    starts = [number for number, word in enumerate(words) if re.match(r"-+[A-Za-z]", word)]
+    first, parts = dict[str, int](), [list(words[: starts[0]] if starts else words)]
+    for start, end in itertools.pairwise([*starts, len(words)]):
+        part, name = list(words[start:end]), _flag_name(words[start].partition("=")[0])
+        if name in first and _is_list(hints.get(name, "")):
+            parts[first[name]] = [*_apart(parts[first[name]]), *_apart(part)[1:]]
+        else:
+            first[name] = len(parts)
+            parts.append(part)
+    return [word for part in parts for word in part]
+
+
+def _apart(part: Sequence[str]) -> list[str]:
+    """A flag and its values, also of ``--flag=value``."""
+    flag, equals, value = part[0].partition("=")
+    return [flag, *([value] if equals else []), *part[1:]]
+
+
+def _flag_name(flag: str) -> str:
+    return flag.replace("_", "-").removeprefix("--")
+
+
+def _is_list(hint: str) -> bool:
+    """Whether a type takes any number of values."""
+    return bool(re.search(r"\blist\b|\btuple\[[^\]]*\.\.\.", hint))
+
+
+def _check_words(words: Sequence[str], hints: Mapping[str, str]) -> None:
     """What the parser would take without a word: a flag given twice, of which it takes the last, and an empty path, which is
     the folder one is in."""
-    hints = {flag: str(hint) for flag, hint in _flags(command)}
     seen: set[str] = set()
     last = ""
     for word in words:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
-            last = flag.replace("_", "-").removeprefix("--")
-            if last in seen and not re.search(r"\b(list|tuple)\b", hints.get(last, "list")):
+            last = _flag_name(flag)
+            if last in seen and not _is_list(hints.get(last, "list")):
                 raise ConfigError(f"--{last} is given twice; give it once.")
             seen.add(last)
         if not (value if word.startswith("--") and equals else word) and "str" not in hints.get(last, ""):

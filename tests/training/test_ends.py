@@ -121,6 +121,16 @@ def test_values_that_cannot_be_meant(capsys, tmp_path, monkeypatch, words, said)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("words", [
+    "--adapters ann/* mood --use", "--adapters ann/* --adapters mood", "--adapters=ann/* --adapters=mood", "--adapters ann/* --adapters=mood",
+])  # fmt: skip
+def test_a_list_may_be_given_in_several_places(capsys, tmp_path, words):
+    main(["keys", "add", str(tmp_path / "keys"), "bob", *words.replace(" --use", "").split()])
+    capsys.readouterr()
+    main(["keys", "list", str(tmp_path / "keys")])
+    assert "ann/* mood" in capsys.readouterr().out
+
+
 def test_empty_words_are_not_the_folder_one_is_in(capsys):
     assert "--out is empty" in refused(capsys, "subject", "x", "--out", "")  # before it is found to be unknown
     assert "--config is empty" in refused(capsys, "personalize", "x", "--config=")
