@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import smidgen
 from smidgen import testing
 from smidgen.adapters.export import export
+from smidgen.adapters.transforms.rotation import Rotation
 from smidgen.adapters.tuner.carried import adapted_layers
 from smidgen.errors import ConfigError, SmidgenError
 from tests.adapters.helpers import Net, inputs, trained
@@ -282,3 +283,18 @@ def test_peft_files_that_peft_would_refuse_are_not_written(tmp_path: Path) -> No
     ):
         export(model, tmp_path / "out", "peft")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tilt", [0.0, 1e-9, 1e-7, 1e-5, 1e-3])
+def test_a_change_that_is_a_half_turn_or_nearly_is_fitted(tilt: float) -> None:
+    rotation = Rotation(4, blocks=1)
+    weight = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).double()
+    turn = torch.diag(torch.tensor([1.0, 1.0, -1.0, -1.0])).double()
+    turn[2, 3], turn[3, 2] = tilt, -tilt
+    change = weight @ turn - weight
+    found = rotation.fit(weight, change, {})
+    for dtype in (torch.float32, torch.float64):
+        shift = rotation.row_shift(weight.to(dtype), {"q": found["q"].to(dtype)})
+        assert bool(shift.isfinite().all())
+    if tilt >= 1e-7:
+        testing.close(shift, change, "the turn", torch.bfloat16)

@@ -15,6 +15,10 @@ from torch import Tensor
 from smidgen.adapters.member import Member, Tensors, Transform
 from smidgen.errors import ConfigError
 
+MOST = (
+    1e3  # tangent of half an angle that is fitted: a half turn has none, and I - Q of larger ones is singular to fp32
+)
+
 
 class BlockRotation(Member):
     """A block-diagonal rotation of a space, of the input or of the output."""
@@ -64,8 +68,11 @@ class BlockRotation(Member):
         side[..., -1] = torch.linalg.det(u @ vh).sign()
         turn, eye = (u * side[..., None, :]) @ vh, torch.eye(self.block, dtype=u.dtype)
         skew = torch.linalg.lstsq((turn + eye).mT, (turn - eye).mT).solution.mT  # no Cayley form has a half turn
+        angles, planes = torch.linalg.eigh(1j * (skew - skew.mT) / 2)
+        angles = angles.clamp(-MOST, MOST)
+        skew = (-1j * (planes * angles[..., None, :]) @ planes.mH).real
         rows, cols = torch.tril_indices(self.block, self.block, offset=-1)
-        return ((skew - skew.mT) / 2)[:, rows, cols]
+        return skew[:, rows, cols]
 
 
 class Rotation(BlockRotation, Transform):
