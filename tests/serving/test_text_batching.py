@@ -35,6 +35,16 @@ def test_six_methods_and_the_base_in_one_batch_say_what_each_says_alone(library:
     assert len({result.token_ids for result in library.generate_all([TextRequest(m, LONG) for m in models])}) > 4
 
 
+def test_one_prompt_asked_of_an_adapter_and_of_the_base_at_once(chats: Path) -> None:
+    with Library(
+        chats, bases=[CHAT]
+    ) as fresh:  # whose first batch of several is this: it is what the rows are learnt from
+        for first in ([LONG] * 2, [PROMPT, LONG]):
+            requests = [TextRequest(model, text, 12) for model, text in zip(("svfit", CHAT), first, strict=True)]
+            for model, text, result in zip(("svfit", None), first, fresh.generate_all(requests), strict=True):
+                assert result.token_ids == alone(model and chats / model, text, 12), model
+
+
 def test_what_a_seed_draws_does_not_depend_on_the_batch(library: Library) -> None:
     def asked(model: str, seed: int, top_p: float) -> TextRequest:
         return TextRequest(model, LONG, max_tokens=15, temperature=1.3, top_p=top_p, seed=seed)

@@ -515,10 +515,10 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
                 f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
             ) from error
     plain, *others = passes
-    turned, folded = Probe(), [t for t in _tensors(given) if t.dim() and len(t) > batch and len(t) % batch == 0]
-    if not packed and batch > 1 and not folded:  # what has rows folded into it cannot be turned
+    turned, reverse = Probe(), None if packed or batch == 1 else _reversed(given, batch)
+    if reverse is not None:
         with suppress(Exception):  # a model may want its rows in an order, as packed sequences do
-            turned = _pass(call.module, _reversed(given, batch))
+            turned = _pass(call.module, reverse)
     layers = plain.prints.keys() | others[2].prints.keys()
     return {layer: _judged(layer, plain, others, turned, batch, packed) for layer in layers}
 
@@ -638,7 +638,7 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
 
     def change(leaf: Any, about: bool = False) -> Any:
         if not isinstance(leaf, Tensor):
-            return copy.deepcopy(leaf) if any(c.__name__.endswith("Cache") for c in type(leaf).__mro__) else leaf
+            return copy.deepcopy(leaf) if _is_cache(leaf) else leaf
         axis = 1 if packed and leaf.dim() > 1 else 0
         if rows is None or about or leaf.dtype == torch.bool or leaf.dim() <= axis or leaf.shape[axis] != batch:
             return leaf
@@ -659,21 +659,25 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
 
 
 def _reversed(inputs: Any, batch: int) -> Any:
-    """Inputs with their rows in reverse, caches too."""
+    """Inputs with their rows in reverse; None where something cannot be turned: a filled cache, or rows folded into an axis."""
+    leaves = tree_leaves(inputs)
+    if any(isinstance(t, Tensor) and t.dim() and len(t) > batch and len(t) % batch == 0 for t in leaves):
+        return None
+    if any(_is_cache(leaf) and getattr(leaf, "get_seq_length", lambda: 1)() for leaf in leaves):
+        return None
 
     def turn(leaf: Any, name: str = "") -> Any:
-        if isinstance(leaf, Tensor):
-            shared = leaf.dim() == 1 and any(word in name for word in _ABOUT)  # places of tokens, the same for all rows
-            return leaf.flip(0) if leaf.dim() and len(leaf) == batch and not shared else leaf
-        if not any(c.__name__.endswith("Cache") for c in type(leaf).__mro__):
-            return leaf
-        leaf = copy.deepcopy(leaf)
-        if leaf.get_seq_length():
-            leaf.reorder_cache(torch.arange(batch - 1, -1, -1, device=next(iter(_tensors(inputs))).device))
-        return leaf
+        if not isinstance(leaf, Tensor):
+            return copy.deepcopy(leaf) if _is_cache(leaf) else leaf
+        shared = leaf.dim() == 1 and any(word in name for word in _ABOUT)  # places of tokens, the same for all rows
+        return leaf.flip(0) if leaf.dim() and len(leaf) == batch and not shared else leaf
 
     args, kwargs = inputs
     return tree_map(turn, args), {name: tree_map(partial(turn, name=name), value) for name, value in kwargs.items()}
+
+
+def _is_cache(leaf: Any) -> bool:
+    return any(c.__name__.endswith("Cache") for c in type(leaf).__mro__)
 
 
 def _devices(module: nn.Module) -> list[int]:
