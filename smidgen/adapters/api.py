@@ -79,6 +79,8 @@ def adapt(
     """
     target = denoiser(model)
     own = config(method_or_config, **options) if isinstance(method_or_config, str) else method_or_config
+    if not isinstance(own, PeftConfig):
+        raise ConfigError(f"What to adapt with is a method's name or a config (smidgen.config, peft's), got {own!r}.")
     if not isinstance(method_or_config, str) and options:
         raise ConfigError(f"Options {sorted(options)} go with a method's name; set them in the config itself.")
     _check_name(target, adapter_name)
@@ -142,7 +144,7 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def _check_name(model: nn.Module, adapter_name: str) -> None:
-    if not adapter_name or "." in adapter_name:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise SmidgenError(f"An adapter's name is a word without dots, got {adapter_name!r}.")
     if hasattr(nn.ModuleDict(), adapter_name):
         raise SmidgenError(
@@ -186,7 +188,9 @@ def save(
             of peft's methods is told to store factors.
     """
     _check_carried(model, [adapter_name])
-    folder = Path(path)
+    folder = _path(path)
+    if folder.exists() and not folder.is_dir():
+        raise AdapterFileError(f"{folder} is a file; an adapter is saved into a folder.")
     everything = parts(model)
     carrying = {where: part for where, part in everything.items() if adapter_name in names(part)}
     if state_dict is not None and len(carrying) > 1:
@@ -254,7 +258,7 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
         BaseLockError: another base model.
         TargetError: the base lacks the target modules.
     """
-    load_parts(folders(model, path).values(), adapter_name)
+    load_parts(folders(model, _path(path)).values(), adapter_name)
     if isinstance(model, nn.Module) and (others := [other.name for other in component_folders(Path(path))]):
         logger.warning(
             "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
@@ -262,6 +266,12 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
             ", ".join(others),
         )
     return model
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise AdapterFileError(f"Where an adapter lies is a path, got {path!r}.")
+    return Path(path)
 
 
 def load_parts(found: Iterable[tuple[nn.Module, Path]], adapter_name: str) -> None:

@@ -68,6 +68,10 @@ class Bank:
     def __init__(
         self, model: nn.Module, config: SmidgenConfig, names: Sequence[str] = (), adapter_name: str | None = None
     ) -> None:
+        if not isinstance(config, SmidgenConfig):
+            raise SmidgenError(
+                f"A bank is made of a config of Smidgen's, such as model.peft_config['default']; got {config!r}."
+            )
         if len(set(names)) != len(names):
             raise SmidgenError(f"A bank needs distinct names; got {list(names)[:10]}.")
         self.config = config
@@ -138,6 +142,8 @@ class Bank:
         """
         if not isinstance(name, str) or not name:
             raise SmidgenError(f"A member of a bank has a name, a text that is not empty; got {name!r}.")
+        if not isinstance(source, nn.Module | str | os.PathLike):
+            raise SmidgenError(f"A member comes from a model or from an adapter's folder; got {source!r}.")
         if isinstance(source, nn.Module):
             tensors, heads, scaling, misfit = self._from_model(source, adapter_name)
         else:
@@ -306,6 +312,10 @@ class Bank:
             copies: a call with k times as many rows holds them in k stacked copies, as guidance stacks the batch.
             weights: of each row's adapter, or of each adapter of each row; on top of its own strength.
         """
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(map(_is_row, names)):
+            raise SmidgenError(
+                f"Rows are a list of names, one for each row and None for the base model; got {names!r}."
+            )
         many = [(name,) if isinstance(name, str) or name is None else tuple(name) for name in names]
         given = weights if weights is not None else [1.0] * len(many)
         if len(given) != len(many):
@@ -541,6 +551,11 @@ class Bank:
         if model is None:
             raise SmidgenError("The model of this bank is gone.")
         return model
+
+
+def _is_row(name: Any) -> bool:
+    several = isinstance(name, Sequence) and all(isinstance(one, str) or one is None for one in name)
+    return name is None or isinstance(name, str) or several
 
 
 def structure(config: SmidgenConfig) -> str:

@@ -113,6 +113,10 @@ def export(
     for place in found:
         if why := format.refusal(place, source):
             raise SmidgenError(f"{place} cannot go into a {format.name} file: {why}.")
+    if format.holds == "change":
+        for place, layer in found.items():
+            if isinstance(layer, AdaptedLayer):
+                layer.check_mergeable(str(place))
     if format.holds == "weight":
         source, content, notes = _merge(source, found, adapter_name, dtype, allow_loss)
     else:

@@ -313,6 +313,7 @@ def _verify_carried(
     if not same:
         report.fail(f"None of the model's adapters ({', '.join(carried)}) holds the numbers of this file.")
         return
+    same.sort(key=lambda name: all(name not in layer.active_adapters for layer in tuner_layers(model, name).values()))
     report.adapter_name = same[0]
     layers = tuner_layers(model, same[0])
     off = [n for n, layer in layers.items() if same[0] not in layer.active_adapters]
@@ -398,7 +399,8 @@ def _verify_layers(
         report.fail("The adapter's deltas are not finite on this base.")
         return
     if not any(report.norms.values()):
-        report.fail("Every delta is zero: the adapter does nothing (it was saved before any training step).")
+        alone = ", its head alone was trained" if own.modules_to_save else ""
+        report.fail(f"Every delta is zero: the adapter does nothing (it was saved before any training step{alone}).")
     if own.canary and len(layers) == report.targets:
         report.canary_error = delta_error(read_canary(own.canary), sketches)
         cast = report.base != "same" or any(_is_cast(layer) for layer in layers.values())

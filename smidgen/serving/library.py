@@ -159,6 +159,7 @@ class Library:
             raise ConfigError(f"{name!r} is the name of a base; give the adapter another one.")
         if not overwrite and self.shelf.place(name) is not None:
             raise ConfigError(f"There is an adapter {name!r} already; remove it first, or say overwrite=True.")
+        self.shelf.check_place(name)
         self.shelf.folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.shelf.folder))
         try:

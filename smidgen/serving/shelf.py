@@ -141,6 +141,19 @@ class Shelf:
             copy(source, scratch)
         self.forget(name)
 
+    def check_place(self, name: str) -> None:
+        """Refuses a name of which a part is an adapter's, or that is a part of one's: one of the two would be found no more.
+
+        Raises:
+            ConfigError: naming the other.
+        """
+        parts = name.split("/")
+        above = ["/".join(parts[:count]) for count in range(1, len(parts))]
+        for other in [one for one in above if self.place(one)] + [
+            one for one in self.names() if one.startswith(f"{name}/")
+        ]:
+            raise ConfigError(f"The name {name!r} goes with no {other!r}, which is an adapter already; choose another.")
+
     def remove(self, name: str) -> None:
         """Deletes an adapter's folder, and those around it that are then empty.
 

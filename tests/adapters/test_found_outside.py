@@ -298,3 +298,127 @@ def test_a_change_that_is_a_half_turn_or_nearly_is_fitted(tilt: float) -> None:
         assert bool(shift.isfinite().all())
     if tilt >= 1e-7:
         testing.close(shift, change, "the turn", torch.bfloat16)
+
+
+class Halved(nn.Linear):
+    """One entry of the weight is masked, and it happens to be zero."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        with torch.no_grad():
+            self.weight[0, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones_like(self.weight)
+        mask[0, 0] = 0
+        return nn.functional.linear(x, self.weight * mask, self.bias)
+
+
+class Clamped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.clamp(-3, 3), self.weight, self.bias)
+
+
+def hooked_after() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, args, out: out * 2)
+    return layer
+
+
+def hooked_before() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    return layer
+
+
+def replaced() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight / 2, layer.bias)  # type: ignore[method-assign]
+    return layer
+
+
+def watched() -> nn.Module:
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, args, out: None)
+    return layer
+
+
+@pytest.mark.parametrize("made", [Halved, lambda: Clamped(16, 16), hooked_after, hooked_before, replaced])
+def test_a_layer_that_does_more_than_its_weight_merges_none(made: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = trained("lora", net=nn.Sequential(made()), target_modules=["0"], r=2)
+    for write in (smidgen.merge, lambda model: export(model, tmp_path / "x.safetensors", "full-diff")):
+        with pytest.raises(SmidgenError, match="does more than multiply by its weight"):
+            write(model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hook_that_only_watches_does_not_stand_in_the_way() -> None:
+    model = trained("lora", net=nn.Sequential(watched()), target_modules=["0"], r=2)
+    before = model(X)
+    testing.close(smidgen.merge(model)(X), before, "merged", factor=20)
+
+
+def test_of_two_adapters_from_one_file_the_active_one_counts(tmp_path: Path) -> None:
+    smidgen.save(trained("lora"), tmp_path)
+    model = smidgen.load(smidgen.load(Net(), tmp_path, "a"), tmp_path, "b")
+    for name in "ab":
+        smidgen.set_active(model, name)
+        report = smidgen.verify(model, tmp_path)
+        assert report.ok and report.adapter_name == name
+
+
+def test_a_head_trained_alone_is_said(tmp_path: Path) -> None:
+    model = smidgen.adapt(Net(), "lora", target_modules=["q_proj"], modules_to_save=["head"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1.0)
+    smidgen.save(model, tmp_path)
+    assert "its head alone was trained" in smidgen.verify(model, tmp_path).reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda model, bank, path: bank.rows([1, 2]).__enter__(), "Rows are a list of names"),
+        (lambda model, bank, path: bank.rows("ann").__enter__(), "Rows are a list of names"),
+        (lambda model, bank, path: bank.rows(None).__enter__(), "Rows are a list of names"),
+        (lambda model, bank, path: bank.put("q", None), "from a model or from an adapter's folder"),
+        (lambda model, bank, path: smidgen.load(Net(), None), "is a path, got None"),
+        (lambda model, bank, path: smidgen.save(model, None), "is a path, got None"),
+        (lambda model, bank, path: smidgen.save(model, path), "is a file; an adapter is saved into a folder"),
+        (lambda model, bank, path: smidgen.adapt(Net(), "lora", 5), "name is a word without dots"),
+        (lambda model, bank, path: smidgen.adapt(Net(), None), "is a method's name or a config"),
+        (lambda model, bank, path: smidgen.adapt(Net(), {"r": 4}), "is a method's name or a config"),
+        (lambda model, bank, path: smidgen.Bank(model, "lora"), "made of a config of Smidgen's"),
+        (lambda model, bank, path: smidgen.Bank(model, LoraConfig()), "made of a config of Smidgen's"),
+    ],
+)
+def test_values_of_another_type_are_named(call: Callable[..., Any], says: str, tmp_path: Path) -> None:
+    model = trained("lora")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SmidgenError, match=says):
+        call(model, smidgen.Bank(model, model.peft_config["default"]), tmp_path / "file")
+
+
+@pytest.mark.parametrize("config", ["MambaConfig", "Mamba2Config"])
+def test_rows_of_models_whose_cache_is_their_own(config: str) -> None:
+    small = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
+    small |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if config == "Mamba2Config" else {}
+    torch.manual_seed(0)
+    made = getattr(tf, config.replace("Config", "ForCausalLM"))(getattr(tf, config)(**small)).eval()
+    model = trained("lora", "a", 1, made, target_modules=["in_proj"], r=4)
+    trained("lora", "b", 2, model, target_modules=["in_proj"], r=4)
+    bank = smidgen.Bank(model, model.peft_config["a"])
+    for name in "ab":
+        bank.put(name, model, name)
+    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(5))
+
+    def scores(rows: list[str]) -> Tensor:
+        with bank.rows(rows), torch.no_grad():
+            told = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+            return torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **told).logits, 1)
+
+    both = scores(["a", "b"])
+    for row, name in enumerate("ab"):
+        testing.close(both[row], scores([name, name])[row], name, factor=50)

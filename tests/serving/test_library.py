@@ -97,6 +97,21 @@ def test_a_replaced_adapter_is_read_again_and_who_began_ends_with_the_old(tmp_pa
         assert library.counters().resident == 1  # the old version has left
 
 
+def test_no_adapter_lies_inside_another(tmp_path: Path, chats: Path) -> None:
+    with Library(tmp_path / "shelf", bases=[CHAT]) as library:
+        for first, second in (("one", "one/sub"), ("team/bob", "team"), ("a/b/c", "a/b"), ("d", "d/e/f")):
+            library.add(first, chats / "lora")
+            with pytest.raises(ConfigError, match=f"The name '{second}' goes with no '{first}'"):
+                library.add(second, chats / "svfit")
+            assert library.info(first).name == first
+            library.remove(first)
+            library.add(second, chats / "svfit")
+            library.remove(second)
+        library.add("team/bob", chats / "lora")
+        library.add("team/ann", chats / "lora")
+        assert sorted(one.name for one in library.adapters()) == ["team/ann", "team/bob"]
+
+
 def test_an_adapter_that_is_deleted_while_it_is_read_is_unknown(
     tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

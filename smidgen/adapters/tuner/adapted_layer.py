@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from smidgen.adapters.checkpoint.base_groups import signs
 from smidgen.adapters.tuner import calls, experts, targets
 from smidgen.adapters.tuner.kinds import Conv2dKind, class_name, computed, kind_of, refresh
-from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer
+from smidgen.adapters.tuner.layer import MERGE_REFUSE, MERGE_WARN, ShiftLayer, hooked
 from smidgen.adapters.tuner.shards import whole
 from smidgen.adapters.tuner.slot import Slot
 from smidgen.errors import SmidgenError
@@ -181,28 +181,33 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
 
     @torch.no_grad()
     def _is_its_weight(self) -> bool:
-        """Whether the base layer gives what its weight and bias do, tried where its class has a forward of its own."""
+        """Whether the base layer gives what its weight and bias do, tried with another weight where its class, a hook or a host may
+        do more."""
         layer: Any = self.get_base_layer()
-        own = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward) or not isinstance(
-            layer, nn.Linear | nn.Conv2d
-        )
+        own = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward) or hooked(layer)
         weight = self._original()
-        if own or self.merged or weight.is_meta:
+        if not own or self.merged or weight.is_meta or not isinstance(layer, nn.Linear | nn.Conv2d):
             return True
-        x, bias = probe(self).to(weight.device, weight.dtype), self._bias()
+        if not hasattr(layer, "_hf_hook"):  # accelerate's puts its own weight in place at each call
+            noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+            weight = weight + weight.std() * noise
+        bias = self._bias()
         bias = bias if bias is None else bias.to(weight)
-        if isinstance(layer, nn.Linear):
-            wanted = nn.functional.linear(x, weight, bias)
-        else:
-            wanted = layer._conv_forward(x, weight, bias)
-        try:
-            found = self.base_layer(x)
-        except Exception:  # it wants more than an input
-            return False
-        size = float(wanted.float().norm())
-        return found.shape == wanted.shape and float((found - wanted).float().norm()) <= _ROUNDING[weight.dtype] * max(
-            size, 1e-30
-        )
+        for size in (1.0, 30.0):  # some clamp what is large
+            x = size * probe(self).to(weight.device, weight.dtype)
+            if isinstance(layer, nn.Linear):
+                wanted = nn.functional.linear(x, weight, bias)
+            else:
+                wanted = layer._conv_forward(x, weight, bias)
+            try:
+                given = {} if hasattr(layer, "_hf_hook") else {"weight": weight}
+                found = torch.func.functional_call(layer, given, (x,))
+            except Exception:  # it wants more than an input
+                return False
+            most = _ROUNDING[weight.dtype] * max(float(wanted.float().norm()), 1e-30)
+            if found.shape != wanted.shape or not float((found - wanted).float().norm()) <= most:
+                return False
+        return True
 
     def unmerge(self) -> None:
         """Puts the original bits of the base weight back."""

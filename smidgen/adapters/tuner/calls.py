@@ -440,7 +440,10 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
     assert main is not None
     shape = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]))
     named = [*(("", value) for value in call.args), *sorted(call.kwargs.items(), key=lambda item: item[0])]
-    key = (*shape, *(_form(name, value, batch) for name, value in named))
+    own = [
+        (name, value) for name, value in vars(module).items() if isinstance(value, bool | str) and name != "training"
+    ]
+    key = (*shape, *own, *(_form(name, value, batch) for name, value in named))
     if (module, key) in block.tested or isinstance(module, ShiftLayer):
         return
     with _LOCK:
@@ -461,6 +464,8 @@ def _form(name: str, value: Any, batch: int) -> tuple[Any, ...]:
         return name, value
     if isinstance(value, int):
         return name, None if not name or any(word in name for word in _TIMES) else value
+    if _is_of_rows(value, batch):
+        return name, any(one != value[0] for one in value)
     masks = isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch
     masks = masks and ("mask" in name if name else value.dim() == 2 and _two_values(value))
     return name, masks and not bool((value == value[:1]).all())
@@ -515,10 +520,12 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
                 f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
             ) from error
     plain, *others = passes
-    turned, reverse = Probe(), None if packed or batch == 1 else _reversed(given, batch)
-    if reverse is not None:
-        with suppress(Exception):  # a model may want its rows in an order, as packed sequences do
-            turned = _pass(call.module, reverse)
+    turned = Probe()
+    with suppress(
+        Exception
+    ):  # a model may want its rows in an order, as packed sequences do, or keep a cache of its own
+        reverse = None if packed or batch == 1 else _reversed(given, batch)
+        turned = turned if reverse is None else _pass(call.module, reverse)
     layers = plain.prints.keys() | others[2].prints.keys()
     return {layer: _judged(layer, plain, others, turned, batch, packed) for layer in layers}
 
@@ -663,7 +670,7 @@ def _reversed(inputs: Any, batch: int) -> Any:
     leaves = tree_leaves(inputs)
     if any(isinstance(t, Tensor) and t.dim() and len(t) > batch and len(t) % batch == 0 for t in leaves):
         return None
-    if any(_is_cache(leaf) and getattr(leaf, "get_seq_length", lambda: 1)() for leaf in leaves):
+    if any(_is_cache(leaf) and leaf.get_seq_length() for leaf in leaves):
         return None
 
     def turn(leaf: Any, name: str = "") -> Any:
@@ -672,8 +679,17 @@ def _reversed(inputs: Any, batch: int) -> Any:
         shared = leaf.dim() == 1 and any(word in name for word in _ABOUT)  # places of tokens, the same for all rows
         return leaf.flip(0) if leaf.dim() and len(leaf) == batch and not shared else leaf
 
+    def turned(value: Any, name: str = "") -> Any:
+        value = value[::-1] if _is_of_rows(value, batch) else value
+        return tree_map(partial(turn, name=name), value)
+
     args, kwargs = inputs
-    return tree_map(turn, args), {name: tree_map(partial(turn, name=name), value) for name, value in kwargs.items()}
+    return tuple(map(turned, args)), {name: turned(value, name) for name, value in kwargs.items()}
+
+
+def _is_of_rows(value: Any, batch: int) -> bool:
+    """Whether a value is a list of something plain for each row, as lengths are given."""
+    return isinstance(value, list | tuple) and len(value) == batch and not any(isinstance(one, Tensor) for one in value)
 
 
 def _is_cache(leaf: Any) -> bool:

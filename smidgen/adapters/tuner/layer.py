@@ -112,7 +112,15 @@ class ShiftLayer(nn.Module):
     # ---- slots -------------------------------------------------------------------------------------------------------
 
     def add_slot(self, name: str, slot: Slot) -> None:
-        """Adds (or replaces) the adapter ``name``."""
+        """Adds (or replaces) the adapter ``name``.
+
+        Raises:
+            SmidgenError: torch keeps that name for itself.
+        """
+        if name not in self.smidgen_slots and hasattr(self.smidgen_slots, name):
+            raise SmidgenError(
+                f"torch keeps the name {name!r} for itself (nn.ModuleDict); choose another adapter_name."
+            )
         self.smidgen_slots[name] = slot
         self.scaling[name] = 1.0
         self.r[name] = self.r_of(slot)
@@ -201,7 +209,7 @@ class ShiftLayer(nn.Module):
         """The shift law: x + sum of (T - I) x through the base layer, plus the sums of (S - I) W T x and S D x."""
         terms = [term if term.made else self.made(term) for term in terms if term.weight != 0]
         if len(terms) == 1 and not args and not kwargs:
-            if terms[0].summed is not None and not _hooked(self.base_layer):
+            if terms[0].summed is not None and not hooked(self.base_layer):
                 return F.linear(x, terms[0].summed, self.base_layer.bias)  # type: ignore[arg-type]
             if self._composes(terms[0], x):
                 return self._composed(terms[0], x)
@@ -392,7 +400,7 @@ class ShiftLayer(nn.Module):
             return False
         if weight.requires_grad or autocasting(x.device.type) or (weight.dtype, weight.device) != (x.dtype, x.device):
             return False
-        if _hooked(base):
+        if hooked(base):
             return False
         return weight.dtype in (torch.float32, torch.float64)  # 16 bits would round W + D
 
@@ -497,7 +505,7 @@ def _following(kept: Tensor, now: Tensor) -> Tensor:
     return kept.to(device=kept.device if now.is_meta else now.device, dtype=now.dtype)
 
 
-def _hooked(layer: nn.Module) -> bool:
+def hooked(layer: nn.Module) -> bool:
     """Whether somebody wants to be told of a layer's calls, or has put a call of their own in its place."""
     own = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return bool(own or _module._global_forward_hooks or _module._global_forward_pre_hooks)
