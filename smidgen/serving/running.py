@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import socket
 import sys
 from contextlib import suppress
@@ -15,6 +17,8 @@ from smidgen.serving.app import create_app
 from smidgen.serving.library import Library
 from smidgen.serving.settings import Server
 from smidgen.serving.shelf import Shelf
+
+LAST_WORDS = 5  # seconds for answers to say why they end
 
 
 def bases_in(folder: Path) -> list[str]:
@@ -64,9 +68,28 @@ def prepared(library: Library, settings: Server) -> tuple[uvicorn.Server, socket
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_seconds) + LAST_WORDS,
     )
-    return uvicorn.Server(config), _listening(settings)
+    return _Server(config, library, settings.shutdown_seconds), _listening(settings)
+
+
+class _Server(uvicorn.Server):
+    """Ends in words what still runs when its time is over, before connections are cut."""
+
+    def __init__(self, config: uvicorn.Config, library: Library, seconds: float) -> None:
+        super().__init__(config)
+        self._library, self._seconds = library, seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def end() -> None:
+            await asyncio.sleep(self._seconds)
+            await asyncio.to_thread(self._library.close, 0.0)
+
+        ending = asyncio.create_task(end())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
 
 
 def _listening(settings: Server) -> socket.socket:

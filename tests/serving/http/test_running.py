@@ -9,14 +9,20 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from smidgen.cli import main
+from smidgen.serving.library import Library
+from smidgen.serving.running import prepared
+from smidgen.serving.settings import Server
+from smidgen.serving.text_batching import TextBatch
 
 BODY = {"model": "talk/lora", "prompt": "what is 3 plus", "temperature": 0, "max_tokens": 5}
 
@@ -67,6 +73,32 @@ def test_it_answers_and_ends_what_runs_when_it_is_told_to_stop(folder: Path) -> 
         assert "what is 3" not in log and "Traceback" not in log
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{address}/health")
+
+
+def test_a_stream_that_outlasts_the_server_is_told_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = TextBatch._forward
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.1)
+        return forward(*args)
+
+    monkeypatch.setattr(TextBatch, "_forward", slow)
+    said: list[str] = []
+    body = BODY | {"stream": True, "max_tokens": 400, "temperature": 2.0}
+    with Library(folder, ["debug-chat"]) as library:
+        server, listener = prepared(library, Server(port=0, shutdown_seconds=1))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as answer:
+            for line in answer.iter_lines():  # ends well: nothing is cut
+                said.append(line)
+                server.should_exit = True
+        thread.join(60)
+        listener.close()
+        assert not thread.is_alive()
+    events = [line.removeprefix("data: ") for line in said if line]
+    assert "error" in json.loads(events[-1]), events[-2:]
 
 
 def test_what_keeps_it_from_starting_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
