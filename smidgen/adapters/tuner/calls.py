@@ -207,8 +207,8 @@ class Call:
         inputs = [t for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == batch]
         inputs = [t.detach().flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in inputs]
         inputs = [
-            t for t in inputs if not (bool((t == t[:1]).all()) or _two_values(t))
-        ]  # rows alike, or masks, show nothing
+            t for t in inputs if not (_two_values(t) or bool((t == t[:1]).all()))
+        ]  # masks and rows alike show nothing
         alike = [t.unflatten(0, (copies, -1)) for t in inputs]
         runs = [t.unflatten(0, (-1, repeats)) for t in inputs]
         return (copies == 1 or any(bool((t == t[:1]).all()) for t in alike)) and (
@@ -440,9 +440,7 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
     assert main is not None
     shape = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]))
     named = [*(("", value) for value in call.args), *sorted(call.kwargs.items(), key=lambda item: item[0])]
-    own = [
-        (name, value) for name, value in vars(module).items() if isinstance(value, bool | str) and name != "training"
-    ]
+    own = [(name, value) for name, value in vars(module).items() if isinstance(value, bool) and name != "training"]
     key = (*shape, *own, *(_form(name, value, batch) for name, value in named))
     if (module, key) in block.tested or isinstance(module, ShiftLayer):
         return
@@ -462,8 +460,8 @@ def _form(name: str, value: Any, batch: int) -> tuple[Any, ...]:
     """What of an input may decide how a model lays its rows: a setting's value, or that rows are masked differently."""
     if isinstance(value, bool | str) or (value is None and not any(word in name for word in _ABOUT)):
         return name, value
-    if isinstance(value, int):
-        return name, None if not name or any(word in name for word in _TIMES) else value
+    if isinstance(value, int):  # of frames, not of tokens or time
+        return name, value if name and 0 <= value <= 64 and not any(word in name for word in _TIMES) else None
     if _is_of_rows(value, batch):
         return name, any(one != value[0] for one in value)
     masks = isinstance(value, Tensor) and value.dim() > 1 and len(value) == batch
@@ -521,9 +519,8 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
             ) from error
     plain, *others = passes
     turned = Probe()
-    with suppress(
-        Exception
-    ):  # a model may want its rows in an order, as packed sequences do, or keep a cache of its own
+    # A model may want its rows in an order, as packed sequences do, or keep a cache of its own: then this shows nothing.
+    with suppress(Exception):
         reverse = None if packed or batch == 1 else _reversed(given, batch)
         turned = turned if reverse is None else _pass(call.module, reverse)
     layers = plain.prints.keys() | others[2].prints.keys()
@@ -569,9 +566,8 @@ def _obeyed(print: Tensor, first: Tensor, last: Tensor, batch: int, packed: bool
     if not first.any() and not last.any():
         same = n == batch and bool((print == print[:1]).all())  # one value for the whole batch, such as the time
         return frozenset((REPEATED, COPIES)) if same else frozenset()
-    hits = [
-        (change > _CHANGED * change.max(), own) for change, own in ((first, 0), (last, batch - 1))
-    ]  # one may be masked
+    # One of the two may be masked, and change nothing.
+    hits = [(change > _CHANGED * change.max(), own) for change, own in ((first, 0), (last, batch - 1))]
     found = []
     row = torch.arange(n, device=print.device)
     if n % batch == 0:
@@ -688,8 +684,8 @@ def _reversed(inputs: Any, batch: int) -> Any:
 
 
 def _is_of_rows(value: Any, batch: int) -> bool:
-    """Whether a value is a list of something plain for each row, as lengths are given."""
-    return isinstance(value, list | tuple) and len(value) == batch and not any(isinstance(one, Tensor) for one in value)
+    """Whether a value is a list of a number or word for each row, as lengths are given; a tuple is a size."""
+    return isinstance(value, list) and len(value) == batch and all(isinstance(one, int | float | str) for one in value)
 
 
 def _is_cache(leaf: Any) -> bool:
