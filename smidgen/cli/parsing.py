@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from smidgen.errors import ConfigError, did_you_mean
 from smidgen.training.ranges import check, check_value
@@ -72,8 +72,8 @@ def _flag_name(flag: str) -> str:
 
 
 def _is_list(hint: str) -> bool:
-    """Whether a type takes any number of values."""
-    return bool(re.search(r"\blist\b|\btuple\[[^\]]*\.\.\.", hint))
+    """Whether a type takes any number of values in one place; some take one in each of several places, which the parser gathers."""
+    return "UseAppendAction" not in hint and bool(re.search(r"\blist\b|\btuple\[[^\]]*\.\.\.", hint))
 
 
 def _check_words(words: Sequence[str], hints: Mapping[str, str]) -> None:
@@ -85,7 +85,7 @@ def _check_words(words: Sequence[str], hints: Mapping[str, str]) -> None:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
             last = _flag_name(flag)
-            if last in seen and not _is_list(hints.get(last, "list")):
+            if last in seen and not _is_list(hints.get(last, "list")) and "UseAppendAction" not in hints[last]:
                 raise ConfigError(f"--{last} is given twice; give it once.")
             seen.add(last)
         if not (value if word.startswith("--") and equals else word) and "str" not in hints.get(last, ""):
@@ -114,7 +114,8 @@ def _flags(command: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
         hint = command.__annotations__.get(parameter.name, parameter.annotation)
         kind = getattr(hint, "__origin__", hint)
         if dataclasses.is_dataclass(kind):
-            yield from _fields(kind, start)
+            marks = getattr(hint, "__metadata__", ())
+            yield from ((name, Annotated[own, marks]) if marks else (name, own) for name, own in _fields(kind, start))
         elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
             yield from ((alias, hint) for alias in _names(hint, parameter.name))
 

@@ -148,11 +148,12 @@ class Shelf:
             ConfigError: naming the other.
         """
         parts = name.split("/")
-        above = ["/".join(parts[:count]) for count in range(1, len(parts))]
-        for other in [one for one in above if self.place(one)] + [
-            one for one in self.names() if one.startswith(f"{name}/")
-        ]:
-            raise ConfigError(f"The name {name!r} goes with no {other!r}, which is an adapter already; choose another.")
+        above = {"/".join(parts[:count]) for count in range(1, len(parts))}
+        others = [one for one in self.names() if one in above or one.startswith(f"{name}/")]
+        if others:
+            raise ConfigError(
+                f"The name {name!r} goes with no {others[0]!r}, which is an adapter already; choose another."
+            )
 
     def remove(self, name: str) -> None:
         """Deletes an adapter's folder, and those around it that are then empty.

@@ -15,9 +15,8 @@ from torch import Tensor
 from smidgen.adapters.member import Member, Tensors, Transform
 from smidgen.errors import ConfigError
 
-MOST = (
-    1e3  # tangent of half an angle that is fitted: a half turn has none, and I - Q of larger ones is singular to fp32
-)
+# Tangent of half an angle that is fitted: a half turn has none, and I - Q of larger ones is singular to fp32.
+MOST = 1e3
 
 
 class BlockRotation(Member):

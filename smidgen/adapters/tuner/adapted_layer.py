@@ -185,8 +185,12 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
         do more."""
         layer: Any = self.get_base_layer()
         own = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward) or hooked(layer)
-        weight = self._original()
-        if not own or self.merged or weight.is_meta or not isinstance(layer, nn.Linear | nn.Conv2d):
+        if (
+            not own
+            or self.merged
+            or not isinstance(layer, nn.Linear | nn.Conv2d)
+            or (weight := self._original()).is_meta
+        ):
             return True
         if not hasattr(layer, "_hf_hook"):  # accelerate's puts its own weight in place at each call
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)

@@ -42,15 +42,7 @@ WRAP = "base_model.model."  # what peft puts before the names of a model's modul
 ENDINGS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 MAGNITUDE = {"lora_magnitude_vector": "magnitude"}
 _DENOISERS = ("unet", "transformer")
-
-
-_MAMBA = (
-    "falcon_h1",
-    "mamba",
-    "mamba2",
-    "falcon_mamba",
-    "nemotron_h",
-)  # whose out_proj peft refuses, as kernels read it
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # peft refuses their out_proj: kernels read it
 
 
 class PeftFolder(Format):
