@@ -40,7 +40,9 @@ logger = logging.getLogger("smidgen")
 
 Weights = Mapping[str, Tensor]
 LEAST = 0.5  # of the squared change, below which a file is called useless
-RECOVERED = 5e-5  # relative error of a change that counts as recovered, besides rounding: fp32 singular vectors leave 2e-5
+RECOVERED = (
+    5e-5  # relative error of a change that counts as recovered, besides rounding: fp32 singular vectors leave 2e-5
+)
 # The sizes of a family that are tried: option -> values; a family that is not here is tried as it is.
 SIZES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "svfit": ("r", (16, 64, "full")),
