@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 import smidgen
 from smidgen import testing
+from smidgen.adapters.checkpoint.files import CONFIG_NAME
 from smidgen.adapters.export import export
 from smidgen.adapters.transforms.rotation import Rotation
 from smidgen.adapters.tuner.carried import adapted_layers
-from smidgen.errors import ConfigError, SmidgenError
+from smidgen.errors import AdapterFileError, ConfigError, SmidgenError
 from tests.adapters.helpers import Net, inputs, trained
 from tests.adapters.test_experts import moe, out
 
@@ -422,3 +424,17 @@ def test_rows_of_models_whose_cache_is_their_own(config: str) -> None:
     both = scores(["a", "b"])
     for row, name in enumerate("ab"):
         testing.close(both[row], scores([name, name])[row], name, factor=50)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lora_alpha", 40), ("r", 10**9), ("use_rslora", True), ("alpha_pattern", {"q_proj": 1})]
+)
+def test_a_scale_written_into_an_exported_config_is_not_passed_over(key: str, value: Any, tmp_path: Path) -> None:
+    model = trained("lora", r=4)
+    export(model, tmp_path, "peft")
+    assert smidgen.verify(Net(), tmp_path, (inputs(),)).ok
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(AdapterFileError, match="was changed since it was written: r "):
+        smidgen.load(Net(), tmp_path)
+    assert smidgen.verify(Net(), tmp_path, (inputs(),)).verdict == "OFF"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from smidgen.adapters.atomic import write_file
 from smidgen.adapters.checkpoint import packing
-from smidgen.adapters.checkpoint.files import WEIGHTS_NAME, parse_config, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, parse_config, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats.format import (
     HEADER,
     Content,
@@ -204,8 +204,8 @@ def own_options(folder: Path) -> dict[str, Any] | None:
     Raises:
         AdapterFileError: they are damaged.
     """
-    file = folder / WEIGHTS_NAME
-    if not file.is_file() or read_config(folder).get("peft_type") != Peft.peft_type:
+    file, theirs = folder / WEIGHTS_NAME, read_config(folder)
+    if not file.is_file() or theirs.get("peft_type") != Peft.peft_type:
         return None
     try:
         with safe_open(file, "pt") as opened:
@@ -213,7 +213,16 @@ def own_options(folder: Path) -> dict[str, Any] | None:
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterFileError(f"{file} is truncated or not a safetensors file ({error}).") from error
     text = told.get("config") if isinstance(told, dict) else None
-    return parse_config(text.encode(), str(file)) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    scales = (theirs.get("lora_alpha"), theirs.get("alpha_pattern") or {}, bool(theirs.get("use_rslora")))
+    if scales != (theirs.get("r"), theirs.get("rank_pattern") or {}, False):  # as they are written, the scale is in B
+        raise AdapterFileError(
+            f"{folder / CONFIG_NAME} was changed since it was written: r {theirs.get('r')} with lora_alpha {theirs.get('lora_alpha')}, a scale "
+            "that peft would follow and the rest of the file knows nothing of. Put lora_alpha back to r, and set the strength where "
+            "the adapter is used (smidgen.set_strength, --strength)."
+        )
+    return parse_config(text.encode(), str(file))
 
 
 def own_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
