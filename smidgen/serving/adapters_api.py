@@ -180,7 +180,11 @@ async def _changing(service: Service, request: Request, key: Key, name: str) -> 
         )
     request.state.facts |= {"adapter": name}
     async with service.writing:
-        above = service.library.shelf.folder
+        shelf = service.library.shelf
+        other = await run_in_threadpool(shelf.around, name)
+        if other and not key.may_use(other):  # of which it is not to learn
+            raise Refusal(400, f"The name {name!r} cannot be had here; choose another.", "name")
+        above = shelf.folder
         above.mkdir(parents=True, exist_ok=True)
         with quarantine(above) as scratch:
             yield scratch

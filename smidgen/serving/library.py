@@ -159,7 +159,8 @@ class Library:
             raise ConfigError(f"{name!r} is the name of a base; give the adapter another one.")
         if not overwrite and self.shelf.place(name) is not None:
             raise ConfigError(f"There is an adapter {name!r} already; remove it first, or say overwrite=True.")
-        self.shelf.check_place(name)
+        if other := self.shelf.around(name):
+            raise ConfigError(f"The name {name!r} goes with no {other!r}, which is an adapter already; choose another.")
         self.shelf.folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=".adding-", dir=self.shelf.folder))
         try:

@@ -141,19 +141,23 @@ class Shelf:
             copy(source, scratch)
         self.forget(name)
 
-    def check_place(self, name: str) -> None:
-        """Refuses a name of which a part is an adapter's, or that is a part of one's: one of the two would be found no more.
-
-        Raises:
-            ConfigError: naming the other.
-        """
+    def around(self, name: str) -> str | None:
+        """An adapter of which ``name`` would be a part, or that would be a part of ``name``: one of the two would be found no more.
+        Looks where such a one can lie, and not at all adapters."""
         parts = name.split("/")
-        above = {"/".join(parts[:count]) for count in range(1, len(parts))}
-        others = [one for one in self.names() if one in above or one.startswith(f"{name}/")]
-        if others:
-            raise ConfigError(
-                f"The name {name!r} goes with no {others[0]!r}, which is an adapter already; choose another."
-            )
+        for above in ("/".join(parts[:count]) for count in range(1, len(parts))):
+            if self.place(above):
+                return above
+        below = (
+            [one for one, _ in _adapters(self.folder / name, f"{name}/", DEPTH - len(parts))]
+            if self.place(name) is None
+            else []
+        )
+        if len(parts) == 1 and self.folder.is_dir():
+            start = f"{_HUB}{name}--"
+            cached = [entry.name for entry in os.scandir(self.folder) if entry.name.startswith(start)]
+            below += [f"{name}/{one.removeprefix(start)}" for one in cached if _snapshot(self.folder / one)]
+        return min(below, default=None)
 
     def remove(self, name: str) -> None:
         """Deletes an adapter's folder, and those around it that are then empty.

@@ -90,6 +90,18 @@ def test_keys_open_what_they_say_and_nothing_else(library: Library, folder: Path
     run(library, test, keys=file)
 
 
+def test_a_name_that_hides_another_is_refused_without_naming_it(library: Library, folder: Path, tmp_path: Path) -> None:
+    file, files = tmp_path / "keys.json", zipped(folder / "face-0")
+    alone, whole = add_key(file, "alone", ["talk"], write=True), add_key(file, "whole", ["talk", "talk/*"], write=True)
+
+    async def test(http: httpx.AsyncClient) -> None:
+        for key, named in ((alone, False), (whole, True)):
+            answer = await http.post("/v1/adapters/talk", headers={"Authorization": f"Bearer {key}"}, files=files)
+            assert answer.status_code == 400 and ("talk/" in answer.text) is named, answer.text
+
+    run(library, test, keys=file)
+
+
 def test_a_body_is_not_read_before_the_key(library: Library, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     add_key(file, "ann")
