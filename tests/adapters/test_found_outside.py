@@ -426,6 +426,24 @@ def test_rows_of_models_whose_cache_is_their_own(config: str) -> None:
         testing.close(both[row], scores([name, name])[row], name, factor=50)
 
 
+def test_targets_and_kinds_written_into_an_exported_config_are_not_passed_over(tmp_path: Path) -> None:
+    model = trained("lora", r=4)
+    export(model, tmp_path, "peft")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    changes = {
+        "use_dora": True,
+        "exclude_modules": ["v_proj"],
+        "layers_to_transform": [0],
+        "target_modules": config["target_modules"][:1],
+    }
+    for key, value in changes.items():
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {key: value}))
+        with pytest.raises(AdapterFileError, match=f"was changed since it was written: {key}, which peft would follow"):
+            smidgen.load(Net(), tmp_path)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"target_modules": config["target_modules"][::-1]}))
+    assert smidgen.verify(Net(), tmp_path, (inputs(),)).ok, "another order is the same"
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("lora_alpha", 40), ("r", 10**9), ("use_rslora", True), ("alpha_pattern", {"q_proj": 1})]
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from smidgen.adapters.atomic import write_file
 from smidgen.adapters.checkpoint import packing
+from smidgen.adapters.checkpoint.base_lock import read_lock
 from smidgen.adapters.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, parse_config, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats.format import (
     HEADER,
@@ -42,6 +43,15 @@ WRAP = "base_model.model."  # what peft puts before the names of a model's modul
 ENDINGS = {"lora_A.weight": "a", "lora_B.weight": "b"}
 MAGNITUDE = {"lora_magnitude_vector": "magnitude"}
 _DENOISERS = ("unet", "transformer")
+# Options of peft's that no file of ours sets, each of which would make peft's another adapter.
+_ELSEWHERE = (
+    "use_dora",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "layer_replication",
+    "target_parameters",
+)
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # peft refuses their out_proj: kernels read it
 
 
@@ -215,14 +225,32 @@ def own_options(folder: Path) -> dict[str, Any] | None:
     text = told.get("config") if isinstance(told, dict) else None
     if not isinstance(text, str):
         return None
+    own = parse_config(text.encode(), str(file))
+    _check_as_written(theirs, own, folder / CONFIG_NAME)
+    return own
+
+
+def _check_as_written(theirs: Mapping[str, Any], own: Mapping[str, Any], where: Path) -> None:
+    """The config that peft reads says what the one in the header does.
+
+    Raises:
+        AdapterFileError: somebody changed it; peft would follow that and the header's would not.
+    """
     scales = (theirs.get("lora_alpha"), theirs.get("alpha_pattern") or {}, bool(theirs.get("use_rslora")))
     if scales != (theirs.get("r"), theirs.get("rank_pattern") or {}, False):  # as they are written, the scale is in B
         raise AdapterFileError(
-            f"{folder / CONFIG_NAME} was changed since it was written: r {theirs.get('r')} with lora_alpha {theirs.get('lora_alpha')}, a scale "
+            f"{where} was changed since it was written: r {theirs.get('r')} with lora_alpha {theirs.get('lora_alpha')}, a scale "
             "that peft would follow and the rest of the file knows nothing of. Put lora_alpha back to r, and set the strength where "
             "the adapter is used (smidgen.set_strength, --strength)."
         )
-    return parse_config(text.encode(), str(file))
+    changed = [name for name in _ELSEWHERE if theirs.get(name)]
+    if own.get("base_lock") and set(theirs.get("target_modules") or ()) != set(read_lock(own["base_lock"]).targets):
+        changed.append("target_modules")
+    if changed:
+        raise AdapterFileError(
+            f"{where} was changed since it was written: {' and '.join(changed)}, which peft would follow and the rest of the file knows "
+            "nothing of. Put it back from its source."
+        )
 
 
 def own_tensors(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
