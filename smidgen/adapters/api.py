@@ -146,10 +146,6 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
 def _check_name(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise SmidgenError(f"An adapter's name is a word without dots, got {adapter_name!r}.")
-    if hasattr(nn.ModuleDict(), adapter_name):
-        raise SmidgenError(
-            f"torch keeps the name {adapter_name!r} for itself (nn.ModuleDict); choose another adapter_name."
-        )
     if adapter_name in names(model):
         raise SmidgenError(f"The model already carries an adapter named {adapter_name!r}; choose another adapter_name.")
 

@@ -20,7 +20,7 @@ from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_tensors
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass, renames
-from smidgen.adapters.tuner.adapted_layer import AdaptedLayer, probe
+from smidgen.adapters.tuner.adapted_layer import OUTPUT_ERROR, AdaptedLayer, probe
 from smidgen.adapters.tuner.base import base_matrices, compare_base, travels
 from smidgen.adapters.tuner.canary import (
     CANARY_CAST,
@@ -43,10 +43,6 @@ from smidgen.adapters.tuner.kinds import LinearKind
 from smidgen.adapters.tuner.numbers import Numbers
 from smidgen.adapters.tuner.stored import stored_tensors
 from smidgen.errors import SmidgenError
-
-# Largest relative error of a layer's output shift against x @ delta^T, and the output rounding allowed besides.
-OUTPUT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
-
 
 _SEALED = {
     True: "right",

@@ -21,7 +21,8 @@ from smidgen.errors import SmidgenError
 
 logger = logging.getLogger("smidgen")
 
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}  # TF32 is 1e-3 off
+# Largest relative error of what a layer gives for :func:`probe` against the same made of its weight. TF32 is 1e-3 off.
+OUTPUT_ERROR = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 class AdaptedLayer(ShiftLayer, BaseTunerLayer):
@@ -192,11 +193,13 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             or (weight := self._original()).is_meta
         ):
             return True
+        given = {}
         if not hasattr(layer, "_hf_hook"):  # accelerate's puts its own weight in place at each call
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
-            weight = weight + weight.std() * noise
+            given["weight"] = weight = weight + weight.std() * noise
         bias = self._bias()
         bias = bias if bias is None else bias.to(weight)
+        error = 1e-6 if weight.dtype == torch.float64 else OUTPUT_ERROR[weight.dtype]
         for size in (1.0, 30.0):  # some clamp what is large
             x = size * probe(self).to(weight.device, weight.dtype)
             if isinstance(layer, nn.Linear):
@@ -204,11 +207,10 @@ class AdaptedLayer(ShiftLayer, BaseTunerLayer):
             else:
                 wanted = layer._conv_forward(x, weight, bias)
             try:
-                given = {} if hasattr(layer, "_hf_hook") else {"weight": weight}
                 found = torch.func.functional_call(layer, given, (x,))
             except Exception:  # it wants more than an input
                 return False
-            most = _ROUNDING[weight.dtype] * max(float(wanted.float().norm()), 1e-30)
+            most = error * max(float(wanted.float().norm()), 1e-30)
             if found.shape != wanted.shape or not float((found - wanted).float().norm()) <= most:
                 return False
         return True

@@ -183,12 +183,12 @@ class Call:
         if block.constant:
             return 1, batch // n, False
         times = batch // n
-        if generation is None:
-            fits = [(copies, times // copies) for copies in range(1, times + 1) if times % copies == 0]
-        else:  # that rows are repeated needs no evidence, what is more than that does
+        if generation is not None:  # that rows are repeated needs no evidence, what is more than that does
             fits = [(times // generation[1], generation[1])] if times % generation[1] == 0 else []
-        if block.stacked and generation is None:
+        elif block.stacked:
             fits = [(times, 1)]
+        else:
+            fits = [(copies, times // copies) for copies in range(1, times + 1) if times % copies == 0]
         told = block.stacked or fits == [(1, times)]
         shown = [fit for fit in fits if told or self._shows(*fit)]
         if len(shown) == 1:
@@ -206,9 +206,8 @@ class Call:
         batch = len(self.main)
         inputs = [t for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == batch]
         inputs = [t.detach().flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in inputs]
-        inputs = [
-            t for t in inputs if not (_two_values(t) or bool((t == t[:1]).all()))
-        ]  # masks and rows alike show nothing
+        # Masks show nothing, nor does what is equal everywhere.
+        inputs = [t for t in inputs if not (_two_values(t) or bool((t == t[:1]).all()))]
         alike = [t.unflatten(0, (copies, -1)) for t in inputs]
         runs = [t.unflatten(0, (-1, repeats)) for t in inputs]
         return (copies == 1 or any(bool((t == t[:1]).all()) for t in alike)) and (
