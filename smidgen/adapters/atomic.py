@@ -6,12 +6,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError
 
 _WORK, _RECORD = ".saving", ".record"
 
@@ -29,7 +32,8 @@ def new_file(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         beside.touch()
         mode = beside.stat().st_mode
-        yield beside
+        with _told_by_the_system(path):
+            yield beside
         beside.chmod(mode)
         if durable:
             flush(beside)
@@ -57,7 +61,8 @@ def new_files(folder: Path, gone: Collection[str] = ()) -> Iterator[Path]:
         settle(folder)
     scratch = _scratch(folder, next(path for path in _above(folder) if path.is_dir()))
     try:
-        yield scratch
+        with _told_by_the_system(folder):
+            yield scratch
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         _make_ordinary(scratch, files)
         if folder.is_dir():
@@ -69,6 +74,18 @@ def new_files(folder: Path, gone: Collection[str] = ()) -> Iterator[Path]:
             flush(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _told_by_the_system(place: Path) -> Iterator[None]:
+    """Within, what the system refuses is an OSError: safetensors says it in a sentence."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(place)) from error
 
 
 def settle(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -125,6 +125,28 @@ async def refuse(refusal: Refusal, scope: Scope, receive: Receive, send: Send) -
     await response_of(refusal)(scope, receive, send)
 
 
+def _value_error(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """(field, what is wrong with it) of pydantic's errors; of a value that may be several things, what all of them say."""
+    deepest = max(len(one["loc"]) for one in errors)
+    at = next(one["loc"][:-1] for one in errors if len(one["loc"]) == deepest)
+    said = [one for one in errors if len(one["loc"]) == deepest and one["loc"][:-1] == at]
+    first = said[0]
+    if first["type"] == "json_invalid":
+        return "", f"The body is no JSON: {first['ctx']['error']} at character {first['loc'][-1]}."
+    kinds = [one for one in said if _is_kind(one["loc"][-1])]
+    where = ".".join(str(part) for part in first["loc"][1:] if not _is_kind(part))
+    if "field" in (context := first.get("ctx") or {}):
+        where = f"{where}.{context['field']}" if where else context["field"]
+    told = [one["msg"].rstrip(".") for one in (kinds or said[:1])]
+    why = ", or: ".join(dict.fromkeys(told))
+    return where, why if why.endswith("?") else f"{why}."
+
+
+def _is_kind(part: Any) -> bool:
+    """Whether it is pydantic's name of a kind of value, in the place of an error, and no field."""
+    return "[" in str(part) or part == "constrained-str"
+
+
 def add_handlers(app: FastAPI) -> None:
     """Every error of a route leaves ``app`` in this form."""
 
@@ -142,10 +164,8 @@ def add_handlers(app: FastAPI) -> None:
 
     async def of_values(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        deepest = max(error.errors(), key=lambda one: len(one["loc"]))  # of a value that may be several things
-        where = ".".join(str(part) for part in deepest["loc"][1:] if "[" not in str(part))
-        message = f"{where}: {deepest['msg']}." if where else f"{deepest['msg']}."
-        return JSONResponse(error_body(400, message, where or None), 400)
+        where, why = _value_error(error.errors())
+        return JSONResponse(error_body(400, f"{where or 'the request'}: {why}", where or None), 400)
 
     app.add_exception_handler(SmidgenError, of_work)
     app.add_exception_handler(HTTPException, of_http)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import secrets
 import struct
 import time
@@ -12,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 from starlette.concurrency import run_in_threadpool
 
 from smidgen.errors import did_you_mean
@@ -46,6 +48,7 @@ AS_HERE = {  # other fields of OpenAI's, and what they may say: what is done her
     "tool_choice": ("auto", "none"), "response_format": ({"type": "text"},), "modalities": (["text"],), "best_of": (1,),
     "top_k": (-1,), "repetition_penalty": (1, 1.0), "output_format": ("png",),
 }  # fmt: skip
+SIZE = r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$"
 Name = Annotated[str, Field(min_length=1, max_length=512, description="An adapter, or a base.")]
 Text = Annotated[str, Field(max_length=2**20)]
 Seed = Annotated[int | None, Field(ge=0, lt=2**63, description="The same seed gives the same answer; none: by chance.")]
@@ -73,7 +76,9 @@ class Asked(BaseModel):
                 if value is not None:
                     kept[name] = value
             elif name not in NO_MATTER and value not in (None, False, 0, "", [], {}, *AS_HERE.get(name, ())):
-                raise ValueError(f"{name[:100]!r} is not served here.{did_you_mean(name[:100], cls.model_fields)}")
+                near = did_you_mean(name[:100], cls.model_fields)
+                told = {"field": name[:100], "near": near}
+                raise PydanticCustomError("not_served", "'{field}' is not served here.{near}", told)
         return kept
 
 
@@ -145,6 +150,12 @@ class CompletionRequest(Sampling):
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
 
 
+def _size(given: str) -> str:
+    if not re.fullmatch(SIZE, given):
+        raise PydanticCustomError("no_size", "Input should be auto, or width x height such as 512x512")
+    return given
+
+
 class ImagesRequest(Asked):
     """Images to draw."""
 
@@ -152,7 +163,7 @@ class ImagesRequest(Asked):
     prompt: Text
     adapters: Weights = None
     n: Annotated[int, Field(ge=1, le=64)] = 1
-    size: Annotated[str, Field(pattern=r"^(auto|[1-9]\d{0,4}x[1-9]\d{0,4})$")] = "auto"
+    size: Annotated[str, AfterValidator(_size), Field(json_schema_extra={"pattern": SIZE})] = "auto"
     response_format: Annotated[
         Literal["b64_json", "url"], Field(description="b64_json, or a data: URL that holds the image.")
     ] = "b64_json"

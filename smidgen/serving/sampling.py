@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
-AT_ONCE = 64  # rows whose probabilities are fp64 at a time
+AT_ONCE = 64  # rows whose numbers are on the CPU at a time
+COLDEST = 1e-6  # temperature: below it fp32 tells no more
 
 
 class Choice(NamedTuple):
@@ -17,7 +19,7 @@ class Choice(NamedTuple):
 
     temperature: float
     top_p: float
-    generator: torch.Generator
+    generator: numpy.random.Generator
 
 
 def choose(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
@@ -32,18 +34,20 @@ def choose(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
 
 
 def _drawn(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
-    heat = torch.tensor([choice.temperature for choice in choices], dtype=torch.float64)[:, None]
-    shares = (logits.cpu().double() / heat).softmax(-1)
+    """Each token has noise of its own, and the sum of it and the logit decides (the Gumbel-max trick). Batches round logits otherwise,
+    which then counts only where two sums are that near; a place among summed shares moves with all that come before it."""
+    heat = torch.tensor([max(choice.temperature, COLDEST) for choice in choices])[:, None]
+    scores = logits.cpu().float()
+    scores = (scores - scores.amax(-1, keepdim=True)) / heat
     some = [row for row, choice in enumerate(choices) if choice.top_p < 1]
     if some:
         most = torch.tensor([choices[row].top_p for row in some], dtype=torch.float64)[:, None]
-        shares[some] = nucleus(shares[some], most)
-    sums = shares.cumsum(
-        -1
-    )  # in the order of the vocabulary: sorted, a rounding could swap two tokens that are as likely
-    chance = torch.stack([torch.rand((), generator=c.generator, dtype=torch.float64) for c in choices])[:, None]
-    places = torch.searchsorted(sums, chance * sums[:, -1:], right=True)
-    return places.clamp(max=sums.shape[-1] - 1).squeeze(-1).tolist()  # type: ignore[no-any-return]
+        out = nucleus(scores[some].double().softmax(-1), most) == 0
+        scores[some] = scores[some].masked_fill(out, -torch.inf)
+    for row, choice in zip(scores, choices, strict=True):
+        # in fp64, whose smallest is no multiple of something that 50,000 draws would find twice
+        row -= torch.from_numpy(choice.generator.standard_exponential(len(row))).float().log()
+    return scores.argmax(-1).tolist()
 
 
 def nucleus(shares: Tensor, top_p: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -191,7 +192,7 @@ class TextBatch:
 
 def _answer(job: Job, tokenizer: Any) -> Answer:
     asked = job.request
-    choice = Choice(asked.temperature, asked.top_p, torch.Generator().manual_seed(job.prepared.seed))
+    choice = Choice(asked.temperature, asked.top_p, numpy.random.default_rng(job.prepared.seed))
     return Answer(job, choice, Speller(tokenizer, asked.stop), 0)
 
 

@@ -240,6 +240,8 @@ def _text_parts(given: Sequence[str], text: str, pair: str | None) -> list[_Part
 
 def _table_part(path: Path, text: str, pair: str | None, warnings: list[str]) -> _Part:
     table, absent = open_table(path, warnings), list[str]()
+    if not table.count:
+        raise DataError(f"{path} holds no rows.")
     names = [known_column(table.columns, text, "text-column")]
     names += [known_column(table.columns, pair, "text-pair-column")] if pair else []
 
@@ -296,9 +298,18 @@ def _check_text(word: str, pair: str | None) -> None:
         raise DataError(f"This adapter reads pairs of texts; give a table with the columns of both, not {word[:60]!r}.")
     if not word.strip():
         raise DataError("A text to classify is empty.")
-    if Path(word).suffix.lower() in SUFFIXES and not any(sign.isspace() for sign in word):
+    if _names_a_file(word):
         near = [other.name for other in Path(word).parent.iterdir()] if Path(word).parent.is_dir() else []
         raise DataError(f"There is no table {word!r}.{did_you_mean(Path(word).name, near)}")
+
+
+def _names_a_file(word: str) -> bool:
+    """Whether one means a file by it, there or not: "mood.csv", "data/mood" beside a folder data; but not "and/or" or "http://x.org/a"."""
+    path = Path(word)
+    if any(sign.isspace() for sign in word) or "//" in word:
+        return False
+    inside = "/" in word and (word.startswith(("/", "./", "../", "~")) or _is_path(path.parent))
+    return inside or path.suffix.lower() in (*SUFFIXES, ".txt", *known_endings())
 
 
 def _columns(labels: Sequence[str], logits: bool) -> Iterator[tuple[str, str, str]]:

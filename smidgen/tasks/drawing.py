@@ -285,7 +285,9 @@ def _exact_formats(config: dict[str, Any]) -> list[str]:
     return [
         name
         for name, own in FORMATS.items()
-        if (held.get(own.holds, True) or (dora and own.magnitudes)) and own.task in (None, task)
+        if (held.get(own.holds, True) or (dora and own.magnitudes))
+        and own.task in (None, task)
+        and (own.heads or not config.get("modules_to_save"))
     ]
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import smidgen
 from smidgen import testing
 from smidgen.adapters import api
+from smidgen.adapters.atomic import new_file, new_files
 from smidgen.adapters.checkpoint import packing
 from smidgen.adapters.methods import METHODS
 
@@ -117,6 +120,21 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pyt
         smidgen.save(net, tmp_path)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert net.peft_config["default"].inference_mode is False
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_the_disk_refuses_to_safetensors_is_an_error_of_the_system(tmp_path: Path, many: bool) -> None:
+    """Really refused: files may have 1,000 bytes here. safetensors says it in a sentence, and an OSError is what is answered."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    place = tmp_path / "a"
+    try:
+        with pytest.raises(OSError) as error, (new_files if many else new_file)(place) as beside:
+            save_file({"w": torch.zeros(1000)}, beside / "b.safetensors" if many else beside)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(place)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_config_holds_no_paths_and_no_secrets(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ def test_ours(method, formats, tmp_path):
         inspect(folder, tmp_path / "norms.pdf")
 
 
+def test_formats_that_hold_no_heads_are_not_named_for_a_classifier(tmp_path):
+    model = trained("svfit", modules_to_save=["head"])
+    assert "Exported without loss to: peft, merged (smidgen export)." in inspect(smidgen.save(model, tmp_path / "a"))
+
+
 def test_the_norm_of_a_lora_is_that_of_its_update(tmp_path):
     from smidgen.adapters.tuner.carried import adapted_layers
 

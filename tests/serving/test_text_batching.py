@@ -53,7 +53,7 @@ def test_what_a_seed_draws_does_not_depend_on_the_batch(library: Library) -> Non
     single = [library.generate(request).result() for request in some]
     together = library.generate_all([*some, *(TextRequest("oft", PROMPT, 25) for _ in range(5))])[: len(some)]
     assert [one.token_ids for one in single] == [one.token_ids for one in together]
-    assert len({one.token_ids for one in single}) == len(single)
+    assert all(len({one.token_ids for one in single[model::3]}) == 4 for model in range(3))
     drawn = library.generate(TextRequest("svfit", LONG, 15, temperature=1.3, seed=None)).result()
     again = library.generate(TextRequest("svfit", LONG, 15, temperature=1.3, seed=drawn.seed)).result()
     assert drawn.token_ids == again.token_ids

@@ -162,6 +162,7 @@ def test_numbers_as_labels(tmp_path):
     (lambda f: table(f / "a.csv", [(f"t{n}", f"l{n}") for n in range(40)]), "40 different values in 40 rows"),
     (lambda f: table(f / "a.csv", [("", "x"), ("", "y")]), "No row of train has both text"),
     (lambda f: table(f / "a.csv", ROWS[:2]), "Nothing is left to train on: 2 example.s. are too few"),
+    (lambda f: table(f / "a.csv", ROWS[:2] * 40), "Nothing is left to train on: 80 example.s., of which 2 differ, are too few"),
 ])  # fmt: skip
 def test_mistakes_that_leave_nothing_to_learn(tmp_path, make, message):
     if message is None:

@@ -301,6 +301,10 @@ def test_numbers_and_sets_of_labels(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("words, message", [
     (["nothing.csv"], "There is no table 'nothing.csv'"),
+    (["./nothing"], "There is no table './nothing'"),
+    (["holds/texts"], "There is no table 'holds/texts'. Did you mean 'text'"),
+    (["photo.png"], "There is no table 'photo.png'"),
+    (["bare.csv"], "bare.csv holds no rows"),
     ([""], "empty"),
     (["a", "--out", "a.txt"], "ends in .csv or .jsonl"),
     (["table.csv", "--text-column", "txt"], "no column 'txt'. Did you mean 'text'"),
@@ -311,10 +315,18 @@ def test_what_cannot_be_classified_is_a_sentence(folder, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("table.csv").write_text("text\nthe film was good\n")
     Path("taken.csv").write_text("text,prediction\nthe film was good,1\n")
+    Path("bare.csv").write_text("text,prediction\n")
+    Path("holds/text").mkdir(parents=True)
     before = sorted(tmp_path.iterdir())
     status, out, err = call(capsys, "classify", folder("text"), *words)
     assert status == 2 and message in err and out == "" and len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["and/or", "https://a.org/b.html", "good", "w/o", "it was 1/2"])
+def test_a_text_with_a_slash_is_a_text(folder, capsys, text) -> None:
+    status, out, _ = call(capsys, "classify", folder("text"), text)
+    assert status == 0 and text in out
 
 
 def test_controls_and_methods_of_peft(folder, tmp_path, capsys) -> None:

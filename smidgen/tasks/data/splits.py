@@ -47,8 +47,11 @@ def complete(
             splits[name] = [example for example, k in zip(train, keys, strict=True) if k in held]
             splits["train"] = [example for example, k in zip(train, keys, strict=True) if k not in held]
     if not splits["train"]:
-        total = len(found["train"])
-        raise DataError(f"Nothing is left to train on: {total} example(s) are too few to hold some out. Add more.")
+        total, different = len(found["train"]), len({key(example) for example in found["train"]})
+        alike = f", of which {different} differ," if different < total else ""
+        raise DataError(
+            f"Nothing is left to train on: {total} example(s){alike} are too few to hold some out. Add more."
+        )
     if most is not None and most < len(splits["train"]):
         if most < 1:
             raise ConfigError(f"max_train_examples must be at least 1, not {most}.")

@@ -209,11 +209,15 @@ def test_embeddings(client: openai.OpenAI, library: Library) -> None:
     ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'?"),
     ({"response_format": {"type": "json_object"}}, "'response_format' is not served here"),
     ({"messages": [{"role": "user", "content": "good " * 5000}]}, "token"),
+    ({"stop": 5}, "stop: Input should be a valid string, or: Input should be a valid list."),
+    ({"stop": ["a", 1]}, "stop.0: Input should be a valid string."),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string, or: Input should be a valid list."),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(client: openai.OpenAI, options: dict[str, Any], said: str) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         chat(client, "talk/lora", **options)
     assert said in str(error.value) and error.value.type == "invalid_request_error"
+    assert "Value error" not in str(error.value) and ".." not in str(error.value)
 
 
 def test_fields_that_change_nothing_are_taken(client: openai.OpenAI) -> None:
