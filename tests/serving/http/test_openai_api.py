@@ -210,7 +210,7 @@ def test_embeddings(client: openai.OpenAI, library: Library) -> None:
     ({"response_format": {"type": "json_object"}}, "'response_format' is not served here"),
     ({"messages": [{"role": "user", "content": "good " * 5000}]}, "token"),
     ({"stop": 5}, "stop: Input should be a valid string, or: Input should be a valid list."),
-    ({"stop": ["a", 1]}, "stop.0: Input should be a valid string."),
+    ({"stop": ["a", 1]}, "stop.1: Input should be a valid string."),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: Input should be a valid string, or: Input should be a valid list."),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(client: openai.OpenAI, options: dict[str, Any], said: str) -> None:
