@@ -196,14 +196,22 @@ def save(
         )
     read = [state_dict.values()] if state_dict is not None else [part.parameters() for part in carrying.values()]
     together = any(in_pieces(value) for values in read for value in values)
-    gone = [f"{where}/{name}" for where in everything.keys() - carrying.keys() for name in (CONFIG_NAME, WEIGHTS_NAME)]
     content = {where: _content(part, adapter_name, state_dict, store_factors) for where, part in carrying.items()}
     with one_writer(together) as writes:
         if writes:
-            with new_files(folder, [name.removeprefix("/") for name in gone]) as scratch:  # what an earlier save left
-                for where, (own, tensors, metadata) in content.items():
-                    _write(own, tensors, metadata, scratch / where)
+            write_parts(folder, content, everything.keys() - carrying.keys())
     return folder
+
+
+def write_parts(
+    folder: Path, content: Mapping[str, tuple[Any, dict[str, Tensor], Any]], gone: Iterable[str] = ()
+) -> None:
+    """Puts (config, tensors, metadata) of an adapter's parts into their sub-folders in one step; what an earlier writer left of the
+    parts in ``gone`` goes."""
+    old = [f"{where}/{name}".removeprefix("/") for where in gone for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    with new_files(folder, old) as scratch:
+        for where, (own, tensors, metadata) in content.items():
+            _write(own, tensors, metadata, scratch / where)
 
 
 def _content(
@@ -255,13 +263,17 @@ def load(model: Any, path: str | os.PathLike[str], adapter_name: str = "default"
         TargetError: the base lacks the target modules.
     """
     load_parts(folders(model, _path(path)).values(), adapter_name)
-    if isinstance(model, nn.Module) and (others := [other.name for other in component_folders(Path(path))]):
-        logger.warning(
-            "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
-            path,
-            ", ".join(others),
-        )
+    if isinstance(model, nn.Module):
+        say_others(Path(path))
     return model
+
+
+def say_others(path: Path) -> None:
+    """Warns that an adapter folder, read for one module, holds adapters of other parts of a pipeline."""
+    if others := [other.name for other in component_folders(path)]:
+        logger.warning(
+            "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.", path, ", ".join(others)
+        )
 
 
 def _path(path: Any) -> Path:

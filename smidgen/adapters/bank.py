@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,7 @@ class Bank:
             tensors, heads, scaling, misfit = self._from_model(source, adapter_name)
         else:
             tensors, heads, scaling, misfit = self._from_file(source)
+            api.say_others(Path(source))
         what = f"Adapter {adapter_name!r}" if isinstance(source, nn.Module) else f"The adapter in {source}"
         if misfit:
             raise MisfitError(f"{what} does not fit the bank{misfit}. A bank holds adapters of one config.")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from smidgen.adapters import api
-from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.base_lock import Lock, encode
+from smidgen.adapters.components import part_folders
 from smidgen.adapters.linalg.least_squares import leading_product
 from smidgen.adapters.member import Residual, build
 from smidgen.adapters.outputs import OUTPUTS
@@ -62,7 +62,7 @@ def combine(
     """Writes the weighted sum of adapters as one adapter: loaded, it does what the others do at these weights together.
 
     Args:
-        sources: adapter folders of one method with the same targets, made for one base.
+        sources: adapter folders of one method with the same targets, made for one base; of a pipeline, all its parts.
         weights: one for each, of any sign; the mean (1/n each) unless given.
         out: folder of the new adapter, in fp32.
         by: "sum", or one of peft's merges of updates that disagree (``MERGES``), of the trained vectors, which lie in one
@@ -88,7 +88,22 @@ def combine(
     """
     shares = _weights(weights, len(sources))
     merge = None if by == "sum" else _merge(by, density, seed)
-    read = [read_source(source) for source in sources]
+    parts = [part_folders(Path(source)) for source in sources]
+    for path, other in zip(sources, parts, strict=True):
+        if other.keys() != parts[0].keys():
+            odd = min(other.keys() ^ parts[0].keys()) or "denoiser"
+            raise SmidgenError(f"{sources[0]} and {path} are on different parts of a pipeline: one has none of the {odd}.")
+    content = {
+        where: _combined([read_source(own[where]) for own in parts], shares, merge, average_heads) for where in parts[0]
+    }
+    api.write_parts(Path(out), content, part_folders(Path(out)).keys() - content.keys())
+    return Path(out)
+
+
+def _combined(
+    read: Sequence[Source], shares: Sequence[float], merge: Add | None, average_heads: bool
+) -> tuple[SmidgenConfig, dict[str, Tensor], None]:
+    """What the files of a part hold."""
     first = read[0]
     for other in read[1:]:
         _check_alike(first, other)
@@ -110,10 +125,7 @@ def combine(
     canary = _canary(read, shares) if merge is None else None  # which adds only where updates do
     config = replace(config, store_dtype="float32", checksum=None, canary=canary)
     heads = _heads(read, shares, average_heads)
-    folder = Path(out)
-    with new_files(folder) as scratch:
-        api._write(config.mark_current(), tensors | heads, None, scratch)
-    return folder
+    return config.mark_current(), tensors | heads, None
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -59,3 +59,10 @@ def component_folders(folder: Path) -> list[Path]:
     """Sub-folders with adapters of a pipeline's components; folders of other names are not ours to read."""
     files = folder.glob(f"*/{CONFIG_NAME}") if folder.is_dir() else ()
     return sorted(file.parent for file in files if _COMPONENT.fullmatch(file.parent.name))
+
+
+def part_folders(path: Path) -> dict[str, Path]:
+    """An adapter of a model, or of all the parts of a pipeline that a folder holds something for, by sub-folder: as :func:`parts`."""
+    others = component_folders(path)
+    own = {"": path} if not others or (path / CONFIG_NAME).is_file() else {}
+    return own | {folder.name: folder for folder in others}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from smidgen.adapters import api
@@ -350,7 +351,12 @@ def _merge(
             f"Rounding the merged weights to {formats[dtype]} would take {shares[dtype]:.0%} of the adapter, more than "
             f"{MOST_LOST:.0%}: merge in float32 (--dtype float32), keep the adapter beside the base, or say --allow-loss."
         )
-    merged = api.merge(copy.deepcopy(source.model), [adapter_name])
+    merged = copy.deepcopy(source.model)
+    for part in _components(merged).values():
+        for module in part.modules():
+            if isinstance(module, BaseTunerLayer) and module.merged:  # others, which would stay in the weights
+                module.unmerge()
+    merged = api.merge(merged, [adapter_name])
     if dtype is not None and any(p.dtype != dtype for part in _components(merged).values() for p in part.parameters()):
         merged.to(dtype)
     inside = _components(merged)

@@ -9,21 +9,22 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from smidgen.adapters import api
-from smidgen.adapters.atomic import new_files
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.combine import Source, read_source, split
+from smidgen.adapters.components import part_folders
 from smidgen.adapters.linalg.least_squares import leading_product
 from smidgen.adapters.linalg.svd import energy_rank
 from smidgen.adapters.member import stable_noise
 from smidgen.adapters.residuals.diagonal_in_basis import DiagonalInBasis
 from smidgen.adapters.residuals.low_rank import LowRank
 from smidgen.adapters.residuals.spectral import Spectral
+from smidgen.adapters.tuner.config import SmidgenConfig
 from smidgen.adapters.tuner.numbers import Numbers, rounded
 from smidgen.errors import ConfigError, SmidgenError
 
@@ -60,7 +61,7 @@ def resize(
     """Writes an adapter with another rank.
 
     Args:
-        adapter: folder of a lora, svfit or loldu adapter.
+        adapter: folder of a lora, svfit or loldu adapter; of a pipeline, all its parts.
         out: folder of the new one.
         rank: of every layer, as far as the layer has one.
         energy: instead, the least rank of each layer that holds this share of its squared update.
@@ -82,20 +83,40 @@ def resize(
         raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}.")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"energy is a share above 0 and at most 1, got {energy!r}.")
-    source = read_source(adapter)
-    _check(source)
+    content, layers = {}, dict[str, _Became]()
+    for where, folder in part_folders(Path(adapter)).items():
+        source = read_source(folder)
+        _check(source)
+        content[where], own = _resized(source, rank, energy)
+        layers |= {f"{where}.{name}" if where else name: became for name, became in own.items()}
+    api.write_parts(Path(out), content, part_folders(Path(out)).keys() - content.keys())
+    whole = sum(one.size**2 for one in layers.values()) ** 0.5 or 1.0
+    error = sum(one.lost**2 for one in layers.values()) ** 0.5 / whole
+    name, worst = max(((name, one.lost / (one.size or 1.0)) for name, one in layers.items()), key=lambda own: own[1])
+    before, after = ({n: getattr(one, side) for n, one in layers.items()} for side in ("before", "after"))
+    return Resized(Path(out), before, after, error, (name, worst))
+
+
+class _Became(NamedTuple):
+    """Ranks of a layer before and after, |cut off| and |update|."""
+
+    before: int
+    after: int
+    lost: float
+    size: float
+
+
+def _resized(
+    source: Source, rank: int | None, energy: float | None
+) -> tuple[tuple[SmidgenConfig, dict[str, Tensor], None], dict[str, _Became]]:
+    """What the files of a part hold, and what became of its layers."""
     lora = source.config.residual == LowRank.name
     layers, before = _layers(source)
-    found, errors, sizes = dict[str, _Layer](), dict[str, float](), dict[str, float]()
+    found, became = dict[str, _Layer](), dict[str, _Became]()
     for name, (member, own) in layers.items():
         found[name], lost, size = (_lora if lora else _diagonal)(name, source, member, own, rank, energy)
-        errors[name], sizes[name] = lost, size
-    after = {name: len(own["a"] if lora else own["delta"]) for name, own in found.items()}
-    whole = sum(size**2 for size in sizes.values()) ** 0.5 or 1.0
-    worst = max(errors, key=lambda name: errors[name] / (sizes[name] or 1.0))
-    _write(source, found, after, lora, changed=any(errors.values()), folder=Path(out))
-    error = sum(lost**2 for lost in errors.values()) ** 0.5 / whole
-    return Resized(Path(out), before, after, error, (worst, errors[worst] / (sizes[worst] or 1.0)))
+        became[name] = _Became(before[name], len(found[name]["a" if lora else "delta"]), lost, size)
+    return _content(source, found, became, lora), became
 
 
 def _check(source: Source) -> None:
@@ -167,22 +188,21 @@ def _diagonal(
     return found, float(delta[wanted:].norm()), float(delta.norm())
 
 
-def _write(
-    source: Source, found: dict[str, _Layer], after: dict[str, int], lora: bool, changed: bool, folder: Path
-) -> None:
-    own = source.config
+def _content(
+    source: Source, found: dict[str, _Layer], became: dict[str, _Became], lora: bool
+) -> tuple[SmidgenConfig, dict[str, Tensor], None]:
+    own, after = source.config, {name: one.after for name, one in became.items()}
     options = {n: v for n, v in own.residual_options.items() if n not in ("alpha", "scaling")}
     most = max(after.values())
     pattern = {name: r for name, r in after.items() if r != most}
     canary = own.canary
     stored = {name: {f"residual_{n}": v for n, v in own_.items()} for name, own_ in found.items()}
-    kept = rounded(Numbers(stored, source.heads), own.store_dtype, str(folder))
+    kept = rounded(Numbers(stored, source.heads), own.store_dtype, source.path)
     if lora:
         deltas = [base_lock.sketch(own_["residual_b"] @ own_["residual_a"]) for _, own_ in sorted(kept.stored.items())]
         canary = {**(own.canary or {}), "sketch": base_lock.encode(base_lock.pool(torch.stack(deltas)), "<f4")}
-    elif changed or own.store_dtype in packing.CODES:  # other neighbours are rounded together
+    elif any(one.lost for one in became.values()) or own.store_dtype in packing.CODES:  # other neighbours are rounded together
         canary = None  # of what the base alone could tell
     own = replace(own, r=most, rank_pattern=pattern, residual_options=options, checksum=None, canary=canary)
     tensors = packing.encode(packing.pack(kept.stored), own.store_dtype)
-    with new_files(folder) as scratch:
-        api._write(own.mark_current(), tensors | kept.heads, None, scratch)
+    return own.mark_current(), tensors | kept.heads, None

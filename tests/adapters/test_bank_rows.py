@@ -638,6 +638,11 @@ def test_rows_that_the_call_does_not_show_are_asked_for() -> None:
     x, text = guided(torch.randn(2, 16, generator=g), torch.linspace(1, 2, 8).expand(2, 8))
     with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"show both.*copies=True"):
         model(x, text)  # two people with one prompt look like two pictures of each of two prompts
+    same = x[:1].expand(4, 16)  # and one noise: the repeated prompts alone would show the wrong thing
+    with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"do not show which.*copies=True"):
+        model(same, text)
+    with bank.rows(["a", "b"]), pytest.raises(SmidgenError, match=r"do not show which.*copies=True"):
+        model(x, text[:1].expand(4, 8))  # one prompt for both, and two pictures of each from the same two noises
     with bank.rows(["a", "b"], copies=True), torch.no_grad():
         found = model(x, text)
     for place, name in enumerate("abab"):

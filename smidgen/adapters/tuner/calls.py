@@ -191,9 +191,9 @@ class Call:
             fits = [(copies, times // copies) for copies in range(1, times + 1) if times % copies == 0]
         told = block.stacked or fits == [(1, times)]
         shown = [fit for fit in fits if told or self._shows(*fit)]
-        if len(shown) == 1:
+        if len(shown) == 1 and (told or len(fits) == 1 or not self._doubtful(shown[0][0], fits)):
             return *shown[0], False
-        found = "its inputs show both" if shown else "its inputs do not show which"
+        found = "its inputs show both" if len(shown) > 1 else "its inputs do not show which"
         raise SmidgenError(
             f"The bank has {n} rows set and the call a batch of {batch}: each row {batch // n} times in turn, or the rows in "
             f"stacked copies? {found[0].upper()}{found[1:]}. Name each of the {batch} rows, or, where guidance stacks copies of the rows, say "
@@ -202,17 +202,26 @@ class Call:
 
     def _shows(self, copies: int, repeats: int) -> bool:
         """Whether some input consists of that many equal copies, and some of rows that are equal in runs of ``repeats``."""
-        assert self.main is not None
-        batch = len(self.main)
-        inputs = [t for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == batch]
-        inputs = [t.detach().flatten(1) if t.dim() > 1 else t.detach()[:, None] for t in inputs]
         # Masks show nothing, nor does what is equal everywhere.
-        inputs = [t for t in inputs if not (_two_values(t) or bool((t == t[:1]).all()))]
-        alike = [t.unflatten(0, (copies, -1)) for t in inputs]
-        runs = [t.unflatten(0, (-1, repeats)) for t in inputs]
-        return (copies == 1 or any(bool((t == t[:1]).all()) for t in alike)) and (
-            repeats == 1 or any(bool((t == t[:, :1]).all()) for t in runs)
+        inputs = [t for t in self._of_rows() if not (_two_values(t) or _alike(t, len(t)))]
+        return (copies == 1 or any(_alike(t, copies) for t in inputs)) and (
+            repeats == 1 or any(bool((t == t[:, :1]).all()) for t in (t.unflatten(0, (-1, repeats)) for t in inputs))
         )
+
+    def _doubtful(self, copies: int, fits: Sequence[tuple[int, int]]) -> bool:
+        """Whether a fit with as many copies is shown by what another would give as well: of two people at one prompt and one noise
+        guidance stacks [none, none, prompt, prompt], and two pictures of each at the same noises lie as its copies do."""
+        assert self.main is not None
+        inputs = [t for t in self._of_rows() if t.shape[1] > 1]
+        if copies > 1:
+            return all(_alike(t, copies) for t in inputs) and any(_alike(t, len(t)) for t in inputs)
+        return any(_alike(self.main.detach().flatten(1), more) for more, _ in fits if more > copies)
+
+    def _of_rows(self) -> list[Tensor]:
+        """The inputs with a row for each of the batch, [rows, numbers]."""
+        assert self.main is not None
+        inputs = [t.detach() for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == len(self.main)]
+        return [t.flatten(1) if t.dim() > 1 else t[:, None] for t in inputs]
 
     def rows(self, block: Block, layer: nn.Module, x: Tensor) -> list[Rows]:
         """The rows of a layer's input through the adapters of a block."""
@@ -613,6 +622,12 @@ def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return named
     ordered = _tensors((args, kwargs))
     return next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
+
+
+def _alike(t: Tensor, copies: int) -> bool:
+    """Whether the first axis holds that many equal parts."""
+    parts = t.unflatten(0, (copies, -1))
+    return bool((parts == parts[:1]).all())
 
 
 def _two_values(t: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -56,7 +57,7 @@ class Diffusers(Format):
             return f"diffusers has no LoRA for {place.kind} layers; --to full-diff or merged hold it"
         if place.groups > 1 or not place.plain:
             return "diffusers' LoRA of a convolution knows no groups, dilation or padding mode; --to full-diff or merged hold it"
-        return None
+        return _unread(place.component, source.model)
 
     def write(self, content: Content, source: Source, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -92,6 +93,19 @@ class Diffusers(Format):
             alpha = float(own["alpha"]) if "alpha" in own else usual
             found[name] = Lora(b, a, (alpha or len(a)) / len(a))
         return found
+
+
+def _unread(component: str, pipe: Any) -> str | None:
+    """Why a pipeline's ``load_lora_weights`` would pass a component's keys over; None where it reads them."""
+    kind, instead = type(pipe).__name__, "--to merged holds it, and --to peft the module alone"
+    read = getattr(pipe, "_lora_loadable_modules", None)
+    if read is None:
+        return f"a {kind} of diffusers has no load_lora_weights; {instead}"
+    if component not in read:
+        return f"the load_lora_weights of a {kind} reads {' and '.join(read)} alone; {instead}"
+    if component == "transformer_2":
+        return f"the load_lora_weights of a {kind} reads what it puts there from keys of the transformer; {instead}"
+    return None
 
 
 def layer_name(place: Place) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -256,6 +257,12 @@ def both(name: str, own: Mapping[str, Tensor], where: Path) -> tuple[Tensor, Ten
     if own["a"].ndim < 2 or own["b"].ndim < 2:
         raise AdapterFileError(f"{where}: {name!r} has factors of {own['a'].ndim} and {own['b'].ndim} axes.")
     return own["a"].float().flatten(1), own["b"].float().flatten(1)
+
+
+def at_one_alpha(content: Content) -> tuple[float, dict[Place, Lora]]:
+    """The commonest rank as the alpha of all layers, and the layers with a scale of alpha / rank in their readers' hands."""
+    alpha = Counter(lora.r for lora in content.values()).most_common(1)[0][0]
+    return float(alpha), {p: lora._replace(scale=lora.scale * lora.r / alpha) for p, lora in content.items()}
 
 
 def as_weights(lora: Lora, place: Place) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ halves, so rows of q and k are in another order in some families. One alpha is f
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ from smidgen.adapters.checkpoint.formats.format import (
     Lora,
     Place,
     Source,
+    as_weights,
+    at_one_alpha,
     both,
     check_change,
     check_layers,
@@ -78,16 +79,16 @@ class Gguf(Format):
 
     def write(self, content: Content, source: Source, path: Path) -> None:
         writer = _gguf().GGUFWriter(path, _architecture(source).name)
-        alpha = float(Counter(lora.r for lora in content.values()).most_common(1)[0][0])
+        alpha, scaled = at_one_alpha(content)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for key, text in (source.header or {}).items():
             writer.add_string(key, text)
-        for place, lora in content.items():
-            name, own = tensor_name(place, source), in_order(lora, place, source)
-            writer.add_tensor(f"{name}.lora_a", own.a.float().contiguous().numpy())
-            writer.add_tensor(f"{name}.lora_b", (own.b * (own.scale * own.r / alpha)).float().contiguous().numpy())
+        for place, lora in scaled.items():
+            name, (a, b) = tensor_name(place, source), as_weights(in_order(lora, place, source), place)
+            writer.add_tensor(f"{name}.lora_a", a.float().numpy())
+            writer.add_tensor(f"{name}.lora_b", b.float().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

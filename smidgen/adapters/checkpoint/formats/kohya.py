@@ -1,7 +1,8 @@
 """kohya's keys, which ComfyUI, A1111, LyCORIS and diffusers read: ``lora_unet_<path with _>.lora_down.weight``, ``lora_up``, ``alpha``.
 
 ``lora_te_`` is the text encoder of SD 1.x and 2.x, ``lora_te1_`` and ``lora_te2_`` are SDXL's two. Layers of a transformer or of a model
-alone have the prefix ``lycoris_``, by which LyCORIS and ComfyUI find them. The scale is in ``lora_up``, and alpha is the rank.
+alone have the prefix ``lycoris_``, by which LyCORIS and ComfyUI find them. The scale is in ``lora_up``, and alpha is the commonest rank
+everywhere: of several alphas in a UNet diffusers takes one for all attention layers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from smidgen.adapters.checkpoint.formats.format import (
     Place,
     Source,
     as_weights,
+    at_one_alpha,
     both,
     check_layers,
     check_pair,
@@ -48,10 +50,11 @@ class Kohya(Format):
 
     def write(self, content: Content, source: Source, path: Path) -> None:
         tensors: dict[str, Tensor] = {}
-        for place, lora in content.items():
+        alpha, scaled = at_one_alpha(content)
+        for place, lora in scaled.items():
             name, (a, b) = file_name(place, source), as_weights(lora, place)
             tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
-            tensors[f"{name}.alpha"] = torch.tensor(float(lora.r))
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
         write_file(path, save(tensors, source.header))
 
     def check(self, content: Content, source: Source, path: Path) -> int:
