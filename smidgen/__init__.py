@@ -120,6 +120,8 @@ _FOLLOWED = {
     "peft": ("smidgen.adapters", "smidgen.bases.hosts"),
     "diffusers.loaders.lora_base": ("smidgen.adapters.loaders",),
     "diffusers.loaders.peft": ("smidgen.adapters.loaders",),
+    "diffusers.models.modeling_utils": ("smidgen.adapters.loaders",),
+    "diffusers.pipelines.pipeline_utils": ("smidgen.adapters.loaders",),
     "transformers.models.auto.modeling_auto": ("smidgen.bases.hosts",),
     "transformers.pipelines": ("smidgen.bases.hosts",),
 }

@@ -272,7 +272,9 @@ def say_others(path: Path) -> None:
     """Warns that an adapter folder, read for one module, holds adapters of other parts of a pipeline."""
     if others := [other.name for other in component_folders(path)]:
         logger.warning(
-            "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.", path, ", ".join(others)
+            "%s also holds adapters of a pipeline's %s: load it into the pipeline to have them.",
+            path,
+            ", ".join(others),
         )
 
 

@@ -69,6 +69,10 @@ class Bank:
     def __init__(
         self, model: nn.Module, config: SmidgenConfig, names: Sequence[str] = (), adapter_name: str | None = None
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise SmidgenError(
+                f"A bank is of a module, such as the UNet or transformer of a pipeline, got a {type(model).__name__}."
+            )
         if not isinstance(config, SmidgenConfig):
             raise SmidgenError(
                 f"A bank is made of a config of Smidgen's, such as model.peft_config['default']; got {config!r}."

@@ -92,7 +92,9 @@ def combine(
     for path, other in zip(sources, parts, strict=True):
         if other.keys() != parts[0].keys():
             odd = min(other.keys() ^ parts[0].keys()) or "denoiser"
-            raise SmidgenError(f"{sources[0]} and {path} are on different parts of a pipeline: one has none of the {odd}.")
+            raise SmidgenError(
+                f"{sources[0]} and {path} are on different parts of a pipeline: one has none of the {odd}."
+            )
     content = {
         where: _combined([read_source(own[where]) for own in parts], shares, merge, average_heads) for where in parts[0]
     }

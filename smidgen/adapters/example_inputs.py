@@ -7,8 +7,10 @@ accepts. Nothing here imports transformers or diffusers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,37 @@ def examples(model: nn.Module) -> Iterator[Example]:
         named = values if isinstance(values, dict) else {}
         given = () if isinstance(values, dict) else (values,)
         yield Example(lambda given=given, named=named: inner(*given, **named), missing)  # type: ignore[misc]
+
+
+def as_read(pipe: Any, component: str) -> Callable[[Any], Any] | None:
+    """What a diffusers pipeline reads of a component besides its denoiser, as a function of the pipeline: a text encoder's part in
+    ``encode_prompt``, which may leave its last layers out, and of a VAE that makes pictures from words its decoder.
+    None where that is not known, or does not run."""
+    try:
+        if component.startswith("text_encoder"):
+            read = partial(_encoded, takes=inspect.signature(pipe.encode_prompt).parameters)
+        elif component == "vae" and not {"image", "video"} & inspect.signature(pipe.__call__).parameters.keys():
+            sample, _ = next(_of_diffusers(pipe.vae, pipe.vae.config))
+            latent = pipe.vae.encode(sample["sample"]).latent_dist.mode()
+            read = partial(_decoded, latent=latent)
+        else:
+            return None
+        read(pipe)
+    except Exception:  # whatever a stranger's pipeline raises: the component's own pass is tried instead
+        return None
+    return read
+
+
+def _encoded(pipe: Any, takes: Mapping[str, inspect.Parameter]) -> Any:
+    known = {"device": _place(pipe.text_encoder)[0], "do_classifier_free_guidance": False}
+    known |= {name: 1 for name in takes if name.startswith("num_")}
+    known |= {name: "a small house" for name in takes if re.fullmatch(r"prompt(_\d)?", name)}
+    needed = [name for name, own in takes.items() if own.default is own.empty or name == "prompt"]
+    return pipe.encode_prompt(**{name: known.get(name) for name in needed})
+
+
+def _decoded(pipe: Any, latent: Tensor) -> Any:
+    return pipe.vae.decode(latent)
 
 
 def _descends(model: nn.Module, library: str) -> bool:

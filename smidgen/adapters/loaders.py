@@ -1,7 +1,7 @@
 """diffusers' own LoRA calls, met by adapters of ours: each would fail later and elsewhere, or write what diffusers itself refuses.
 
 ``load_lora_weights`` of our folder, ``save_lora_adapter`` of our adapter and ``save_lora_weights`` of its state dict end in a sentence
-that names ``smidgen export``. Adapters of other kinds go through diffusers' code, unchanged.
+that names ``smidgen export``, and ``save_pretrained`` of a model or pipeline that carries one in one that names ``smidgen.merge``. Adapters of other kinds go through diffusers' code, unchanged.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def follow() -> None:
         _wrap(mixin, "pack_weights", _packing, staticmethod)
     if mixin := getattr(loaders, "PeftAdapterMixin", None):
         _wrap(mixin, "save_lora_adapter", _saving)
+    models, pipelines = (
+        sys.modules.get(f"diffusers.{n}") for n in ("models.modeling_utils", "pipelines.pipeline_utils")
+    )
+    for owner in (getattr(models, "ModelMixin", None), getattr(pipelines, "DiffusionPipeline", None)):
+        _wrap(owner, "save_pretrained", _saving_all)
     fetch = getattr(base, "_fetch_state_dict", None)
     if fetch is not None and not hasattr(fetch, "__wrapped__"):
         reading = _reading(fetch)
@@ -81,6 +86,21 @@ def _saving(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, save_directory, adapter_name, *args, **kwargs)
 
     return save_lora_adapter
+
+
+def _saving_all(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for part in getattr(self, "components", {"": self}).values():
+            configs = (getattr(part, "peft_config", None) or {}).items()
+            for name, _ in [(name, own) for name, own in configs if isinstance(own, SmidgenConfig)]:
+                raise SmidgenError(
+                    f"save_pretrained would write the {type(part).__name__} with its layers under names that from_pretrained does not find, as "
+                    f"it carries the adapter {name!r}: smidgen.save writes the adapter alone, smidgen.merge puts it into the weights first."
+                )
+        return method(self, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _packing(method: Callable[..., Any]) -> Callable[..., Any]:

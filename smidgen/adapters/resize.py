@@ -201,7 +201,9 @@ def _content(
     if lora:
         deltas = [base_lock.sketch(own_["residual_b"] @ own_["residual_a"]) for _, own_ in sorted(kept.stored.items())]
         canary = {**(own.canary or {}), "sketch": base_lock.encode(base_lock.pool(torch.stack(deltas)), "<f4")}
-    elif any(one.lost for one in became.values()) or own.store_dtype in packing.CODES:  # other neighbours are rounded together
+    elif (
+        any(one.lost for one in became.values()) or own.store_dtype in packing.CODES
+    ):  # other neighbours are rounded together
         canary = None  # of what the base alone could tell
     own = replace(own, r=most, rank_pattern=pattern, residual_options=options, checksum=None, canary=canary)
     tensors = packing.encode(packing.pack(kept.stored), own.store_dtype)

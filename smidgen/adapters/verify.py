@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from smidgen.adapters import api, passes
 from smidgen.adapters.checkpoint import base_lock, packing
 from smidgen.adapters.checkpoint.files import read_tensors
+from smidgen.adapters.components import parts
+from smidgen.adapters.example_inputs import as_read
 from smidgen.adapters.passes import Inputs
 from smidgen.adapters.tuner import bypass, renames
 from smidgen.adapters.tuner.adapted_layer import OUTPUT_ERROR, AdaptedLayer, probe
@@ -160,7 +162,8 @@ def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = Non
         path: the adapter folder, of a method of ours or of peft's (which keeps no base lock and no canary in its files).
         inputs: for the forward pass that proves it: a tuple of the model's arguments, a dict of its keyword arguments,
             or a function that is given the model, runs it and returns its output. Made from the config of transformers
-            and diffusers models, and from the first layer of a model that takes one tensor, unless given.
+            and diffusers models, and from the first layer of a model that takes one tensor, unless given; of a pipeline's
+            text encoders and VAE it is what the pipeline reads of them.
 
     Returns:
         A report with ``.verdict``, ``.ok`` and ``.reasons``; ``print(report)`` is a table.
@@ -168,7 +171,9 @@ def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = Non
     try:
         found = api.folders(model, path)
         whole = None if isinstance(model, nn.Module) else model
-        reports = {name: _verify_part(part, folder, inputs, whole) for name, (part, folder) in found.items()}
+        reports = {}
+        for name, (part, folder) in found.items():
+            reports[name] = _verify_part(part, folder, inputs or (_as_read(whole, name) if whole else None), whole)
         return reports[""] if len(reports) == 1 and "" in reports else _together(reports)
     except SmidgenError as error:
         why = str(error)
@@ -177,6 +182,11 @@ def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = Non
     report = VerifyReport()
     report.fail(why)
     return report
+
+
+def _as_read(pipe: Any, component: str) -> Inputs | None:
+    with passes.at_rest(parts(pipe).values()):
+        return as_read(pipe, component)
 
 
 def _together(reports: dict[str, VerifyReport]) -> VerifyReport:

@@ -151,7 +151,7 @@ class Call:
     ) -> None:
         self.module, self.stack, self.blocks = module, [module], blocks
         self.args, self.kwargs = args, kwargs
-        self.main = _main_input(module, args, kwargs)
+        self.main, self.listed = _main_input(module, args, kwargs)
         self._fits: dict[Block, tuple[int, int, bool]] = {}
 
     def fit(self, block: Block) -> tuple[int, int, bool]:
@@ -167,6 +167,11 @@ class Call:
                 return 1, 1, False
             raise SmidgenError(f"A {type(self.module).__name__} was called without a batch to see rows in.")
         batch = len(x)
+        if self.listed and batch != n and not block.constant:
+            raise SmidgenError(
+                f"A {type(self.module).__name__} takes a list with a tensor for each row, of which it is not known how its layers lay them: give "
+                "all rows the same adapter, or call it for one at a time."
+            )
         generation = None if block.constant else _generation()
         if generation is not None and generation[0] != n and batch % generation[0] == 0:
             raise SmidgenError(
@@ -516,16 +521,18 @@ class _Choices(TorchDispatchMode):
 
 def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
     """Runs the base model on the call's inputs, with the first row changed, the last one, and all."""
-    given, passes = (call.args, call.kwargs), list[Probe]()
-    for change in (None, 0, batch - 1, slice(None)):
+    given = call.args, call.kwargs
+    try:
+        plain = _pass(call.module, _changed(given, batch, packed, None), choices=True)
         try:
-            passes.append(_pass(call.module, _changed(given, batch, packed, change), choices=change is None))
-        except Exception as error:
-            raise SmidgenError(
-                "Which rows of the batch a layer sees is found by running the base model with a row changed, and that "
-                f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
-            ) from error
-    plain, *others = passes
+            others = _passes(call.module, given, batch, packed)
+        except IndexError:  # a number that is looked up in a table may have no other value
+            others = _passes(call.module, given, batch, packed, call.main)
+    except Exception as error:
+        raise SmidgenError(
+            "Which rows of the batch a layer sees is found by running the base model with a row changed, and that "
+            f"failed ({type(error).__name__}: {error}). Give all rows of a call the same adapter."
+        ) from error
     turned = Probe()
     # A model may want its rows in an order, as packed sequences do, or keep a cache of its own: then this shows nothing.
     with suppress(Exception):
@@ -533,6 +540,11 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
         turned = turned if reverse is None else _pass(call.module, reverse)
     layers = plain.prints.keys() | others[2].prints.keys()
     return {layer: _judged(layer, plain, others, turned, batch, packed) for layer in layers}
+
+
+def _passes(module: nn.Module, given: Any, batch: int, packed: bool, only: Tensor | None = None) -> list[Probe]:
+    """With the first row changed, the last one, and all; of whole numbers those of the main input alone, where it is given."""
+    return [_pass(module, _changed(given, batch, packed, rows, only)) for rows in (0, batch - 1, slice(None))]
 
 
 def _pass(module: nn.Module, inputs: tuple[Any, Any], choices: bool = False) -> Probe:
@@ -615,13 +627,15 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The tensor whose first axis is the batch: the model's main input by its own word, or the first one with two axes."""
+def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
+    """(the tensor whose first axis is the batch: the model's main input by its own word, or the first one with two axes; whether
+    it is one of a list, whose tensors may be the rows themselves)."""
     named = kwargs.get(getattr(module, "main_input_name", ""))
     if isinstance(named, Tensor):
-        return named
+        return named, False
     ordered = _tensors((args, kwargs))
-    return next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
+    main = next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
+    return main, main is not None and all(main is not value for value in (*args, *kwargs.values()))
 
 
 def _alike(t: Tensor, copies: int) -> bool:
@@ -649,7 +663,7 @@ def _generation() -> tuple[int, int] | None:
     return None
 
 
-def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) -> Any:
+def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None, only: Tensor | None = None) -> Any:
     """Inputs with some rows changed, as far as they have rows; caches are copied, so that a test leaves none behind."""
     generator = torch.Generator().manual_seed(0)
 
@@ -657,6 +671,8 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None) ->
         if not isinstance(leaf, Tensor):
             return copy.deepcopy(leaf) if _is_cache(leaf) else leaf
         axis = 1 if packed and leaf.dim() > 1 else 0
+        if only is not None and leaf is not only and not leaf.is_floating_point():
+            return leaf
         if rows is None or about or leaf.dtype == torch.bool or leaf.dim() <= axis or leaf.shape[axis] != batch:
             return leaf
         new = leaf.detach().clone()

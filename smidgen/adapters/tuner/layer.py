@@ -108,6 +108,11 @@ class ShiftLayer(nn.Module):
         self.r: dict[str, int] = {}
         self.banks = nn.ModuleDict({})  # label -> a bank's slot here; which rows are meant is not the layer's to know
         self._kept: tuple[Tensor, ...] = ()  # the base's own weight while merged; a module would register a bare one
+        for name in getattr(
+            self.base_layer, "__constants__", ()
+        ):  # models ask a convolution for its stride, to pad for it
+            if not hasattr(self, name):
+                setattr(self, name, getattr(self.base_layer, name))
 
     # ---- slots -------------------------------------------------------------------------------------------------------
 
