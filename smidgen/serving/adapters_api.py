@@ -125,12 +125,14 @@ async def predict(
     name: Annotated[str, Form(description="Of the new adapter.", min_length=1, max_length=512)],
     photos: Annotated[list[UploadFile], File(description="Photos of one person.")],
     seed: Annotated[int, Form(ge=0, lt=2**63)] = 0,
+    unchecked: Annotated[bool, Form(description="Go on with what is no usual photo.")] = False,
     overwrite: Annotated[bool, Form(description="Replace the adapter of this name.")] = False,
 ) -> Response:
     async with _changing(service, request, key, name) as scratch:
-        made = await run_in_threadpool(service.predictor.predict, [photo.file for photo in photos], seed, scratch)
+        files = [photo.file for photo in photos]
+        made, notes = await run_in_threadpool(service.predictor.predict, files, seed, scratch, unchecked)
         info = await run_in_threadpool(_add, service, name, made, overwrite)
-    return _made(info)
+    return _made(info, notes)
 
 
 @router.post(
@@ -211,9 +213,10 @@ def _add(service: Service, name: str, folder: Path, overwrite: bool) -> AdapterI
     return library.add(name, folder, overwrite)
 
 
-def _made(info: AdapterInfo) -> Response:
+def _made(info: AdapterInfo, notes: list[str] | None = None) -> Response:
     headers = {"X-Smidgen-Adapter": info.name, "X-Smidgen-Fingerprint": info.fingerprint}
-    return JSONResponse(described(info).model_dump(), 201, headers=headers)
+    said = {} if notes is None else {"notes": notes}
+    return JSONResponse(described(info).model_dump() | said, 201, headers=headers)
 
 
 def _below(root: Path, path: str) -> Path:

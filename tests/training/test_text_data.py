@@ -64,6 +64,13 @@ def test_a_folder_of_splits_and_their_names(tmp_path):
         "train": 20, "validation": 4, "test": 3,
     }  # fmt: skip
     assert split_of("validation_mismatched") == "" and split_of("validation_matched") == "validation"
+    for name in ("training", "testing", "train2", "test1", "testset", "valset", "trainset_b"):
+        assert split_of(name) == {"tr": "train", "te": "test", "va": "validation"}[name[:2]], name
+    assert split_of("trainers") == split_of("testament") == ""
+    warnings: list[str] = []
+    table(tmp_path / "more.csv")
+    read_splits(tmp_path, warnings)
+    assert len(warnings) == 1 and "1 table left out, with names that begin with no split" in warnings[0]
 
 
 def test_the_cut_follows_from_the_content_alone(tmp_path):

@@ -635,7 +635,8 @@ def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return named, False
     ordered = _tensors((args, kwargs))
     main = next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
-    return main, main is not None and all(main is not value for value in (*args, *kwargs.values()))
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list)]
+    return main, any(main is one for value in lists for one in value)
 
 
 def _alike(t: Tensor, copies: int) -> bool:

@@ -22,7 +22,8 @@ from smidgen.tasks.data.separated import check_once, plain_records, read_separat
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation"}
-SPLITS |= {"dev": "validation", "eval": "validation", "test": "test"}
+SPLITS |= {"dev": "validation", "eval": "validation", "test": "test", "testing": "test"}
+SPLITS |= {f"{name}set": split for name, split in SPLITS.items()}
 SHOWN = 8  # names in a message
 
 
@@ -61,12 +62,16 @@ def read_splits(path: Path, warnings: list[str] | None = None) -> dict[str, list
     named: dict[str, list[Path]] = {}
     for file in files:
         named.setdefault(split_of(file.stem), []).append(file)
-    named.pop("", None)
+    other = [file.name for file in named.pop("", [])]
     if len(files) == 1:
-        named = {"train": files}
+        named, other = {"train": files}, []
     if "train" not in named:
         names = ", ".join(file.name for file in files[:SHOWN])
         raise DataError(f"{path} has no file whose name begins with train; it holds {names}. Name one file instead.")
+    if other and warnings is not None:
+        warnings.append(
+            counted("table", other, "left out, with names that begin with no split (train, validation, test)")
+        )
     return {
         split: [row for file in found for row in _some(read_rows(file, warnings), file)]
         for split, found in named.items()
@@ -82,7 +87,7 @@ def split_of(stem: str) -> str:
     """
     if "mismatched" in stem.lower():
         return ""
-    return SPLITS.get(re.split(r"[-_.]", stem.lower(), maxsplit=1)[0], "")
+    return SPLITS.get(re.split(r"[-_.\d]", stem.lower(), maxsplit=1)[0], "")
 
 
 def read_rows(path: Path, warnings: list[str] | None = None) -> list[Row]:

@@ -185,13 +185,24 @@ def test_an_adapter_predicted_from_a_photo(http: httpx.Client) -> None:
     assert shown.headers["x-smidgen-fingerprint"] == made.headers["x-smidgen-fingerprint"]
     base = http.post("/v1/images/generations", json=body | {"model": "embedded"})
     assert shown.json()["data"][0]["b64_json"] != base.json()["data"][0]["b64_json"]
+    notes = made.json()["notes"]
+    assert any("hair" in note for note in notes) and not any("/" in note for note in notes), notes
     flat = io.BytesIO()
     Image.new("RGB", (64, 64)).save(flat, "PNG")
     for photos in (b"no picture", b"", flat.getvalue()):
         refused = http.post("/v1/predict", data={"name": "bob"}, files=[("photos", ("x.png", photos))])
         assert refused.status_code == 400 and "photo" in said(refused), refused.text
         assert "/" not in said(refused).partition(" cannot")[0], "the server's own paths are nobody's business"
+        assert "--" not in said(refused), "a form has no flags"
     assert http.get("/v1/adapters/bob").status_code == 404
+    grey = io.BytesIO()
+    Image.open(io.BytesIO(photo)).convert("L").save(grey, "PNG")
+    files = [("photos", ("x.png", grey.getvalue()))]
+    refused = http.post("/v1/predict", data={"name": "bob"}, files=files)
+    assert refused.status_code == 400 and "unchecked=true goes on all the same" in said(refused), refused.text
+    sure = http.post("/v1/predict", data={"name": "bob", "unchecked": "true"}, files=files)
+    assert sure.status_code == 201 and any(note.startswith("Unchecked: ") for note in sure.json()["notes"]), sure.text
+    http.delete("/v1/adapters/bob")
 
 
 def test_the_list_says_what_is_refused_too(http: httpx.Client, place: Path) -> None:
