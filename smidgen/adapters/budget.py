@@ -1,13 +1,14 @@
 """From a byte budget to a config: ``allocate(model, "20kB")`` says what to train where, so that the folder fits.
 
 Bytes are those of the folder that :func:`smidgen.save` writes, ``adapter_config.json`` and ``adapter_model.safetensors``
-together (peft's own ``save_pretrained`` adds about 150); heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
+together (peft's own ``save_pretrained`` adds about 150); the numbers of heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
 directions in 4 bits, on the few matrices with the largest gradient per number. Most of it lies in the value and output
 projections of the last layers, so without a loss these are taken.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ Loss = Callable[[nn.Module], Tensor]
 LossBatches = Iterable[Loss] | tuple[Callable[[nn.Module, Any], Tensor], Iterable[Any]]
 _UNITS = {"": 1, "b": 1, "kb": 1000, "mb": 10**6, "gb": 10**9, "kib": 1024, "mib": 2**20, "gib": 2**30}
 _CANARY = {"sketch": base_lock.encode(torch.zeros(1 + base_lock.PROBES), "<f4")}
+_TENSORS = 8  # that a layer's adapter has at most, whose places the heads move on
 FEW = 128  # directions below which a matrix is not worth its name in the file
 SHARE = 0.2  # of the largest gradient per number: what a matrix needs to be among the first
 # Endings of value and output projections of attention, by the names transformers and diffusers give them.
@@ -160,11 +162,25 @@ def _bytes(
     tensors = packing.encode(zeros, own.store_dtype, frozen)
     lock = base_lock.blank_lock({name: matrices[name] for name in chosen}, rest_of(parts, own, chosen))
     where = own.base_model_name_or_path or model.__dict__.get("name_or_path")
-    saved = replace(own, base_lock=lock, canary=_CANARY, inference_mode=True, base_model_name_or_path=where)
+    named = _named_heads(model, own)
+    canary = _CANARY | ({"heads": _CANARY["sketch"]} if named else {})
+    saved = replace(own, base_lock=lock, canary=canary, inference_mode=True, base_model_name_or_path=where)
     if patterns.held(own):  # as at save
         saved.target_modules = set(chosen)
     saved.seal(tensors)
-    return len(save(tensors)) + len(saved.text().encode())
+    return len(save(tensors)) + named + len(saved.text().encode())
+
+
+def _named_heads(model: nn.Module, own: SmidgenConfig) -> int:
+    """Bytes, at most, that the names of heads take in the file's header; their numbers are not counted."""
+    entries, end = 0, 0
+    for name, module in model.named_modules():
+        if any(f".{name}".endswith(f".{head}") for head in own.modules_to_save or ()):
+            for key, value in module.state_dict().items():
+                end += 4 * value.numel()
+                place = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end]}
+                entries += len(json.dumps({f"base_model.model.{name}.{key}": place}, separators=(",", ":")))
+    return entries + 2 * _TENSORS * len(str(end)) + 8 if entries else 0
 
 
 # ---- which matrices come first ---------------------------------------------------------------------------------------

@@ -334,10 +334,14 @@ def _heads(read: Sequence[Source], shares: Sequence[float], average: bool) -> di
     differ = [name for name in first if any(not torch.equal(source.heads[name], first[name]) for source in read)]
     if not differ:
         return first
-    if not average or abs(sum(shares) - 1) > 1e-6:
+    if not average:
         raise SmidgenError(
-            f"The heads differ ({differ[0]!r}), and heads do not add: average_heads=True averages them by weights that sum to one, "
-            f"got {list(shares)}."
+            f"The heads differ ({differ[0]!r}), and heads do not add: --average-heads (average_heads=True) takes their mean, by weights "
+            "that sum to one."
+        )
+    if abs(sum(shares) - 1) > 1e-6:
+        raise SmidgenError(
+            f"Heads do not add, and their mean ({differ[0]!r}) takes weights that sum to one, not {list(shares)}."
         )
     logger.warning("Heads are averaged (%s): what comes out is no sum of the adapters.", ", ".join(differ))
     return {name: _sum([source.heads[name] for source in read], shares).to(first[name].dtype) for name in first}

@@ -118,6 +118,8 @@ def extract(
     seed: int = 0,
     base_name: str | None = None,
     task_type: str | None = None,
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
     progress: Callable[[int, int], None] = lambda at, of: None,
 ) -> Extraction:
     """Fits families of adapters to the difference of two checkpoints and writes the best as an adapter folder.
@@ -129,7 +131,7 @@ def extract(
         methods: families, ``"lora"`` with the sizes of ``SIZES``, ``"lora:16"`` with one; all by default, but dora.
         least: share of the squared change that a file must hold to be written, unless a family made the change.
         seed: of the adapter, which fixes the directions of ``seeded`` and the start of rings.
-        base_name, task_type: for the adapter's config.
+        base_name, task_type: for the adapter's config; labels, problem_type: a classifier's, as in :class:`SmidgenConfig`.
         progress: called with (layers done, layers).
 
     Returns:
@@ -164,7 +166,8 @@ def extract(
     enough = [f for f in found.fits if f.recovered] or [f for f in found.fits if f.explained >= least]
     if enough and out is not None:
         found.chosen, found.folder = enough[0], Path(out)
-        pair.write(found, enough[0].config, Path(out), base_name, task_type)
+        said: dict[str, Any] = {"labels": list(labels) if labels else None, "problem_type": problem_type, "task_type": task_type}
+        pair.write(found, replace(enough[0].config, base_model_name_or_path=base_name, **said), Path(out))
     elif enough:
         found.chosen = enough[0]
     return found
@@ -273,14 +276,9 @@ class _Pair:
         layer, error = self.adapted(name, own)
         return error, _rank(layer, 0.25 * rounding + 1e-11 * change)
 
-    def write(
-        self, found: Extraction, own: SmidgenConfig, folder: Path, base_name: str | None, task_type: str | None
-    ) -> None:
+    def write(self, found: Extraction, own: SmidgenConfig, folder: Path) -> None:
         """Fits once more and writes the adapter, with lock and canary, as :func:`smidgen.save` would."""
-        own = replace(
-            own, target_modules=set(found.layers), base_model_name_or_path=base_name, modules_to_save=found.new or None,
-            task_type=task_type,
-        )  # fmt: skip
+        own = replace(own, target_modules=set(found.layers), modules_to_save=found.new or None)
         stored, sketches = {}, []
         for name in found.layers:
             adapted, _ = self.adapted(name, own)

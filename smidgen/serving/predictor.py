@@ -13,7 +13,6 @@ from smidgen.difflora.use.commands import predict
 from smidgen.difflora.use.sampler import Output, Sampler, Sheet
 from smidgen.errors import DataError
 
-
 _FIELDS = {  # of the form, for the command's flags
     "--unchecked goes": "unchecked=true goes", "--seeds 0..7": "several values of seed", "or --each for an adapter of each": "or send each alone",
 }  # fmt: skip

@@ -13,7 +13,7 @@ import smidgen
 from smidgen.adapters.api import folders, read_adapter
 from smidgen.adapters.atomic import new_file
 from smidgen.adapters.checkpoint.base_lock import read_lock
-from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, public_name, read_config, read_tensors
+from smidgen.adapters.checkpoint.files import CONFIG_NAME, LORA_NAME, is_recipe, public_name, read_config, read_tensors
 from smidgen.adapters.checkpoint.formats import ADAPTERS_NAME, FORMATS, read_lora
 from smidgen.adapters.checkpoint.formats.peft import own_options
 from smidgen.adapters.components import component_folders
@@ -138,6 +138,7 @@ def _wearing(pipe: Any, adapters: Mapping[str, Path], weights: Mapping[str, floa
 def verify(adapter: Path, base: str | None = None, base_config: str | None = None) -> tuple[bool, str]:
     """Verify ``adapter`` on the base that it names, or on ``base``: (is it on?, what was found).
     ``base_config`` is that of a base in one file."""
+    _check_no_recipe(adapter)
     if not adapter.is_dir():
         raise AdapterFileError(f"{adapter} is no adapter folder.")
     if (adapter / engine.CONTROL).is_file():
@@ -152,12 +153,20 @@ def verify(adapter: Path, base: str | None = None, base_config: str | None = Non
     return bool(found.ok), str(found)
 
 
+def _check_no_recipe(path: Path) -> None:
+    if is_recipe(path):
+        raise ConfigError(
+            f"{path} is a recipe, which stands for an adapter: `smidgen load {path} --out DIR` makes its folder."
+        )
+
+
 def inspect(adapter: Path, plot: Path | None = None) -> str:
     """A page of text about an adapter folder with its sub-folders for a pipeline's other components, about a LoRA that peft,
     diffusers, kohya's scripts, llama.cpp's or mlx-lm wrote, or about a picture of ours; nothing is executed and no base is needed.
 
     ``plot`` is a PNG for each layer's norm.
     """
+    _check_no_recipe(adapter)
     others = (adapter / LORA_NAME).is_file() and not (adapter / CONFIG_NAME).is_file()
     if adapter.suffix in (".safetensors", ".gguf") or others or (adapter / ADAPTERS_NAME).is_file():
         return _inspect_lora(adapter, plot)

@@ -26,6 +26,7 @@ from smidgen.bases.transformers import load_tokenizer
 from smidgen.errors import ConfigError, DataError, SmidgenError
 from smidgen.tasks import cards
 from smidgen.tasks.data.tables import read_splits
+from smidgen.training.metrics import REGRESSION, SINGLE
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def _component(
             model, before, after = _loaded(here, there)
     return engine.extract(
         before, after, place, model=model, methods=methods, least=least, seed=seed, base_name=name,
-        task_type=_task(there.config), progress=progress,
+        task_type=_task(there.config), **_classes(there.config), progress=progress,
     )  # fmt: skip
 
 
@@ -179,6 +180,17 @@ def _task(config: Mapping[str, Any]) -> str | None:
     kind = (config.get("architectures") or [""])[0]
     ends = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "ForTokenClassification": "TOKEN_CLS"}
     return next((task for end, task in ends.items() if kind.endswith(end)), None)
+
+
+def _classes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels of a classifier of texts or images and what kind of answer it gives, where its config says them."""
+    kind = (config.get("architectures") or [""])[0]
+    if not kind.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return {}
+    named = {int(at): str(name) for at, name in (config.get("id2label") or {}).items()}
+    problem = config.get("problem_type") or (REGRESSION if len(named) == 1 else SINGLE)
+    labels = [named[at] for at in sorted(named)] if problem != REGRESSION else None
+    return {"labels": labels, "problem_type": None if problem == SINGLE else problem}
 
 
 def _part_of(here: Mapping[str, Checkpoint], alone: Checkpoint) -> str:

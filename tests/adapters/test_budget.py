@@ -68,6 +68,17 @@ def test_the_folder_keeps_to_the_budget_and_uses_it(layers: int, limit: int, tol
     testing.close(smidgen.load(Net(layers, 24), tmp_path)(inputs(24)), net(inputs(24)), "loaded", "int4")
 
 
+def test_what_a_head_adds_besides_its_numbers_is_in_the_budget(tmp_path: Path) -> None:
+    for limit in (1500, 3000):
+        net = Net(12, 24)
+        own = budget.allocate(net, limit, modules_to_save=["head"], labels=["bad", "good"], task_type="SEQ_CLS")
+        net = testing.perturb(smidgen.adapt(net, own))
+        folder = smidgen.save(net, tmp_path / str(limit))
+        heads = [value for name, value in load_file(folder / "adapter_model.safetensors").items() if "head" in name]
+        size = bytes_of(folder) - sum(value.nbytes for value in heads)
+        assert heads and limit - 120 <= size <= limit
+
+
 def test_file_bytes_is_what_a_save_takes(tmp_path: Path) -> None:
     for i, own in enumerate(
         (

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import smidgen
@@ -456,3 +457,13 @@ def test_a_scale_written_into_an_exported_config_is_not_passed_over(key: str, va
     with pytest.raises(AdapterFileError, match="was changed since it was written: r "):
         smidgen.load(Net(), tmp_path)
     assert smidgen.verify(Net(), tmp_path, (inputs(),)).verdict == "OFF"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_merged_model_in_16_bits_has_its_head_in_16_bits(dtype, tmp_path):
+    model = trained("svfit", modules_to_save=["head"])
+    with torch.no_grad():
+        model.head.modules_to_save["default"].weight.mul_(1.2345678)
+    export(model, tmp_path, "merged", dtype=dtype, allow_loss=True)
+    found = load_file(tmp_path / "model.safetensors")
+    testing.same(found["head.weight"], model.head.modules_to_save["default"].weight.to(dtype), "the head")

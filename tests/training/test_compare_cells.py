@@ -84,6 +84,13 @@ def test_a_failed_cell_is_told_and_the_others_go_on(tmp_path):
     assert retried.done == []  # a failure is a result until its file is removed
 
 
+def test_a_search_in_which_nothing_could_be_trained_is_an_error(tmp_path):
+    one, fails = experiment(), FakeTraining(fails=tuple(m.name for m in experiment().methods if m.rates))
+    for stage in ("search", None):
+        with pytest.raises(TrainingError, match=r"No method could be trained at any rate.*does not fit in memory"):
+            compare(replace(one, methods=tuple(m for m in one.methods if m.rates)), tmp_path, stage=stage, work=fails)
+
+
 def test_a_broken_record_is_no_result(tmp_path):
     cells, cell = Cells(tmp_path), search_cells(experiment(), Cells(tmp_path))[0]
     cells.work([cell], FakeTraining())

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_merged_adapter_is_found_in_folders_and_works_on_the_base(tuned, tmp_p
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(ids).logits, wanted.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_classes_of_a_classifier_go_into_the_adapter(tuned, tmp_path, capsys):
+    shutil.copytree(tuned / "svfit", tmp_path / "named")
+    config = json.loads((tmp_path / "named" / "config.json").read_text())
+    config |= {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    (tmp_path / "named" / "config.json").write_text(json.dumps(config))
+    extract("debug-text", str(tmp_path / "named"), tmp_path / "out", methods=["svfit:4"])
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["labels"] == ["bad", "good"]
+    assert main(["classify", str(tmp_path / "out"), "the film was good"]) == 0
+    assert "probability_bad" in capsys.readouterr().out
 
 
 def test_of_a_fine_tune_the_command_tells_shares_and_scores_or_that_none_fits(tuned, tmp_path, capsys):

@@ -240,6 +240,9 @@ def test_several_labels_are_predicted_reported_and_reloaded(tmp_path, method):
     report = run("text", made)
     assert report.metric == "f1_micro" and report.problem == "multi_label_classification"
     assert {"f1_micro", "f1_macro", "subset_accuracy", "loss"} == set(report.scores["test"])
+    rows = {split: len(part) for split, part in text_classification.prepare(made).task.splits.items()}
+    held = f"measured on {rows['validation']} of validation, {rows['test']} of test."
+    assert report.notes[0] == f"Trained on {rows['train']} texts of 2 labels; {held}"  # rows, not labels
     assert "always the commonest" in report.table() and "subset_accuracy" in report.table()
     prepared = text_classification.prepare(made)
     assert prepared.model.config.problem_type == "multi_label_classification"

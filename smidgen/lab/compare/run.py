@@ -11,7 +11,7 @@ from smidgen.errors import TrainingError
 from smidgen.lab.compare.cells import Cell, Cells
 from smidgen.lab.compare.experiment import Experiment
 from smidgen.lab.compare.fresh import one_thread, start_fresh
-from smidgen.lab.compare.search import search_cells
+from smidgen.lab.compare.search import choose, method_cells, search_cells
 from smidgen.lab.compare.table import cost_cells, gather, run_cells
 from smidgen.training.settings import dump_yaml
 
@@ -44,7 +44,7 @@ def compare(
         work: what does a cell, in this process (default: a ``Trainer``, here or in each worker).
 
     Raises:
-        TrainingError: a worker died; what it had finished is kept.
+        TrainingError: a worker died; what it had finished is kept. Or no method could be trained at any rate.
     """
     if stage != "report":
         replace_file(folder / "experiment.yaml", dump_yaml(experiment))
@@ -54,6 +54,7 @@ def compare(
         work = Trainer(experiment)  # one for all stages and rounds: data, probe and states below are made once
     if stage in (None, "search"):
         _finish("search", experiment, folder, workers, work)
+        _check_searched(experiment, Cells(folder))
     if stage == "search":
         return None
     if stage in (None, "run"):
@@ -62,6 +63,21 @@ def compare(
     from smidgen.lab.compare.report import write_report
 
     return write_report(gather(experiment, Cells(folder)), report or folder, folder / "peft", command)
+
+
+def _check_searched(experiment: Experiment, cells: Cells) -> None:
+    """Names the methods that failed at every rate, with the first reason of each."""
+    lost: dict[str, list[str]] = {}
+    for method in experiment.methods:
+        choice = choose(experiment, method, cells)
+        if choice is not None and choice.failed:
+            records = [record for cell in method_cells(experiment, method, cells) if (record := cells.read(cell))]
+            lost.setdefault(records[0]["error"]["reason"], []).append(method.name)
+    told = " ".join(f"{', '.join(names)}: {reason}" for reason, names in lost.items())
+    if sum(map(len, lost.values())) == len(experiment.methods):
+        raise TrainingError(f"No method could be trained at any rate. {told}")
+    if lost:
+        logger.warning("Could not be trained at any rate: %s", told)
 
 
 def _finish(stage: str, experiment: Experiment, folder: Path, workers: int, work: Work | None) -> None:

@@ -73,6 +73,9 @@ def read_pictures(
         for split, pairs in listed.items()
         if pairs
     }
+    warnings += splits.contradictions(
+        found["train"], lambda picture: picture.digest, "train picture", "that has another label elsewhere"
+    )
     complete = splits.complete(
         found, lambda picture: picture.digest, held_out, most, lambda picture: classes_of(picture.label)
     )

@@ -73,6 +73,15 @@ def leaks(splits: Mapping[str, Sequence[T]], key: Callable[[T], str], name: Call
     return warnings
 
 
+def contradictions(examples: Sequence[Any], key: Callable[[Any], str], noun: str, what: str) -> list[str]:
+    """A warning that counts the examples, by their ``where``, whose key has several labels."""
+    labels: dict[str, set[Any]] = {}
+    for example in examples:
+        labels.setdefault(key(example), set()).add(example.label)
+    double = [example.where for example in examples if len(labels[key(example)]) > 1]
+    return [counted(noun, double, what)] if double else []
+
+
 def _lowest(keys: Sequence[K], classes: Sequence[tuple[int, ...]], wanted: int, rank: Callable[[K], Any]) -> set[K]:
     """The lowest-ranked keys that hold at least ``wanted`` examples together, each class about its share of them.
 

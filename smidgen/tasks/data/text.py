@@ -80,7 +80,9 @@ def read_texts(path: Path, columns: Columns, held_out: float, most: int | None =
         split: [_example(row, columns, value) for row, value in zip(rows, values[split], strict=True)]
         for split, rows in usable.items()
     }
-    warnings += _contradictions(found["train"])
+    warnings += splits.contradictions(
+        found["train"], lambda text: text.key, "train row", "whose text has another label elsewhere"
+    )
     strata = (lambda example: ()) if columns.regression else (lambda example: classes_of(example.label))
     complete = splits.complete(found, lambda example: example.key, held_out, most, strata)
     warnings += splits.leaks(complete, lambda example: example.key, lambda example: example.where)
@@ -143,15 +145,6 @@ def _number(row: Row, name: str) -> float:
 def _example(row: Row, columns: Columns, value: float | tuple[int, ...]) -> Text:
     pair = row.values[columns.pair] if columns.pair is not None else None
     return Text(row.values[columns.text], pair, value, row.where)
-
-
-def _contradictions(examples: Sequence[Text]) -> list[str]:
-    """A warning that counts texts with several labels."""
-    labels: dict[str, set[float | tuple[int, ...]]] = {}
-    for example in examples:
-        labels.setdefault(example.key, set()).add(example.label)
-    double = [example.where for example in examples if len(labels[example.key]) > 1]
-    return [counted("train row", double, "whose text has another label elsewhere")] if double else []
 
 
 def _check_classes_left(examples: Sequence[Text], labels: Sequence[str]) -> None:

@@ -41,7 +41,11 @@ class Merged(Format):
         """The folder is loaded by the model's own class, and must hold the merged weights to the bit."""
         for component, places in by_component(content).items():
             there = _reread(source.model, component, path)
+            own = _part(
+                source.model, component
+            ).state_dict()  # in its number format, which the adapter's heads are not in
             heads = {name.removeprefix(WRAP): value for name, value in source.heads.get(component, {}).items()}
+            heads = {name: value.to(own[name].dtype) for name, value in heads.items() if name in own}
             for name, wanted in ({_parameter(place): value for place, value in places.items()} | heads).items():
                 found = there.get(name)
                 if found is None or not torch.equal(found.float(), wanted.float().cpu()):
@@ -54,9 +58,13 @@ def _parameter(place: Place) -> str:
     return place.layer if place.kind == "experts" else f"{place.layer}.weight"
 
 
+def _part(model: Any, component: str) -> Any:
+    return model if isinstance(model, nn.Module) else getattr(model, component)
+
+
 def _reread(model: Any, component: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a written component by their names in the model."""
-    part: Any = model if isinstance(model, nn.Module) else getattr(model, component)
+    part = _part(model, component)
     if not hasattr(part, "save_pretrained"):
         return read_safetensors(path / FILE)
     where = path if isinstance(model, nn.Module) else path / component
