@@ -1,9 +1,9 @@
 """From a byte budget to a config: ``allocate(model, "20kB")`` says what to train where, so that the folder fits.
 
 Bytes are those of the folder that :func:`smidgen.save` writes, ``adapter_config.json`` and ``adapter_model.safetensors``
-together (peft's own ``save_pretrained`` adds about 150); the numbers of heads in ``modules_to_save`` are not counted. The rule is measured (docs/budget.md): coefficients of seeded
-directions in 4 bits, on the few matrices with the largest gradient per number. Most of it lies in the value and output
-projections of the last layers, so without a loss these are taken.
+together (peft's own ``save_pretrained`` adds about 150); the numbers of heads in ``modules_to_save`` are not counted. The rule is
+measured (docs/budget.md): coefficients of seeded directions in 4 bits, on the few matrices with the largest gradient per number.
+Most of it lies in the value and output projections of the last layers, so without a loss these are taken.
 """
 
 from __future__ import annotations

@@ -166,7 +166,11 @@ def extract(
     enough = [f for f in found.fits if f.recovered] or [f for f in found.fits if f.explained >= least]
     if enough and out is not None:
         found.chosen, found.folder = enough[0], Path(out)
-        said: dict[str, Any] = {"labels": list(labels) if labels else None, "problem_type": problem_type, "task_type": task_type}
+        said: dict[str, Any] = {
+            "labels": list(labels) if labels else None,
+            "problem_type": problem_type,
+            "task_type": task_type,
+        }
         pair.write(found, replace(enough[0].config, base_model_name_or_path=base_name, **said), Path(out))
     elif enough:
         found.chosen = enough[0]

@@ -1,7 +1,8 @@
 """diffusers' own LoRA calls, met by adapters of ours: each would fail later and elsewhere, or write what diffusers itself refuses.
 
 ``load_lora_weights`` of our folder, ``save_lora_adapter`` of our adapter and ``save_lora_weights`` of its state dict end in a sentence
-that names ``smidgen export``, and ``save_pretrained`` of a model or pipeline that carries one in one that names ``smidgen.merge``. Adapters of other kinds go through diffusers' code, unchanged.
+that names ``smidgen export``, and ``save_pretrained`` of a model or pipeline that carries one in one that names ``smidgen.merge``.
+Adapters of other kinds go through diffusers' code, unchanged.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ def _saving_all(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         for part in getattr(self, "components", {"": self}).values():
-            configs = (getattr(part, "peft_config", None) or {}).items()
-            for name, _ in [(name, own) for name, own in configs if isinstance(own, SmidgenConfig)]:
+            configs = getattr(part, "peft_config", None) or {}
+            if ours := [name for name, own in configs.items() if isinstance(own, SmidgenConfig)]:
                 raise SmidgenError(
                     f"save_pretrained would write the {type(part).__name__} with its layers under names that from_pretrained does not find, as "
-                    f"it carries the adapter {name!r}: smidgen.save writes the adapter alone, smidgen.merge puts it into the weights first."
+                    f"it carries the adapter {ours[0]!r}: smidgen.save writes the adapter alone, smidgen.merge puts it into the weights first."
                 )
         return method(self, *args, **kwargs)
 

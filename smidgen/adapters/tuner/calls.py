@@ -220,7 +220,7 @@ class Call:
         inputs = [t for t in self._of_rows() if t.shape[1] > 1]
         if copies > 1:
             return all(_alike(t, copies) for t in inputs) and any(_alike(t, len(t)) for t in inputs)
-        return any(_alike(self.main.detach().flatten(1), more) for more, _ in fits if more > copies)
+        return any(_alike(self.main.detach(), more) for more, _ in fits if more > copies)
 
     def _of_rows(self) -> list[Tensor]:
         """The inputs with a row for each of the batch, [rows, numbers]."""
