@@ -1,5 +1,6 @@
 """What a stranger found wrong with adapters of whole pipelines, each as a test: silence about a part is the fault."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -184,31 +185,70 @@ def test_a_model_may_ask_an_adapted_layer_how_it_is_made():
 
 
 class Listed(nn.Module):
-    """Takes a tensor for each row, as Z-Image does."""
+    """Takes a tensor for each row, as Z-Image does, or for each level of a pyramid."""
 
     def __init__(self) -> None:
         super().__init__()
         self.proj = nn.Linear(8, 8)
 
-    def forward(self, rows: list[Tensor]) -> Tensor:
-        return self.proj(torch.stack(rows).flatten(1, 2))
+    def forward(self, given: list[Tensor], by: Tensor | None = None) -> Tensor:
+        if by is None:
+            return self.proj(sum(level.mean(1) for level in given))
+        return self.proj(torch.cat(given)).unflatten(0, (len(given), -1)) * by[:, None, None]
 
 
-def test_rows_in_a_list_are_refused_for_what_they_are():
-    net = Listed()
+def two(net: nn.Module, **options) -> smidgen.Bank:
     for name, seed in (("ann", 1), ("bob", 2)):
-        smidgen.adapt(net, "lora", name, r=2, target_modules=["proj"])
+        smidgen.adapt(net, "lora", name, r=2, **options)
         testing.perturb(net, seed=seed, size=0.5, adapter_name=name)
     bank = smidgen.Bank(net, net.peft_config["ann"])
     for name in ("ann", "bob"):
         bank.put(name, net, name)
-    rows = [torch.randn(4, 1, 8) for _ in range(2)]
-    with bank.rows(["ann", "bob"]), pytest.raises(SmidgenError, match="takes a list with a tensor for each row"):
-        net(rows)
-    with bank.rows(["bob"]):
-        found = net(rows)
-    smidgen.set_active(net, "bob")
-    testing.close(found, net(rows), "all rows the same")
+    return bank
+
+
+def alone(net: nn.Module, name: str | None, call) -> Tensor:
+    with smidgen.disabled(net) if name is None else nullcontext():
+        smidgen.set_active(net, name or "ann")
+        return call()
+
+
+@torch.no_grad()
+def test_rows_that_come_in_lists():
+    net = Listed()
+    bank = two(net, target_modules=["proj"])
+    rows, by = list(torch.randn(3, 4, 8)), torch.tensor([1.0, 2.0, 3.0])
+    with bank.rows(["bob", None, "ann"]):
+        found = net(rows, by)
+    for at, name in enumerate(("bob", None, "ann")):
+        testing.close(found[at], alone(net, name, lambda at=at: net(rows, by)[at]), f"row {at}")
+    with bank.rows(["ann", "bob"]), pytest.raises(SmidgenError, match="a list of tensors, of which it is not known"):
+        net(list(torch.randn(3, 4, 5, 8)))
+    levels = list(torch.randn(3, 2, 5, 8))
+    with bank.rows(["ann", "bob"]):
+        found = net(levels)
+    for at, name in enumerate(("ann", "bob")):
+        testing.close(found[at], alone(net, name, lambda at=at: net(levels)[at]), f"a pyramid, row {at}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 20)])
+def test_people_on_z_image(lengths):
+    from benchmarks.tiny_models import build
+
+    net = build("Z-Image")
+    bank, width, generator = two(net), net.config.cap_feat_dim, torch.Generator().manual_seed(0)
+    noise = [torch.randn(net.config.in_channels, 1, 8, 8, generator=generator) for _ in range(2)]
+    words = [torch.randn(length, width, generator=generator) for length in lengths]
+    none = [torch.randn(lengths[0], width, generator=generator)] * 2
+    plain = (noise, torch.full((2,), 0.3), words), ["ann", "bob"]
+    guided = (noise * 2, torch.full((4,), 0.3), words + none), ["ann", "bob"] * 2
+    for given, names in (plain, guided):
+        with bank.rows(names[:2]):
+            found = net(*given)[0]
+        for at, name in enumerate(names):
+            one = tuple(value[at : at + 1] for value in given)
+            testing.close(found[at], alone(net, name, lambda one=one: net(*one)[0][0]), f"{name} at {at}")
 
 
 class Styled(nn.Module):
@@ -224,12 +264,7 @@ class Styled(nn.Module):
 
 def test_rows_are_found_where_a_number_can_have_no_other_value():
     net = Styled()
-    for name, seed in (("ann", 1), ("bob", 2)):
-        smidgen.adapt(net, "lora", name, r=2, target_modules=["proj"])
-        testing.perturb(net, seed=seed, size=0.5, adapter_name=name)
-    bank = smidgen.Bank(net, net.peft_config["ann"])
-    for name in ("ann", "bob"):
-        bank.put(name, net, name)
+    bank = two(net, target_modules=["proj"])
     x, style = torch.randn(2, 8), torch.zeros(2, dtype=torch.long)
     with bank.rows(["ann", "bob"]), torch.no_grad():
         found = net(x, style)

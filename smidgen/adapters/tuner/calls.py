@@ -151,7 +151,7 @@ class Call:
     ) -> None:
         self.module, self.stack, self.blocks = module, [module], blocks
         self.args, self.kwargs = args, kwargs
-        self.main, self.listed = _main_input(module, args, kwargs)
+        self.main, self.lists, self.listed = _main_input(module, args, kwargs)
         self._fits: dict[Block, tuple[int, int, bool]] = {}
 
     def fit(self, block: Block) -> tuple[int, int, bool]:
@@ -167,10 +167,10 @@ class Call:
                 return 1, 1, False
             raise SmidgenError(f"A {type(self.module).__name__} was called without a batch to see rows in.")
         batch = len(x)
-        if self.listed and batch != n and not block.constant:
+        if self.listed and not self.lists and batch != n and not block.constant:
             raise SmidgenError(
-                f"A {type(self.module).__name__} takes a list with a tensor for each row, of which it is not known how its layers lay them: give "
-                "all rows the same adapter, or call it for one at a time."
+                f"A {type(self.module).__name__} takes a list of tensors, of which it is not known whether they are rows: give all rows the same "
+                "adapter, or call it for one at a time."
             )
         generation = None if block.constant else _generation()
         if generation is not None and generation[0] != n and batch % generation[0] == 0:
@@ -225,7 +225,9 @@ class Call:
     def _of_rows(self) -> list[Tensor]:
         """The inputs with a row for each of the batch, [rows, numbers]."""
         assert self.main is not None
-        inputs = [t.detach() for t in _tensors((self.args, self.kwargs)) if t.dim() and len(t) == len(self.main)]
+        given = [*self.args, *self.kwargs.values()]
+        found = [_padded(value) if _is_list(value) else value for value in given] if self.lists else given
+        inputs = [t.detach() for t in _tensors(found) if t.dim() and len(t) == len(self.main)]
         return [t.flatten(1) if t.dim() > 1 else t[:, None] for t in inputs]
 
     def rows(self, block: Block, layer: nn.Module, x: Tensor) -> list[Rows]:
@@ -454,7 +456,7 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
     shape = (packed, batch > 1, main.dim(), *(size > 1 for size in main.shape[1:]))
     named = [*(("", value) for value in call.args), *sorted(call.kwargs.items(), key=lambda item: item[0])]
     own = [(name, value) for name, value in vars(module).items() if isinstance(value, bool) and name != "training"]
-    key = (*shape, *own, *(_form(name, value, batch) for name, value in named))
+    key = (*shape, *own, *(_form(name, value, batch, call.lists) for name, value in named))
     if (module, key) in block.tested or isinstance(module, ShiftLayer):
         return
     with _LOCK:
@@ -469,8 +471,10 @@ def _learn(call: Call, block: Block, batch: int, packed: bool) -> None:
         block.tested.add((module, key))
 
 
-def _form(name: str, value: Any, batch: int) -> tuple[Any, ...]:
-    """What of an input may decide how a model lays its rows: a setting's value, or that rows are masked differently."""
+def _form(name: str, value: Any, batch: int, lists: bool) -> tuple[Any, ...]:
+    """What of an input may decide how a model lays its rows: a setting's value, or that rows are masked or as long differently."""
+    if lists and _is_list(value):
+        return name, len({one.shape for one in value}) > 1
     if isinstance(value, bool | str) or (value is None and not any(word in name for word in _ABOUT)):
         return name, value
     if isinstance(value, int):  # of frames, not of tokens or time
@@ -523,11 +527,12 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
     """Runs the base model on the call's inputs, with the first row changed, the last one, and all."""
     given = call.args, call.kwargs
     try:
-        plain = _pass(call.module, _changed(given, batch, packed, None), choices=True)
+        change = partial(_changed, given, batch, packed, call.lists)
+        plain = _pass(call.module, change(None), choices=True)
         try:
-            others = _passes(call.module, given, batch, packed)
+            others = [_pass(call.module, change(rows)) for rows in (0, batch - 1, slice(None))]
         except IndexError:  # a number that is looked up in a table may have no other value
-            others = _passes(call.module, given, batch, packed, call.main)
+            others = [_pass(call.module, change(rows, call.main)) for rows in (0, batch - 1, slice(None))]
     except Exception as error:
         raise SmidgenError(
             "Which rows of the batch a layer sees is found by running the base model with a row changed, and that "
@@ -536,15 +541,10 @@ def _test(call: Call, batch: int, packed: bool) -> dict[nn.Module, Known]:
     turned = Probe()
     # A model may want its rows in an order, as packed sequences do, or keep a cache of its own: then this shows nothing.
     with suppress(Exception):
-        reverse = None if packed or batch == 1 else _reversed(given, batch)
+        reverse = None if packed or batch == 1 else _reversed(given, batch, call.lists)
         turned = turned if reverse is None else _pass(call.module, reverse)
     layers = plain.prints.keys() | others[2].prints.keys()
     return {layer: _judged(layer, plain, others, turned, batch, packed) for layer in layers}
-
-
-def _passes(module: nn.Module, given: Any, batch: int, packed: bool, only: Tensor | None = None) -> list[Probe]:
-    """With the first row changed, the last one, and all; of whole numbers those of the main input alone, where it is given."""
-    return [_pass(module, _changed(given, batch, packed, rows, only)) for rows in (0, batch - 1, slice(None))]
 
 
 def _pass(module: nn.Module, inputs: tuple[Any, Any], choices: bool = False) -> Probe:
@@ -627,16 +627,34 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, bool]:
+def _main_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, bool, bool]:
     """(the tensor whose first axis is the batch: the model's main input by its own word, or the first one with two axes; whether
-    it is one of a list, whose tensors may be the rows themselves)."""
+    lists hold a tensor for each row, as Z-Image takes its latents and prompts; whether the main input is one of a list at all).
+
+    A list is one of rows where another input is as long; else it may hold levels of a pyramid.
+    """
     named = kwargs.get(getattr(module, "main_input_name", ""))
     if isinstance(named, Tensor):
-        return named, False
-    ordered = _tensors((args, kwargs))
+        return named, False, False
+    ordered, values = _tensors((args, kwargs)), [*args, *kwargs.values()]
     main = next((t for t in ordered if t.dim() > 1), ordered[0] if ordered and ordered[0].dim() else None)
-    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list)]
-    return main, any(main is one for value in lists for one in value)
+    holder = next((value for value in values if _is_list(value) and any(main is one for one in value)), None)
+    if holder is None:
+        return main, False, False
+    others = [v for v in values if v is not holder and (_is_list(v) or (isinstance(v, Tensor) and v.dim()))]
+    if any(len(other) == len(holder) for other in others):
+        return _padded(holder), True, True
+    return main, False, True
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a list of tensors."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Tensor) and one.dim() for one in value)
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[rows, numbers] of a list of tensors; what is shorter ends in zeros."""
+    return nn.utils.rnn.pad_sequence([row.detach().flatten() for row in rows], batch_first=True)
 
 
 def _alike(t: Tensor, copies: int) -> bool:
@@ -664,9 +682,13 @@ def _generation() -> tuple[int, int] | None:
     return None
 
 
-def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None, only: Tensor | None = None) -> Any:
-    """Inputs with some rows changed, as far as they have rows; caches are copied, so that a test leaves none behind."""
+def _changed(
+    inputs: Any, batch: int, packed: bool, lists: bool, rows: int | slice | None, only: Tensor | None = None
+) -> Any:
+    """Inputs with some rows changed, as far as they have rows; of whole numbers those of the input ``only``, where it is given. Caches
+    are copied, so that a test leaves none behind."""
     generator = torch.Generator().manual_seed(0)
+    chosen = range(batch)[rows] if isinstance(rows, slice) else [rows]
 
     def change(leaf: Any, about: bool = False) -> Any:
         if not isinstance(leaf, Tensor):
@@ -677,24 +699,34 @@ def _changed(inputs: Any, batch: int, packed: bool, rows: int | slice | None, on
         if rows is None or about or leaf.dtype == torch.bool or leaf.dim() <= axis or leaf.shape[axis] != batch:
             return leaf
         new = leaf.detach().clone()
-        part = new[(slice(None), rows)] if axis else new[rows]
-        if leaf.is_floating_point():
+        moved(new[(slice(None), rows)] if axis else new[rows])
+        return new
+
+    def moved(part: Tensor) -> Tensor:
+        """The same tensor, its numbers others."""
+        if part.is_floating_point():
             size = float(part.float().std()) if part.numel() > 1 else 0.0
             part += ((size or 1.0) * torch.randn(part.shape, generator=generator)).to(part)
         else:
             part.copy_(torch.where(part > 0, part - 1, torch.where(part == 0, 1, part)))
-        return new
+        return part
+
+    def given(value: Any, about: bool = False) -> Any:
+        if lists and _is_list(value):
+            rowed = rows is not None and not about and len(value) == batch
+            return [moved(one.detach().clone()) if rowed and at in chosen else one for at, one in enumerate(value)]
+        return tree_map(partial(change, about=about), value)
 
     args, kwargs = inputs
     about = {name: any(word in name for word in _ABOUT) for name in kwargs}
-    return tree_map(change, args), {
-        name: tree_map(partial(change, about=about[name]), value) for name, value in kwargs.items()
-    }
+    return tuple(map(given, args)), {name: given(value, about[name]) for name, value in kwargs.items()}
 
 
-def _reversed(inputs: Any, batch: int) -> Any:
+def _reversed(inputs: Any, batch: int, lists: bool) -> Any:
     """Inputs with their rows in reverse; None where something cannot be turned: a filled cache, or rows folded into an axis."""
-    leaves = tree_leaves(inputs)
+    args, kwargs = inputs
+    held = [value for value in (*args, *kwargs.values()) if not (lists and _is_list(value))]
+    leaves = tree_leaves(held)
     if any(isinstance(t, Tensor) and t.dim() and len(t) > batch and len(t) % batch == 0 for t in leaves):
         return None
     if any(_is_cache(leaf) and leaf.get_seq_length() for leaf in leaves):
@@ -707,10 +739,11 @@ def _reversed(inputs: Any, batch: int) -> Any:
         return leaf.flip(0) if leaf.dim() and len(leaf) == batch and not shared else leaf
 
     def turned(value: Any, name: str = "") -> Any:
+        if lists and _is_list(value):
+            return value[::-1] if len(value) == batch else value
         value = value[::-1] if _is_of_rows(value, batch) else value
         return tree_map(partial(turn, name=name), value)
 
-    args, kwargs = inputs
     return tuple(map(turned, args)), {name: turned(value, name) for name, value in kwargs.items()}
 
 
