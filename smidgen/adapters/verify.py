@@ -173,7 +173,8 @@ def verify(model: Any, path: str | os.PathLike[str], inputs: Inputs | None = Non
         whole = None if isinstance(model, nn.Module) else model
         reports = {}
         for name, (part, folder) in found.items():
-            reports[name] = _verify_part(part, folder, inputs or (_as_read(whole, name) if whole else None), whole)
+            given = _as_read(whole, name) if inputs is None and whole is not None else inputs
+            reports[name] = _verify_part(part, folder, given, whole)
         return reports[""] if len(reports) == 1 and "" in reports else _together(reports)
     except SmidgenError as error:
         why = str(error)
