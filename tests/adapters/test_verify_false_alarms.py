@@ -71,6 +71,7 @@ def test_diffusers_wrote_a_file_without_config(method: str, writer: str, tmp_pat
     import peft
 
     diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.StableDiffusionPipeline  # imported before: what follows diffusers follows its modules as they come
     for owner, name, kind in (
         (diffusers.loaders.PeftAdapterMixin, "save_lora_adapter", lambda call: call),
         (diffusers.loaders.lora_base.LoraBaseMixin, "pack_weights", staticmethod),
@@ -85,7 +86,7 @@ def test_diffusers_wrote_a_file_without_config(method: str, writer: str, tmp_pat
         model.save_lora_adapter(tmp_path, adapter_name="default")
     else:
         tensors = peft.get_peft_model_state_dict(model)
-        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=tensors)
+        pipeline.save_lora_weights(tmp_path, unet_lora_layers=tensors)
     for carrier in (model, unet()):
         report = smidgen.verify(carrier, tmp_path)
         assert report.verdict == "OFF" and "is what diffusers writes" in report.reasons[0], report.reasons
