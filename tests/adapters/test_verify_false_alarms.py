@@ -71,7 +71,9 @@ def test_diffusers_wrote_a_file_without_config(method: str, writer: str, tmp_pat
     import peft
 
     diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionPipeline  # imported before: what follows diffusers follows its modules as they come
+    pipeline = (
+        diffusers.StableDiffusionPipeline
+    )  # imported before: what follows diffusers follows its modules as they come
     for owner, name, kind in (
         (diffusers.loaders.PeftAdapterMixin, "save_lora_adapter", lambda call: call),
         (diffusers.loaders.lora_base.LoraBaseMixin, "pack_weights", staticmethod),
