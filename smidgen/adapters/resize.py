@@ -192,6 +192,7 @@ def _content(
     source: Source, found: dict[str, _Layer], became: dict[str, _Became], lora: bool
 ) -> tuple[SmidgenConfig, dict[str, Tensor], None]:
     own, after = source.config, {name: one.after for name, one in became.items()}
+    changed = any(one.lost for one in became.values())
     options = {n: v for n, v in own.residual_options.items() if n not in ("alpha", "scaling")}
     most = max(after.values())
     pattern = {name: r for name, r in after.items() if r != most}
@@ -201,9 +202,7 @@ def _content(
     if lora:
         deltas = [base_lock.sketch(own_["residual_b"] @ own_["residual_a"]) for _, own_ in sorted(kept.stored.items())]
         canary = {**(own.canary or {}), "sketch": base_lock.encode(base_lock.pool(torch.stack(deltas)), "<f4")}
-    elif (
-        any(one.lost for one in became.values()) or own.store_dtype in packing.CODES
-    ):  # other neighbours are rounded together
+    elif changed or own.store_dtype in packing.CODES:  # other neighbours are rounded together
         canary = None  # of what the base alone could tell
     own = replace(own, r=most, rank_pattern=pattern, residual_options=options, checksum=None, canary=canary)
     tensors = packing.encode(packing.pack(kept.stored), own.store_dtype)

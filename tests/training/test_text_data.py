@@ -69,6 +69,7 @@ def test_a_folder_of_splits_and_their_names(tmp_path):
     assert split_of("trainers") == split_of("testament") == ""
     warnings: list[str] = []
     table(tmp_path / "more.csv")
+    table(tmp_path / "validation_mismatched.csv")  # MNLI's, of another task: no name without a split
     read_splits(tmp_path, warnings)
     assert len(warnings) == 1 and "1 table left out, with names that begin with no split" in warnings[0]
 

@@ -62,7 +62,9 @@ def read_splits(path: Path, warnings: list[str] | None = None) -> dict[str, list
     named: dict[str, list[Path]] = {}
     for file in files:
         named.setdefault(split_of(file.stem), []).append(file)
-    other = [file.name for file in named.pop("", [])]
+    other = [
+        file.name for file in named.pop("", []) if "mismatched" not in file.stem.lower()
+    ]  # which has a split's name
     if len(files) == 1:
         named, other = {"train": files}, []
     if "train" not in named:

@@ -333,7 +333,7 @@ def _trained_on(kind: str, prepared: Prepared) -> str:
     """How many examples were learnt from, and how many measured on."""
     nouns = {"image-classification": "pictures", "text-classification": "texts", "instruction": "conversations"}
     noun = nouns.get(kind, "examples")
-    held = getattr(prepared.task, "splits", {})  # counts are of labels, of which an example may have several
+    held = prepared.task.splits  # counts are of labels, of which an example may have several
     sizes = {split: own[noun] if noun in own else len(held[split]) for split, own in prepared.counts.items()}
     others = ", ".join(f"{size:,} of {split}" for split, size in sizes.items() if split != "train")
     labels = f" of {len(prepared.labels)} labels" if prepared.labels else ""
